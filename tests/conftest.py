@@ -1,0 +1,41 @@
+"""Every test that takes ``backend`` runs on each backend and device that this machine has."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+
+import pytest  # noqa: E402
+from requirements import skip_or_fail  # noqa: E402
+
+import vqkernels as vq  # noqa: E402
+from vqkernels.backends import candidates  # noqa: E402
+
+RUNS = [("reference", "cpu"), ("compiled", "cpu"), ("triton", "cuda" if HAS_CUDA else "cpu"), ("compiled", "cuda")]
+
+
+@pytest.fixture(params=RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
+def backend(request: pytest.FixtureRequest):
+    """Puts one backend in force and gives its (name, device)."""
+    name, device = request.param
+    if device == "cuda" and not HAS_CUDA:
+        skip_or_fail("cuda", "no CUDA device")
+    probe = torch.zeros(1, 1, 1, device=device)
+    reason = {c.backend: c.reason for c in candidates("nearest", probe, probe[0], "euclidean", "exact")}[name]
+    if reason is not None:
+        skip_or_fail("cuda" if device == "cuda" else name, f"{name} on {device}: {reason}")
+    with vq.use_backend(name):
+        yield name, device
+
+
+@pytest.fixture(autouse=True)
+def _quiet_threads():
+    """A test that changes the thread count leaves it as it was."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,14 @@
+"""What the machine lacks: skipped, unless VQKERNELS_REQUIRE names it; then it is a failure."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+
+def skip_or_fail(name: str, reason: str) -> None:
+    """Skip the test because ``name`` is missing; fail it where VQKERNELS_REQUIRE (comma separated) asks for ``name``."""
+    if name in os.environ.get("VQKERNELS_REQUIRE", "").replace(" ", "").split(","):
+        pytest.fail(f"VQKERNELS_REQUIRE={name}: {reason}", pytrace=False)
+    pytest.skip(reason)

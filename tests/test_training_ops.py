@@ -1,0 +1,261 @@
+"""quantize, codebook_stats and ema_update_ compute their formulas, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import vqkernels as vq
+from vqkernels.testing import sum_tolerance
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _data(dtype: torch.dtype = torch.float32, n: int = 45, k: int = 21, d: int = 13, device: str = "cpu"):
+    generator = torch.Generator().manual_seed(n + k + d)
+    x = torch.randn(n, d, generator=generator).to(device, dtype)
+    return x, torch.randn(k, d, generator=generator).to(device, dtype)
+
+
+def _skip_float64(name: str, dtype: torch.dtype) -> None:
+    if name == "triton" and dtype == torch.float64:
+        pytest.skip("Triton kernels take no float64 (they say so: tests/test_nearest.py)")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantized_rows_are_bit_equal_and_keep_the_layout(backend, dtype: torch.dtype):
+    name, device = backend
+    _skip_float64(name, dtype)
+    _, codebook = _data(dtype, device=device)
+    image = torch.randn(2, 13, 5, 3, generator=torch.Generator().manual_seed(0)).to(device, dtype)  # [B, D, H, W]
+    x = image.flatten(2).transpose(1, 2)  # [B, H*W, D], channels first in memory
+    out = vq.quantize(x, codebook)
+    assert out.quantized.stride() == x.stride()
+    assert out.quantized.dtype == dtype
+    assert torch.equal(out.quantized, codebook[out.codes])
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    error = (x.to(wide) - out.quantized.to(wide)).square().sum(-1)
+    torch.testing.assert_close(out.commitment_error, error, rtol=sum_tolerance(13, wide) / 13, atol=0)
+    assert torch.equal(out.commitment_error, out.codebook_error)
+
+
+def _formula_gradients(
+    x: Tensor,  # [N, D]
+    codebook: Tensor,  # [K, D]
+    codes: Tensor,  # [N]
+    g: Tensor,  # [N, D]
+    weight: Tensor,  # [N]
+    rotation: bool,
+) -> tuple[Tensor, Tensor]:  # dx [N, D], dcodebook [K, D]
+    """The gradients as the papers write them, in float64, with the D x D rotation built explicitly."""
+    x, codebook, g, weight = (t.double() for t in (x, codebook, g, weight))
+    q = codebook[codes]
+    dx = 2 * weight[:, None] * (x - q)
+    for n in range(len(x)):
+        matrix = torch.eye(x.shape[1], dtype=torch.float64)
+        if rotation:
+            u, v = x[n] / x[n].norm(), q[n] / q[n].norm()
+            w = (u + v) / (u + v).norm()
+            matrix = q[n].norm() / x[n].norm() * (matrix - 2 * torch.outer(w, w) + 2 * torch.outer(v, u))
+        dx[n] += matrix.T @ g[n]
+    return dx, torch.zeros_like(codebook).index_add_(0, codes, -2 * weight[:, None] * (x - q))
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_the_formulas(backend, dtype: torch.dtype, gradient: str):
+    name, device = backend
+    _skip_float64(name, dtype)
+    x, codebook = (t.requires_grad_() for t in _data(dtype, device=device))
+    g, weight = torch.randn(45, 13).to(dtype), torch.rand(45)
+    out = vq.quantize(x, codebook, gradient=gradient)
+    pieces = (out.quantized * g.to(device)).sum(), (out.commitment_error * weight.to(device)).sum()
+    (sum(pieces) + (out.codebook_error * weight.to(device)).sum()).backward()
+    expected = _formula_gradients(
+        x.detach().cpu(), codebook.detach().cpu(), out.codes.cpu(), g, weight, gradient == "rotation"
+    )
+    tolerance = {torch.float64: 1e-6, torch.float32: 2e-5}.get(dtype, 2.0 * torch.finfo(dtype).eps)
+    for mine, truth in zip((x.grad, codebook.grad), expected, strict=True):
+        scale = truth.norm()
+        assert (mine.cpu().double() - truth).norm() <= tolerance * scale
+
+
+def test_rotation_turns_the_token_onto_the_code():
+    """R e = q: the transpose of the gradient map applied to the token itself."""
+    x, codebook = _data(torch.float64)
+    codes, _ = vq.nearest(x, codebook)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda token: vq.quantize(token[None], codebook, gradient="rotation").quantized[0], x[0]
+    )
+    torch.testing.assert_close(jacobian @ x[0], codebook[codes[0]])
+
+
+def test_rotation_without_a_direction_falls_back(backend):
+    _, device = backend
+    codebook = torch.tensor([[0.0, 0.0], [3.0, 0.0]], device=device)
+    x = torch.tensor([[0.1, 0.0], [0.0, 0.0], [4.0, 0.0]], device=device, requires_grad=True)
+    vq.quantize(x, codebook, gradient="rotation").quantized.sum().backward()
+    assert torch.equal(x.grad[:2].cpu(), torch.ones(2, 2))  # a zero code, a zero token: straight through
+    torch.testing.assert_close(x.grad[2].cpu(), torch.tensor([0.75, 0.75]))
+
+
+def test_masked_and_non_finite_tokens(backend):
+    _, device = backend
+    x, codebook = _data(device=device)
+    x[4, 2] = float("nan")
+    x.requires_grad_()
+    mask = torch.ones(45, dtype=torch.bool, device=device)
+    mask[[0, 7]] = False
+    out = vq.quantize(x, codebook, mask=mask)
+    assert (out.codes[[0, 4, 7]] == -1).all()
+    assert (out.codes[mask][torch.arange(43) != 3] >= 0).all()
+    assert (out.quantized[[0, 7]] == 0).all()
+    assert (out.commitment_error[[0, 7]] == 0).all()
+    assert out.quantized[4].isnan().all()
+    keep = torch.ones(45, dtype=torch.bool, device=device)
+    keep[4] = False
+    (out.quantized[keep].sum() + out.commitment_error[keep].sum()).backward()
+    assert (x.grad[[0, 7]] == 0).all()
+    assert x.grad[keep].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_codebook_stats_are_counts_and_sums(backend, dtype: torch.dtype):
+    name, device = backend
+    _skip_float64(name, dtype)
+    x, _ = _data(dtype, n=300, device=device)
+    codes = torch.randint(-1, 20, (300,), generator=torch.Generator().manual_seed(1)).to(device)  # code 20 unused
+    counts, sums = vq.codebook_stats(x, codes, 21)
+    kept = codes >= 0
+    truth = torch.zeros(21, 13, dtype=torch.float64).index_add_(0, codes[kept].cpu(), x[kept].cpu().double())
+    assert torch.equal(counts.cpu().long(), torch.bincount(codes[kept].cpu(), minlength=21))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert sums.dtype == counts.dtype == wide
+    assert (sums.cpu().double() - truth).abs().max() <= sum_tolerance(300, wide, x.abs().max().item())
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+def test_codebook_stats_are_bitwise_repeatable(backend, skewed: bool):
+    _, device = backend
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(700, 6, generator=generator).to(device)
+    codes = torch.randint(0, 2 if skewed else 50, (700,), generator=generator).to(device)
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        results.append(vq.codebook_stats(x, codes, 50))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_codebook_stats_of_maps_and_of_nothing(backend):
+    _, device = backend
+    image = torch.randn(2, 3, 4, 4).to(device)
+    codes = torch.randint(0, 5, (2, 4, 4)).to(device)
+    counts, sums = vq.codebook_stats(image.permute(0, 2, 3, 1), codes, 5)
+    flat = vq.codebook_stats(image.permute(0, 2, 3, 1).contiguous(), codes, 5)
+    assert torch.equal(counts, flat[0])
+    assert torch.equal(sums, flat[1])
+    counts, sums = vq.codebook_stats(image[:0, :, 0, 0], codes[:0, 0, 0], 5)
+    assert counts.tolist() == [0] * 5
+    assert (sums == 0).all()
+    assert sums.shape == (5, 3)
+
+
+def _ema_formula(
+    state: list[Tensor], counts: Tensor, sums: Tensor, revive: Tensor, decay: float, eps: float, normalize: bool
+) -> list[Tensor]:
+    """codebook, cluster_size, embed_sum after one step, written per code in float64."""
+    codebook, size, embed = (t.double().clone() for t in state)
+    counts, sums = counts.double(), sums.double()
+
+    def unit(row: Tensor) -> Tensor:
+        return row / row.norm().clamp(min=1e-12) if normalize else row
+
+    idle = counts[~revive].sum() == 0
+    for k in range(len(counts)):
+        if revive[k]:
+            size[k], embed[k] = 2.0, unit(sums[k]) * 2.0
+        elif not idle:
+            size[k] = decay * size[k] + (1 - decay) * counts[k]
+            embed[k] = decay * embed[k] + (1 - decay) * sums[k]
+    n = size.sum()
+    for k in range(len(counts)):
+        if revive[k]:
+            codebook[k] = unit(sums[k])
+        elif not idle:
+            codebook[k] = unit(embed[k] / ((size[k] + eps) / (n + len(counts) * eps) * n))
+    return [codebook, size, embed]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("case", ["plain", "revive", "idle", "idle-revive"])
+def test_ema_update_is_the_formula(backend, case: str, normalize: bool):
+    _, device = backend
+    generator = torch.Generator().manual_seed(3)
+    codebook = torch.randn(37, 11, generator=generator)
+    size = torch.rand(37, generator=generator) * 5
+    state = [codebook, size, codebook * size[:, None]]
+    counts = torch.randint(0, 4, (37,), generator=generator).float()
+    sums = torch.randn(37, 11, generator=generator) * counts[:, None]
+    revive = torch.zeros(37, dtype=torch.bool)
+    if "idle" in case:
+        counts.zero_(), sums.zero_()
+    if "revive" in case:
+        revive[[2, 30]], counts[[2, 30]], sums[[2, 30]] = True, 1.0, torch.randn(2, 11, generator=generator)
+    expected = _ema_formula(state, counts, sums, revive, 0.9, 1e-5, normalize)
+    mine = [t.clone().to(device) for t in state]
+    vq.ema_update_(
+        *mine,
+        counts.to(device),
+        sums.to(device),
+        decay=0.9,
+        revive=revive.to(device),
+        revived_size=2.0,
+        normalize=normalize,
+    )
+    for got, truth in zip(mine, expected, strict=True):
+        torch.testing.assert_close(got.cpu().double(), truth, rtol=1e-5, atol=1e-6)
+    if case == "idle":
+        assert all(torch.equal(got.cpu(), old) for got, old in zip(mine, state, strict=True))
+
+
+def test_ema_update_in_float64(backend):
+    name, device = backend
+    _skip_float64(name, torch.float64)
+    codebook = torch.randn(5, 3, dtype=torch.float64)
+    state = [codebook, torch.ones(5, dtype=torch.float64), codebook.clone()]
+    counts, sums = torch.arange(5.0).double(), torch.randn(5, 3, dtype=torch.float64)
+    none = torch.zeros(5, dtype=torch.bool)
+    expected = _ema_formula(state, counts, sums, none, 0.99, 1e-5, False)
+    mine = [t.clone().to(device) for t in state]
+    vq.ema_update_(*mine, counts.to(device), sums.to(device), decay=0.99)
+    for got, truth in zip(mine, expected, strict=True):
+        torch.testing.assert_close(got.cpu(), truth, rtol=1e-12, atol=1e-12)
+
+
+BAD = {
+    "mask shape": (lambda x, c: vq.quantize(x, c, mask=torch.ones(3, dtype=torch.bool)), "mask: expected bool"),
+    "gradient": (lambda x, c: vq.quantize(x, c, gradient="ste"), "gradient: expected one of"),
+    "codes dtype": (lambda x, c: vq.codebook_stats(x, torch.zeros(5, dtype=torch.int32), 6), "codes: expected int64"),
+    "codes shape": (lambda x, c: vq.codebook_stats(x, torch.zeros(4, dtype=torch.int64), 6), "codes: expected int64"),
+    "codes range": (lambda x, c: vq.codebook_stats(x, torch.full((5,), 6), 6), "codes"),
+    "sums": (lambda x, c: vq.ema_update_(c, c[:, 0].clone(), c, c[:, 0].clone(), c[1:], decay=0.9), "sums: expected"),
+    "decay": (lambda x, c: vq.ema_update_(c, c[:, 0].clone(), c, c[:, 0].clone(), c, decay=1.5), "decay: expected"),
+}
+
+
+@pytest.mark.parametrize("call, message", BAD.values(), ids=BAD)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises((ValueError, RuntimeError, IndexError), match=message):
+        call(torch.randn(5, 4), torch.randn(6, 4))
+
+
+def test_lookup_inverts_nearest_and_checks_its_codes():
+    x, codebook = _data()
+    codes, _ = vq.nearest(x, codebook)
+    assert torch.equal(vq.lookup(codes, codebook), vq.quantize(x, codebook).quantized)
+    with pytest.raises(IndexError, match=r"codes: expected in \[0, 21\), got values from -1 to 20"):
+        vq.lookup(torch.tensor([-1, 20]), codebook)
+    with pytest.raises(TypeError, match="codes: expected integers"):
+        vq.lookup(torch.tensor([0.5]), codebook)

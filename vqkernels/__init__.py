@@ -1,0 +1,55 @@
+"""vqkernels: exact vector quantization in O(N + K) memory, on the fastest kernel the machine has.
+
+Names are imported on first use, so that ``vqkernels --help`` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .backends import BackendError, explain, use_backend
+    from .nn import QuantizerOutput, VectorQuantizer, defer_codebook_update
+    from .ops import Quantized, codebook_stats, ema_update_, lookup, nearest, quantize
+
+_HOMES = {
+    "backends": ("BackendError", "explain", "use_backend"),
+    "nn": ("QuantizerOutput", "VectorQuantizer", "defer_codebook_update"),
+    "ops": ("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "quantize"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BackendError",
+    "Quantized",
+    "QuantizerOutput",
+    "VectorQuantizer",
+    "__version__",
+    "codebook_stats",
+    "defer_codebook_update",
+    "ema_update_",
+    "explain",
+    "lookup",
+    "nearest",
+    "quantize",
+    "use_backend",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        # set every name of that module at once: importing the package `ops` also puts sub-modules with the
+        # same names (nearest, quantize, ...) within reach, and the functions must be what `vqkernels.x` means
+        module = importlib.import_module(f"{__name__}.{_HOME_OF[name]}")
+        globals().update({each: getattr(module, each) for each in _HOMES[_HOME_OF[name]]})
+        return globals()[name]
+    if name in ("backends", "nn", "ops", "testing", "models", "benchmarks"):
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

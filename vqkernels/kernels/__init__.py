@@ -1,0 +1,1 @@
+"""Implementations of the ops, one file a backend and op."""

@@ -1,0 +1,43 @@
+"""The table of kernels: who implements which op, and what each one can take.
+
+A kernel module ends with one ``register(...)`` per op. ``vqkernels.backends`` imports the modules and chooses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+OPS = ("nearest", "gather", "quantize_backward", "codebook_stats", "ema_update_")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of one op."""
+
+    op: str
+    backend: str
+    fn: Callable[..., Any]
+    supports: Callable[..., str | None]  # called with fn's positional arguments: None, or why not
+
+
+_TABLE: dict[tuple[str, str], Kernel] = {}
+
+
+def _anything(*_args: Any) -> None:
+    return None
+
+
+def register(op: str, backend: str, fn: Callable[..., Any], supports: Callable[..., str | None] = _anything) -> None:
+    """Enter ``fn`` as ``backend``'s implementation of ``op``; entering a pair twice is an error."""
+    if op not in OPS:
+        raise ValueError(f"op: expected one of {OPS}, got {op!r}")
+    if (op, backend) in _TABLE:
+        raise ValueError(f"{op!r} is already registered for backend {backend!r}")
+    _TABLE[op, backend] = Kernel(op, backend, fn, supports)
+
+
+def lookup_kernel(op: str, backend: str) -> Kernel | None:
+    """The registered implementation, or None where the backend has none."""
+    return _TABLE.get((op, backend))

@@ -1,0 +1,75 @@
+"""The ``vqkernels::`` namespace of logical ops, and what every op does to its arguments first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import select
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+HALF = (torch.float16, torch.bfloat16)
+_LIBRARY = torch.library.Library("vqkernels", "DEF")
+
+
+def define(schema: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Enter an op: ``fn`` runs it on CPU and CUDA tensors, ``fake`` gives shapes alone."""
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, fn, key)
+    torch.library.register_fake(f"vqkernels::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.vqkernels, name).default
+
+
+def run(op: str, *args: Any) -> Any:
+    """Call the kernel that ``backends`` chooses for these arguments."""
+    return select(op, *args)(*args)
+
+
+def as_tokens(
+    x: Tensor,  # [..., D]
+) -> Tensor:  # [B, T, D]
+    """Three dimensions, as strides over the same memory wherever that is possible."""
+    if x.dim() < 3:
+        return x.reshape(1, -1, x.shape[-1]) if x.dim() == 1 else x.unsqueeze(0)
+    return x if x.dim() == 3 else x.flatten(1, -2)
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def check_tokens(x: Tensor, codebook: Tensor) -> None:
+    """Raise with the argument's name, what was expected and what came."""
+    for name, tensor in (("x", x), ("codebook", codebook)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {tensor.dtype}")
+    if codebook.dim() != 2 or 0 in codebook.shape:
+        raise ValueError(f"codebook: expected [K, D] with K, D >= 1, got shape {list(codebook.shape)}")
+    if x.dim() < 1 or x.shape[-1] != codebook.shape[1]:
+        raise ValueError(
+            f"x: expected [..., {codebook.shape[1]}] to match codebook {list(codebook.shape)}, got {list(x.shape)}"
+        )
+    if x.device != codebook.device:
+        raise ValueError(f"codebook: expected on {x.device} like x, got {codebook.device}")
+
+
+def promoted(x: Tensor, codebook: Tensor) -> Tensor:
+    """``x`` in the codebook's dtype: the same one, or a half type (exactly) widened to float32.
+
+    Raises:
+        TypeError: any other pair of dtypes.
+    """
+    if x.dtype == codebook.dtype:
+        return x
+    if x.dtype in HALF and codebook.dtype == torch.float32:
+        return x.float()
+    raise TypeError(f"codebook: expected {x.dtype} like x (or float32 under a half-precision x), got {codebook.dtype}")

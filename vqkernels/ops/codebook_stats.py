@@ -1,0 +1,62 @@
+"""codebook_stats: how many tokens chose each code, and their sum.
+
+    counts_k = #{n : codes_n = k}      sums_k = sum of x_n over those n, always added in the same order
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._library import DTYPES, as_tokens, define, run
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _run(x: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    if not codes.is_cuda and codes.numel() and (highest := int(codes.max())) >= codebook_size:
+        raise ValueError(f"codes: expected below codebook_size {codebook_size}, got {highest}")
+    return run("codebook_stats", x, codes, codebook_size)
+
+
+def _fake(x: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
+    counts = x.new_empty((codebook_size,), dtype=_dtype(x))
+    return counts, x.new_empty((codebook_size, x.shape[-1]), dtype=_dtype(x))
+
+
+_codebook_stats = define(
+    "codebook_stats(Tensor x, Tensor codes, int codebook_size) -> (Tensor, Tensor)", _run, _fake
+)
+
+
+def codebook_stats(
+    x: Tensor,  # [..., D]
+    codes: Tensor,  # int64 [...]
+    codebook_size: int,
+) -> tuple[Tensor, Tensor]:  # counts [K], sums [K, D]
+    """Counts and sums of the tokens of each code: the statistics of an EMA codebook and of a k-means step.
+
+    Args:
+        x: tokens [..., D]; float32, float16, bfloat16 or float64; any strides.
+        codes: int64 [...] below ``codebook_size``; negative ones (padding, non-finite tokens) are left out.
+        codebook_size: K.
+
+    Returns:
+        counts [K] and sums [K, D], float32 (float64 for float64 tokens); bitwise the same on every run and for any
+        number of threads. Not differentiable.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named. A code >= K raises on CPU; on CUDA, where looking would wait
+            for the device, such a token is left out.
+    """
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
+    if codes.dtype != torch.int64 or codes.shape != x.shape[:-1] or codes.device != x.device:
+        got = f"{codes.dtype} {list(codes.shape)} on {codes.device}"
+        raise ValueError(f"codes: expected int64 {list(x.shape[:-1])} on {x.device}, got {got}")
+    if codebook_size < 1:
+        raise ValueError(f"codebook_size: expected >= 1, got {codebook_size}")
+    tokens = as_tokens(x.detach())
+    return _codebook_stats(tokens, codes.reshape(tokens.shape[:2]), codebook_size)

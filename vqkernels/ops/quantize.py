@@ -1,0 +1,194 @@
+"""quantize: search, lookup, squared errors, and the gradients that train a codebook and its encoder.
+
+    codes_n = nearest(x_n),  q_n = c[codes_n],  error_n = |x_n - q_n|^2
+
+    straight-through   dx_n = dq_n                                     (van den Oord et al. 2017, sec. 3.2)
+    rotation trick     dx_n = lam (dq - 2 (dq.w) w + 2 (dq.v) u)       (Fifty et al. 2024, sec. 4.2)
+    commitment error   dx_n += 2 derror_n (x_n - q_n)                  codebook error   dc_k = -sum_n 2 derror_n (x_n - q_n)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._library import as_tokens, check_choice, check_tokens, define, promoted, run
+from .codebook_stats import codebook_stats
+from .nearest import METRICS, PRECISIONS
+
+GRADIENTS = ("straight_through", "rotation")
+
+
+class Quantized(NamedTuple):
+    """What ``quantize`` returns; shapes follow x [..., D]."""
+
+    quantized: Tensor  # [..., D] x's dtype and layout
+    codes: Tensor  # int64 [...]
+    commitment_error: Tensor  # [...] |x - sg(c)|^2: its gradient reaches x alone
+    codebook_error: Tensor  # [...] |sg(x) - c|^2: its gradient reaches the codebook alone
+
+
+def _error_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _run(
+    x: Tensor,  # [B, T, D]
+    codebook: Tensor,  # [K, D]
+    mask: Tensor | None,  # bool [B, T]
+    metric: str,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # quantized [B, T, D], codes [B, T], error [B, T]
+    codes, _ = run("nearest", x, codebook, metric, precision)
+    if mask is None:
+        quantized, error = run("gather", x, codebook, codes)
+        return quantized, codes, error
+    out = ~mask
+    codes.masked_fill_(out, -1)
+    quantized, error = run("gather", x, codebook, codes)
+    return quantized.masked_fill_(out[..., None], 0), codes, error.masked_fill_(out, 0)
+
+
+def _fake(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = x.shape[:2]
+    return torch.empty_like(x), x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=_error_dtype(x))
+
+
+_quantize = define(
+    "quantize(Tensor x, Tensor codebook, Tensor? mask, str metric, str precision) -> (Tensor, Tensor, Tensor)",
+    _run,
+    _fake,
+)
+
+
+def _run_backward(
+    x: Tensor,  # [B, T, D]
+    quantized: Tensor,  # [B, T, D]
+    codes: Tensor,  # [B, T]
+    dquantized: Tensor,  # [B, T, D]
+    derror: Tensor,  # [B, T]
+    rotation: bool,
+) -> Tensor:  # dx [B, T, D]
+    return run("quantize_backward", x, quantized, codes, dquantized, derror, rotation)
+
+
+def _fake_backward(
+    x: Tensor, quantized: Tensor, codes: Tensor, dquantized: Tensor, derror: Tensor, rotation: bool
+) -> Tensor:
+    return torch.empty_like(x)
+
+
+_quantize_backward = define(
+    "quantize_backward(Tensor x, Tensor quantized, Tensor codes, Tensor dquantized, Tensor derror, bool rotation)"
+    " -> Tensor",
+    _run_backward,
+    _fake_backward,
+)
+
+
+class _Quantize(torch.autograd.Function):
+    """Saves x, quantized and codes: O(N D), never an [N, K] array, and nothing an EMA update could overwrite."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [B, T, D]
+        codebook: Tensor,  # [K, D]
+        mask: Tensor | None,  # bool [B, T]
+        metric: str,
+        precision: str,
+        rotation: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        quantized, codes, error = _quantize(x, codebook, mask, metric, precision)
+        ctx.save_for_backward(x, quantized, codes, mask)
+        ctx.rotation, ctx.codebook_size = rotation, codebook.shape[0]
+        ctx.mark_non_differentiable(codes)
+        ctx.set_materialize_grads(False)
+        return quantized, codes, error, error.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        dquantized: Tensor | None,  # [B, T, D]
+        _dcodes: None,
+        dcommitment: Tensor | None,  # [B, T]
+        dcodebook_error: Tensor | None,  # [B, T]
+    ) -> tuple[Tensor | None, ...]:
+        x, quantized, codes, mask = ctx.saved_tensors
+        dx = dcodebook = None
+        if ctx.needs_input_grad[0] and not (dquantized is None and dcommitment is None):
+            dquantized = torch.zeros_like(x) if dquantized is None else dquantized
+            derror = x.new_zeros(codes.shape, dtype=_error_dtype(x)) if dcommitment is None else dcommitment
+            dx = _quantize_backward(x, quantized, codes, dquantized.to(x.dtype), derror, ctx.rotation)
+            if mask is not None:
+                dx = dx.masked_fill(~mask[..., None], 0)
+        if ctx.needs_input_grad[1] and dcodebook_error is not None:
+            dcodebook = _codebook_gradient(x, quantized, codes, dcodebook_error, ctx.codebook_size)
+        return dx, dcodebook, None, None, None, None
+
+
+def _codebook_gradient(
+    x: Tensor,  # [B, T, D]
+    quantized: Tensor,  # [B, T, D]
+    codes: Tensor,  # [B, T]
+    derror: Tensor,  # [B, T]
+    codebook_size: int,
+) -> Tensor:  # [K, D]
+    """-sum over a code's tokens of 2 derror (x - q), in token order."""
+    wide = _error_dtype(x)
+    pull = (quantized.to(wide) - x.to(wide)) * (2 * derror[..., None])
+    return codebook_stats(pull, codes, codebook_size)[1].to(x.dtype)
+
+
+def quantize(
+    x: Tensor,  # [..., D]
+    codebook: Tensor,  # [K, D]
+    *,
+    metric: str = "euclidean",
+    precision: str = "exact",
+    gradient: str = "straight_through",
+    mask: Tensor | None = None,  # bool [...]
+) -> Quantized:
+    """Replace every token by its nearest code, differentiably.
+
+    Args:
+        x: tokens [..., D]; float32, float16, bfloat16 or float64; any strides, kept by ``quantized``.
+        codebook: codes [K, D] in x's dtype (or float32 under a half-precision x); finite.
+        metric, precision: how the code is chosen, see ``nearest``; the errors are squared euclidean either way.
+        gradient: "straight_through" or "rotation", the gradient that ``quantized`` passes to x.
+        mask: bool [...], False where a token is padding: code -1, quantized 0, errors 0, no gradient.
+
+    Returns:
+        Quantized(quantized, codes, commitment_error, codebook_error). Rows of ``quantized`` are bit-equal to the
+        codebook's (rounded once where x is of a narrower dtype). A token with NaN or Inf has code -1, and its
+        quantized row and errors are NaN. The errors are float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: a bad argument, named; see ``nearest`` for a non-finite codebook.
+    """
+    check_choice("metric", metric, METRICS)
+    check_choice("precision", precision, PRECISIONS)
+    check_choice("gradient", gradient, GRADIENTS)
+    check_tokens(x, codebook)
+    if mask is not None:
+        _check_mask(mask, x)
+        mask = as_tokens(mask[..., None])[..., 0]  # [B, T]
+    tokens = as_tokens(promoted(x, codebook))  # [B, T, D]
+    out = _Quantize.apply(tokens, codebook, mask, metric, precision, gradient == "rotation")
+    shape = x.shape[:-1]
+    quantized = out[0].to(x.dtype).view(x.shape) if x.dim() <= 3 else out[0].to(x.dtype).unflatten(1, x.shape[1:-1])
+    return Quantized(quantized, *(value.view(shape) for value in out[1:]))
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> None:
+    if mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
+        expected = f"bool {list(x.shape[:-1])}"
+        raise ValueError(f"mask: expected {expected}, got {mask.dtype} {list(mask.shape)}")
+    if mask.device != x.device:
+        raise ValueError(f"mask: expected on {x.device} like x, got {mask.device}")
