@@ -25,9 +25,9 @@ def _prebuilt() -> dict:
     """The C++ extension as part of the wheel; needs torch at build time (--no-build-isolation)."""
     if os.environ.get("VQKERNELS_PREBUILD") != "1":
         return {}
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-
     import importlib.util
+
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     spec = importlib.util.spec_from_file_location("_extension", "vqkernels/_extension.py")
     extension = importlib.util.module_from_spec(spec)

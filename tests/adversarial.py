@@ -1,4 +1,4 @@
-"""Inputs on which a nearest-code search goes wrong, and the true answer to each, computed without any of our kernels."""
+"""Inputs on which a nearest-code search goes wrong, and the true answers, computed without any of our kernels."""
 
 from __future__ import annotations
 
@@ -35,10 +35,17 @@ def _rand(*shape: int, seed: int) -> Tensor:
 
 def ragged_cases() -> list[Case]:
     """Plain gaussian data at sizes that fit no tile."""
-    sizes = [(1, 1, 1), (5, 2, 1), (17, 33, 3), (70, 65, 8), (33, 129, 18), (19, 300, 100), (7, 67, 257), (0, 5, 4)]
-    return [
-        Case(f"gauss-{n}x{k}x{d}", _randn(n, d, seed=n), _randn(k, d, seed=1000 + k)) for n, k, d in sizes
+    sizes = [
+        (1, 1, 1),
+        (5, 2, 1),
+        (17, 33, 3),
+        (70, 65, 8),
+        (33, 129, 18),
+        (19, 300, 100),
+        (7, 67, 257),
+        (0, 5, 4),
     ]
+    return [Case(f"gauss-{n}x{k}x{d}", _randn(n, d, seed=n), _randn(k, d, seed=1000 + k)) for n, k, d in sizes]
 
 
 def dtype_cases() -> list[Case]:
@@ -65,7 +72,11 @@ def tie_cases() -> list[Case]:
         Case("permutations-from-constant", torch.full((9, 16), 0.3) * torch.arange(1, 10)[:, None], permuted),
         Case("mirrored-codes", x_mirror, c_mirror),
         Case("tokens-are-codes", base, base.flip(0).repeat(3, 1)),
-        Case("signed-zeros", torch.zeros(3, 4), torch.tensor([[1.0, 0, 0, 0], [-0.0, 0, -0.0, 0], [0.0, 0, 0, 0]])),
+        Case(
+            "signed-zeros",
+            torch.zeros(3, 4),
+            torch.tensor([[1.0, 0, 0, 0], [-0.0, 0, -0.0, 0], [0.0, 0, 0, 0]]),
+        ),
     ]
 
 
@@ -175,7 +186,10 @@ def _float32(value: Fraction) -> np.float32:
 
 
 def _squared_distance(token: np.ndarray, code: np.ndarray) -> Fraction:
-    return sum(((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(token.tolist(), code.tolist(), strict=True)), Fraction(0))
+    return sum(
+        ((Fraction(a) - Fraction(b)) ** 2 for a, b in zip(token.tolist(), code.tolist(), strict=True)),
+        Fraction(0),
+    )
 
 
 def _decide_euclidean(token: np.ndarray, codebook: np.ndarray) -> tuple[int, np.float32]:

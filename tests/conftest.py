@@ -16,7 +16,12 @@ from requirements import skip_or_fail  # noqa: E402
 import vqkernels as vq  # noqa: E402
 from vqkernels.backends import candidates  # noqa: E402
 
-RUNS = [("reference", "cpu"), ("compiled", "cpu"), ("triton", "cuda" if HAS_CUDA else "cpu"), ("compiled", "cuda")]
+RUNS = [
+    ("reference", "cpu"),
+    ("compiled", "cpu"),
+    ("triton", "cuda" if HAS_CUDA else "cpu"),
+    ("compiled", "cuda"),
+]
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: f"{run[0]}-{run[1]}")

@@ -8,7 +8,7 @@ import pytest
 
 
 def skip_or_fail(name: str, reason: str) -> None:
-    """Skip the test because ``name`` is missing; fail it where VQKERNELS_REQUIRE (comma separated) asks for ``name``."""
+    """Skip because ``name`` is missing; fail where VQKERNELS_REQUIRE (comma separated) asks for ``name``."""
     if name in os.environ.get("VQKERNELS_REQUIRE", "").replace(" ", "").split(","):
         pytest.fail(f"VQKERNELS_REQUIRE={name}: {reason}", pytrace=False)
     pytest.skip(reason)

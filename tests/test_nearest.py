@@ -33,7 +33,7 @@ def test_codes_and_distances_are_the_true_ones(backend, metric: str, case: Case)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("pieces", [1, 3])
 def test_codes_do_not_depend_on_threads_or_batch_split(backend, threads: int, pieces: int):
-    name, device = backend
+    _name, device = backend
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(301, 18, generator=generator)
@@ -96,7 +96,7 @@ def test_fast_is_near_and_obeys_the_same_rules(backend, metric: str):
 
 
 def test_non_finite_codebook_is_reported(backend):
-    name, device = backend
+    _name, device = backend
     codebook = torch.randn(9, 4, device=device)
     codebook[3, 2] = float("nan")
     x = torch.randn(5, 4, device=device)
@@ -110,19 +110,31 @@ def test_non_finite_codebook_is_reported(backend):
 
 
 BAD = {
-    "wrong dim": (lambda x, c: vq.nearest(x[:, :3], c), ValueError, r"x: expected \[\.\.\., 4\].*got \[5, 3\]"),
+    "wrong dim": (
+        lambda x, c: vq.nearest(x[:, :3], c),
+        ValueError,
+        r"x: expected \[\.\.\., 4\].*got \[5, 3\]",
+    ),
     "rank": (lambda x, c: vq.nearest(x, c[0]), ValueError, r"codebook: expected \[K, D\].*got shape \[4\]"),
     "no codes": (lambda x, c: vq.nearest(x, c[:0]), ValueError, "codebook: expected"),
-    "dtype pair": (lambda x, c: vq.nearest(x, c.half()), TypeError, "codebook: expected torch.float32 like x"),
+    "dtype pair": (
+        lambda x, c: vq.nearest(x, c.half()),
+        TypeError,
+        "codebook: expected torch.float32 like x",
+    ),
     "integers": (lambda x, c: vq.nearest(x.long(), c), TypeError, "x: expected float32.*got torch.int64"),
-    "device": (lambda x, c: vq.nearest(x, c.to("meta")), ValueError, "codebook: expected on cpu like x, got meta"),
+    "device": (
+        lambda x, c: vq.nearest(x, c.to("meta")),
+        ValueError,
+        "codebook: expected on cpu like x, got meta",
+    ),
     "metric": (lambda x, c: vq.nearest(x, c, metric="l1"), ValueError, "metric: expected one of .*got 'l1'"),
     "precision": (lambda x, c: vq.nearest(x, c, precision="tf32"), ValueError, "precision: expected one of"),
     "not a tensor": (lambda x, c: vq.nearest([1.0], c), TypeError, "x: expected a torch.Tensor, got list"),
 }
 
 
-@pytest.mark.parametrize("call, error, message", BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("call", "error", "message"), BAD.values(), ids=BAD)
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call(torch.randn(5, 4), torch.randn(6, 4))
@@ -130,7 +142,7 @@ def test_bad_arguments_are_named(call, error, message):
 
 def test_offsets_past_two_to_the_31(backend):
     """Three tokens 2^30 elements apart: the last one lies past what 32 bits can address."""
-    name, device = backend
+    _name, device = backend
     stride = 2**30 + 4
     memory = torch.empty(2 * stride + 8, device=device)  # 8.6 GB of address space, of which three pages are touched
     x = memory.as_strided((3, 1, 8), (stride, 8, 1))

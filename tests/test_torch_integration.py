@@ -25,7 +25,18 @@ def _ops():
         "codebook_stats": (ops.codebook_stats.default, (x, codes, 7)),
         "ema_update_": (
             ops.ema_update_.default,
-            (codebook.clone(), size, codebook.clone(), size.clone(), codebook.clone(), revive, 0.9, 1e-5, 1.0, False),
+            (
+                codebook.clone(),
+                size,
+                codebook.clone(),
+                size.clone(),
+                codebook.clone(),
+                revive,
+                0.9,
+                1e-5,
+                1.0,
+                False,
+            ),
         ),
     }
 
@@ -99,4 +110,3 @@ def test_autocast_keeps_precision_and_dtype():
     assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
     assert half.quantized.dtype == torch.bfloat16
     assert torch.equal(half.quantized, codebook[half.codes].bfloat16())
-

@@ -163,7 +163,13 @@ def test_codebook_stats_of_maps_and_of_nothing(backend):
 
 
 def _ema_formula(
-    state: list[Tensor], counts: Tensor, sums: Tensor, revive: Tensor, decay: float, eps: float, normalize: bool
+    state: list[Tensor],
+    counts: Tensor,
+    sums: Tensor,
+    revive: Tensor,
+    decay: float,
+    eps: float,
+    normalize: bool,
 ) -> list[Tensor]:
     """codebook, cluster_size, embed_sum after one step, written per code in float64."""
     codebook, size, embed = (t.double().clone() for t in state)
@@ -235,17 +241,32 @@ def test_ema_update_in_float64(backend):
 
 
 BAD = {
-    "mask shape": (lambda x, c: vq.quantize(x, c, mask=torch.ones(3, dtype=torch.bool)), "mask: expected bool"),
+    "mask shape": (
+        lambda x, c: vq.quantize(x, c, mask=torch.ones(3, dtype=torch.bool)),
+        "mask: expected bool",
+    ),
     "gradient": (lambda x, c: vq.quantize(x, c, gradient="ste"), "gradient: expected one of"),
-    "codes dtype": (lambda x, c: vq.codebook_stats(x, torch.zeros(5, dtype=torch.int32), 6), "codes: expected int64"),
-    "codes shape": (lambda x, c: vq.codebook_stats(x, torch.zeros(4, dtype=torch.int64), 6), "codes: expected int64"),
+    "codes dtype": (
+        lambda x, c: vq.codebook_stats(x, torch.zeros(5, dtype=torch.int32), 6),
+        "codes: expected int64",
+    ),
+    "codes shape": (
+        lambda x, c: vq.codebook_stats(x, torch.zeros(4, dtype=torch.int64), 6),
+        "codes: expected int64",
+    ),
     "codes range": (lambda x, c: vq.codebook_stats(x, torch.full((5,), 6), 6), "codes"),
-    "sums": (lambda x, c: vq.ema_update_(c, c[:, 0].clone(), c, c[:, 0].clone(), c[1:], decay=0.9), "sums: expected"),
-    "decay": (lambda x, c: vq.ema_update_(c, c[:, 0].clone(), c, c[:, 0].clone(), c, decay=1.5), "decay: expected"),
+    "sums": (
+        lambda x, c: vq.ema_update_(c, c[:, 0].clone(), c, c[:, 0].clone(), c[1:], decay=0.9),
+        "sums: expected",
+    ),
+    "decay": (
+        lambda x, c: vq.ema_update_(c, c[:, 0].clone(), c, c[:, 0].clone(), c, decay=1.5),
+        "decay: expected",
+    ),
 }
 
 
-@pytest.mark.parametrize("call, message", BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)
 def test_bad_arguments_are_named(call, message):
     with pytest.raises((ValueError, RuntimeError, IndexError), match=message):
         call(torch.randn(5, 4), torch.randn(6, 4))

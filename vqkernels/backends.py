@@ -13,7 +13,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -45,7 +45,7 @@ class Candidate:
     reason: str | None  # None: it can run
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(backend: str) -> str | None:
     """Import the backend's kernels; None, or why they cannot be had."""
     if backend == "triton" and importlib.util.find_spec("triton") is None:
@@ -130,7 +130,7 @@ def explain(op: str, *args: Any) -> str:
     return f"{op} ({cause})\n{_listing(rows, able[0] if able else None)}"
 
 
-class use_backend:  # noqa: N801  a function to its callers, a context manager to `with`
+class use_backend:
     """Run every op on ``name`` from now on, or inside ``with use_backend(name):``; None returns to automatic choice.
 
     Raises:
@@ -148,6 +148,8 @@ class use_backend:  # noqa: N801  a function to its callers, a context manager t
     def __enter__(self) -> use_backend:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         global _requested
         _requested = self._previous

@@ -1,4 +1,4 @@
-"""Comparisons for your own tests: codes that may differ only where they tie, tolerances that follow from the arithmetic."""
+"""Comparisons for your own tests: codes that may differ only where they tie, derived tolerances."""
 
 from __future__ import annotations
 
@@ -66,5 +66,5 @@ def assert_codes_nearest(
 
 
 def sum_tolerance(terms: int, dtype: torch.dtype, magnitude: float = 1.0) -> float:
-    """Largest error of a sum of ``terms`` products of size <= ``magnitude`` in ``dtype``, any order (Higham 2002, 3.5)."""
+    """Largest error of a sum of ``terms`` products of size ``magnitude`` at most, in any order (Higham 2002, 3.5)."""
     return (terms + 2) * UNIT[dtype] * terms * magnitude

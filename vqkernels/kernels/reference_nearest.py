@@ -3,8 +3,8 @@
     euclidean   codes[n] = argmin_k |x_n - c_k|^2     over real numbers, lowest index on ties
     cosine      codes[n] = argmax_k cos(x_n, c_k)     cosines within 2^-90 of the largest tie, lowest index
 
-float64 scores of a block of tokens against all codes find the candidates that rounding cannot rule out; each survivor is
-scored again term by term; what float64 still cannot separate is decided by integers that hold every product exactly.
+float64 scores of a block of tokens against all codes find the candidates that rounding cannot rule out; each survivor
+is scored again term by term; what float64 still cannot separate is decided by integers that hold every product exactly.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cmp_to_key
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from .registry import register
 UNIT = 2.0**-53  # float64 unit roundoff
 BLOCK_SCORES = 1 << 20  # scores held at once: 8 MiB of float64, whatever N and K
 SAFE_LOW, SAFE_HIGH = 2.0**-960, 2.0**960  # squares inside neither lose bits to underflow nor overflow
-TIE_COSINE = 2.0**-90
 
 
 def nearest(
@@ -132,7 +132,7 @@ def _decide_euclidean(
     best = torch.full_like(low[:, 0], math.inf).scatter_reduce(0, row, direct, "amin")  # [n]
     slack = 1 + 4 * (block.shape[1] + 4) * UNIT
     keep = (direct <= best[row] * slack) | (best[row] < SAFE_LOW) | ~(best[row] < SAFE_HIGH)
-    return _lowest_of(block, book, row[keep], code[keep], _closer)
+    return _lowest_of(block, book, row[keep], code[keep], _Closer)
 
 
 def _direct_distances(
@@ -158,7 +158,7 @@ def _decide_cosine(
     cosines = unit_block @ unit_book.T  # [n, K]
     bound = 4 * (block.shape[1] + 8) * UNIT
     row, code = (cosines >= cosines.amax(1, keepdim=True) - bound).nonzero(as_tuple=True)
-    return _lowest_of(block, book, row, code, _more_parallel)
+    return _lowest_of(block, book, row, code, _MoreParallel)
 
 
 def _lowest_of(
@@ -166,7 +166,7 @@ def _lowest_of(
     book: Tensor,  # [K, D] float64
     row: Tensor,  # [P] int64, ascending
     code: Tensor,  # [P] int64, ascending within a row
-    compare,  # (token, code_i, code_j) -> negative where i wins, 0 on a tie
+    measure: type[_Closer] | type[_MoreParallel],
 ) -> Tensor:  # [n] int64
     """The best candidate of every row; rows with one candidate cost nothing more."""
     n = block.shape[0]
@@ -175,7 +175,7 @@ def _lowest_of(
     codes = code[first.clamp(max=max(code.shape[0] - 1, 0))]
     for token in (count > 1).nonzero()[:, 0].tolist():
         candidates = code[first[token] : first[token] + count[token]]
-        codes[token] = _best_candidate(block[token], book, candidates.tolist(), compare)
+        codes[token] = _best_candidate(block[token], book, candidates.tolist(), measure)
     return codes
 
 
@@ -184,29 +184,17 @@ def _integers(values: Tensor) -> list[int]:  # [D] float64 -> integers in units 
     return [numerator << (1075 - denominator.bit_length()) for numerator, denominator in ratios]
 
 
-def _best_candidate(token: Tensor, book: Tensor, candidates: list[int], compare) -> int:
-    """Exact comparison of distinct candidate codes, in index order."""
-    exact: dict[tuple[int, ...], int] = {}
-    for k in candidates:
-        exact.setdefault(tuple(_integers(book[k])), k)  # an equal code of higher index can never win
-    if len(exact) == 1:
-        return next(iter(exact.values()))
-    target = _integers(token)
-    by_key = {k: compare(target, code) for code, k in exact.items()}
-    return min(by_key, key=cmp_to_key(lambda i, j: by_key[i].against(by_key[j]) or i - j))
-
-
-class _closer:
+class _Closer:
     """Squared distance as an integer in units of 2^-2148."""
 
     def __init__(self, token: list[int], code: tuple[int, ...]) -> None:
         self.value = sum((a - b) ** 2 for a, b in zip(token, code, strict=True))
 
-    def against(self, other: _closer) -> int:
+    def against(self, other: _Closer) -> int:
         return (self.value > other.value) - (self.value < other.value)
 
 
-class _more_parallel:
+class _MoreParallel:
     """Cosine as an exact ratio sign(dot) dot^2 / (|x|^2 |c|^2)."""
 
     def __init__(self, token: list[int], code: tuple[int, ...]) -> None:
@@ -214,13 +202,31 @@ class _more_parallel:
         self.square = dot * abs(dot)
         self.norms = sum(a * a for a in token) * sum(b * b for b in code) or 1
 
-    def against(self, other: _more_parallel) -> int:
+    def against(self, other: _MoreParallel) -> int:
         mine, theirs = self.square * other.norms, other.square * self.norms
-        largest = max(abs(mine), abs(theirs))
-        # |cos_i - cos_j| <= 2^-90  <=>  the squares differ by at most 2^-90 times the sum of the cosines' sizes
-        if abs(mine - theirs) << 89 <= largest:
+        # |cos_i - cos_j| <= 2^-90 where the squares differ by at most 2^-89 of the larger one
+        if abs(mine - theirs) << 89 <= max(abs(mine), abs(theirs)):
             return 0
         return -1 if mine > theirs else 1
+
+
+def _best_candidate(
+    token: Tensor,  # [D] float64
+    book: Tensor,  # [K, D] float64
+    candidates: list[int],
+    measure: type[_Closer] | type[_MoreParallel],
+) -> int:
+    """Exact comparison of distinct candidate codes, in index order."""
+    distinct: dict[tuple[int, ...], int] = {}
+    for k in candidates:
+        distinct.setdefault(tuple(_integers(book[k])), k)  # an equal code of higher index can never win
+    target = _integers(token)
+    exact: dict[int, Any] = {k: measure(target, code) for code, k in distinct.items()}
+
+    def order(i: int, j: int) -> int:
+        return exact[i].against(exact[j]) or i - j
+
+    return min(exact, key=cmp_to_key(order)) if len(exact) > 1 else next(iter(exact))
 
 
 register("nearest", "reference", nearest)

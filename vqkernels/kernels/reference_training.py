@@ -1,9 +1,9 @@
 """The training ops in plain torch, as their formulas read.
 
-    gather              q_n = c[codes_n],  error_n = |x_n - q_n|^2
-    quantize_backward   straight-through or rotation-trick gradient of q with respect to x, plus that of the error
-    codebook_stats      counts_k = #{n: codes_n = k},  sums_k = sum of those x_n
-    ema_update_         decayed statistics, Laplace smoothing, revival
+gather              q_n = c[codes_n],  error_n = |x_n - q_n|^2
+quantize_backward   straight-through or rotation-trick gradient of q with respect to x, plus that of the error
+codebook_stats      counts_k = #{n: codes_n = k},  sums_k = sum of those x_n
+ema_update_         decayed statistics, Laplace smoothing, revival
 """
 
 from __future__ import annotations

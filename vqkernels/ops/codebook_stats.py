@@ -1,6 +1,6 @@
 """codebook_stats: how many tokens chose each code, and their sum.
 
-    counts_k = #{n : codes_n = k}      sums_k = sum of x_n over those n, always added in the same order
+counts_k = #{n : codes_n = k}      sums_k = sum of x_n over those n, always added in the same order
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ def _fake(x: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]
     return counts, x.new_empty((codebook_size, x.shape[-1]), dtype=_dtype(x))
 
 
-_codebook_stats = define(
-    "codebook_stats(Tensor x, Tensor codes, int codebook_size) -> (Tensor, Tensor)", _run, _fake
-)
+_codebook_stats = define("codebook_stats(Tensor x, Tensor codes, int codebook_size) -> (Tensor, Tensor)", _run, _fake)
 
 
 def codebook_stats(

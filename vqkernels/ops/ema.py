@@ -86,9 +86,7 @@ def ema_update_(
 
 def _check(codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor, counts: Tensor, sums: Tensor) -> None:
     if codebook.dim() != 2 or codebook.dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"codebook: expected float32 or float64 [K, D], got {codebook.dtype} {list(codebook.shape)}"
-        )
+        raise ValueError(f"codebook: expected float32 or float64 [K, D], got {codebook.dtype} {list(codebook.shape)}")
     rows, matrix = codebook.shape[:1], codebook.shape
     named = (("cluster_size", cluster_size, rows), ("embed_sum", embed_sum, matrix), ("counts", counts, rows))
     for name, tensor, shape in (*named, ("sums", sums, matrix), ("codebook", codebook, matrix)):

@@ -1,7 +1,7 @@
 """nearest: the index of the true nearest code of every token.
 
-    euclidean   codes[n] = argmin_k |x_n - c_k|^2,   distance[n] = min_k |x_n - c_k|^2
-    cosine      codes[n] = argmax_k cos(x_n, c_k),   distance[n] = 1 - max_k cos(x_n, c_k)
+euclidean   codes[n] = argmin_k |x_n - c_k|^2,   distance[n] = min_k |x_n - c_k|^2
+cosine      codes[n] = argmax_k cos(x_n, c_k),   distance[n] = 1 - max_k cos(x_n, c_k)
 """
 
 from __future__ import annotations

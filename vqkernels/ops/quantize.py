@@ -1,10 +1,10 @@
 """quantize: search, lookup, squared errors, and the gradients that train a codebook and its encoder.
 
-    codes_n = nearest(x_n),  q_n = c[codes_n],  error_n = |x_n - q_n|^2
+codes_n = nearest(x_n),  q_n = c[codes_n],  error_n = |x_n - q_n|^2
 
-    straight-through   dx_n = dq_n                                     (van den Oord et al. 2017, sec. 3.2)
-    rotation trick     dx_n = lam (dq - 2 (dq.w) w + 2 (dq.v) u)       (Fifty et al. 2024, sec. 4.2)
-    commitment error   dx_n += 2 derror_n (x_n - q_n)                  codebook error   dc_k = -sum_n 2 derror_n (x_n - q_n)
+straight-through   dx_n = dq_n                                     (van den Oord et al. 2017, sec. 3.2)
+rotation trick     dx_n = lam (dq - 2 (dq.w) w + 2 (dq.v) u)       (Fifty et al. 2024, sec. 4.2)
+commitment error   dx_n += 2 derror_n (x_n - q_n)                  codebook error   dc_k = -sum_n 2 derror_n (x_n - q_n)
 """
 
 from __future__ import annotations
@@ -56,7 +56,11 @@ def _fake(
     x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, precision: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = x.shape[:2]
-    return torch.empty_like(x), x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=_error_dtype(x))
+    return (
+        torch.empty_like(x),
+        x.new_empty(shape, dtype=torch.int64),
+        x.new_empty(shape, dtype=_error_dtype(x)),
+    )
 
 
 _quantize = define(
