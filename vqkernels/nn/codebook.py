@@ -1,0 +1,312 @@
+"""A codebook and how it learns: the state that every quantizer module keeps, apart from layout and losses.
+
+EMA in two halves, so that the codes of a forward belong to the codebook that its backward still sees:
+
+    training forward   adds the batch's counts and sums, summed over ranks, to the pending statistics
+    later, locally     applies them: at the start of the next training forward, when the module is switched to eval,
+                       when its state_dict is taken, or at update_codebook()
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops._library import HALF, check_choice
+from ..ops.nearest import METRICS, PRECISIONS
+from .distributed import all_reduce_packed, rank_and_world
+from .kmeans import ITERATIONS, initialize_, kmeans_
+from .normalize import l2_normalize
+from .statistics import (
+    NEVER,
+    apply_pending,
+    apply_pending_,
+    collect_,
+    count_codes,
+    observe_,
+    synchronize_,
+    usage_and_perplexity,
+)
+
+UPDATES = ("ema", "gradient")
+_PENDING = ("pending_counts", "pending_sums", "pending_revive")
+_GRACE = 2.0  # a revived code starts at this many thresholds: 69 steps without a token at ema_decay=0.99
+
+
+@dataclass(frozen=True)
+class CodebookOptions:
+    """How a codebook measures and learns. To change one while training, assign ``dataclasses.replace(...)``."""
+
+    metric: str = "euclidean"
+    update: str = "ema"
+    ema_decay: float = 0.99
+    eps: float = 1e-5
+    dead_code_threshold: float = 0.0
+    kmeans_init: bool = False
+    usage_window: int = 100
+    precision: str = "exact"
+
+    def __post_init__(self) -> None:
+        check_choice("metric", self.metric, METRICS)
+        check_choice("update", self.update, UPDATES)
+        check_choice("precision", self.precision, PRECISIONS)
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: expected in [0, 1), got {self.ema_decay}")
+        if not self.eps > 0:
+            raise ValueError(f"eps: expected > 0, got {self.eps}")
+        if not self.dead_code_threshold >= 0:
+            raise ValueError(f"dead_code_threshold: expected >= 0, got {self.dead_code_threshold}")
+        if self.dead_code_threshold > 0 and self.update == "gradient":
+            got = f"{self.dead_code_threshold} with update='gradient'"
+            raise ValueError(f"dead_code_threshold: expected 0 unless update='ema' (revival needs EMA), got {got}")
+        check_positive("usage_window", self.usage_window)
+
+    @property
+    def revived_size(self) -> float:
+        """Cluster size that a revived code starts with."""
+        return _GRACE * self.dead_code_threshold if self.dead_code_threshold else 1.0
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raise ValueError unless ``value`` is an integer >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+
+class Codebook(nn.Module):
+    """Base of the quantizer modules: holds the codebook and its statistics.
+
+    ``codebook`` is a buffer with update="ema" and a Parameter with update="gradient". Floating point state stays
+    float32 under ``.half()`` and ``.bfloat16()`` (``.double()`` widens it).
+    """
+
+    codebook: Tensor  # [K, D]
+    cluster_size: Tensor  # [K] decayed tokens per step and code
+    embed_sum: Tensor  # [K, D] decayed sums of tokens
+    pending_counts: Tensor  # [K] collected, not yet applied; not in the state_dict, which applies them first
+    pending_sums: Tensor  # [K, D]
+    pending_revive: Tensor  # bool [K] codes whose pending sum is one token to restart from
+    window_counts: Tensor  # [K] exponentially windowed counts
+    last_used: Tensor  # int64 [K] step of the last token
+    step: Tensor  # int64 [] training forwards so far
+    seed: Tensor  # int64 [] of the draws for revival and k-means
+    initialized: Tensor  # bool [] whether k-means has run
+
+    def __init__(self, codebook_size: int, codebook_dim: int, options: CodebookOptions) -> None:
+        super().__init__()
+        check_positive("codebook_size", codebook_size)
+        check_positive("codebook_dim", codebook_dim)
+        self.codebook_size = codebook_size
+        self.codebook_dim = codebook_dim
+        self.options = options
+        self._deferring = 0  # how many defer_codebook_update blocks are open
+        self._started = False  # whether the first training forward has done what only it does
+        rows = self._random_rows()
+        if options.update == "gradient":
+            self.codebook = nn.Parameter(rows)
+        else:
+            self.register_buffer("codebook", rows)
+            self._register_ema(rows)
+        self.register_buffer("window_counts", torch.zeros(codebook_size))
+        self.register_buffer("last_used", torch.full((codebook_size,), NEVER))
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("seed", torch.randint(2**31, ()))
+        self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+
+    def _random_rows(self) -> Tensor:  # [K, D]
+        # of length about 1: of U(-1/K, 1/K), N(0, 0.01), N(0, 1/D) and N(0, 1), this one used the most codes after
+        # 250 steps of a small autoencoder at D=8, and was among the equals at D=64 (k-means and revival beat them all)
+        rows = torch.randn(self.codebook_size, self.codebook_dim)
+        return l2_normalize(rows) if self.options.metric == "cosine" else rows * self.codebook_dim**-0.5
+
+    def _register_ema(self, rows: Tensor) -> None:
+        size = self._first_size()
+        self.register_buffer("cluster_size", torch.full((self.codebook_size,), size))
+        self.register_buffer("embed_sum", rows * size)
+        self.register_buffer("pending_counts", torch.zeros(self.codebook_size), persistent=False)
+        self.register_buffer("pending_sums", torch.zeros_like(rows), persistent=False)
+        revive = torch.zeros(self.codebook_size, dtype=torch.bool)
+        self.register_buffer("pending_revive", revive, persistent=False)
+
+    def _first_size(self) -> float:
+        """No code is dead before it had a chance."""
+        return max(1.0, self.options.revived_size)
+
+    def _rows(self) -> Tensor:  # [K, D]
+        """The codes as they are searched and returned."""
+        normalize = self.options.metric == "cosine" and self.options.update == "gradient"
+        return l2_normalize(self.codebook) if normalize else self.codebook
+
+    # ---- the training step ----
+
+    def _before_search(self, tokens: Tensor, mask: Tensor | None) -> None:  # [B, T, D], bool [B, T]
+        """First training forward: rank 0's state, and k-means where asked for. Every one: apply what is pending."""
+        # the flag stays as it is where there is nothing to do: a compiled checkpoint may not set attributes
+        if not self._started and (self.options.kmeans_init or rank_and_world()[1] > 1):
+            synchronize_([tensor.detach() for tensor in self._own_tensors()])
+            if self.options.kmeans_init:
+                self._initialize(tokens, mask)
+            self._started = True
+        if self.options.update == "ema" and not self._deferring:
+            apply_pending_(*self._ema_state(), *self._update_arguments())
+
+    def _after_search(self, tokens: Tensor, codes: Tensor) -> None:  # [B, T, D], [B, T]
+        """Collect the batch's statistics, over all ranks."""
+        usage = (self.window_counts, self.last_used, self.step)
+        window = self.options.usage_window
+        if self.options.update == "gradient":
+            observe_(tokens, codes, *usage, window)
+            return
+        pending = (self.pending_counts, self.pending_sums, self.pending_revive)
+        threshold = float(self.options.dead_code_threshold)
+        collect_(tokens, codes, self.cluster_size, self.seed, *pending, *usage, threshold, window)
+
+    def _health(self, tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:  # usage [], perplexity []
+        """Over the window in training, of this batch alone in eval."""
+        if self.training:
+            recent = self.last_used > self.step - self.options.usage_window
+            return usage_and_perplexity(recent, self.window_counts)
+        counts = count_codes(tokens, codes, self.codebook_size)
+        return usage_and_perplexity(counts > 0, counts)
+
+    def _own_tensors(self) -> list[Tensor]:
+        return [tensor for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None]
+
+    def _ema_state(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        pending = self.pending_counts, self.pending_sums, self.pending_revive
+        return self.codebook, self.cluster_size, self.embed_sum, *pending
+
+    def _update_arguments(self) -> tuple[float, float, float, bool]:
+        options = self.options
+        return float(options.ema_decay), float(options.eps), options.revived_size, options.metric == "cosine"
+
+    @torch.no_grad()
+    def update_codebook(self) -> None:
+        """Apply the pending EMA statistics now. Local, no communication; nothing happens where there are none."""
+        if self.options.update == "ema" and not self.codebook.is_meta:
+            apply_pending(*self._ema_state(), *self._update_arguments())
+
+    # ---- initialisation ----
+
+    @torch.no_grad()
+    def _initialize(self, tokens: Tensor, mask: Tensor | None) -> None:
+        before = self.initialized.clone()
+        arguments = (self.seed, self.options.metric, self.options.precision)
+        initialize_(tokens.detach(), mask, self.codebook.detach(), self.initialized, *arguments)
+        if self.options.update == "ema":  # a resumed codebook keeps its statistics
+            size = self._first_size()
+            self.cluster_size.copy_(torch.where(before, self.cluster_size, size))
+            self.embed_sum.copy_(torch.where(before, self.embed_sum, self.codebook * size))
+
+    @torch.no_grad()
+    def _fit(self, tokens: Tensor, iterations: int) -> None:  # [1, N, D]
+        """k-means on ``tokens`` (all ranks'), and fresh statistics."""
+        finite = tokens.isfinite().all(-1).sum()
+        total = int(all_reduce_packed(finite.reshape(1))[0])
+        if total == 0:
+            raise ValueError("batches: expected at least one finite token, got none")
+        if total < self.codebook_size:
+            message = f"init_codebook: {total} tokens for {self.codebook_size} codes; the others keep their random rows"
+            warnings.warn(message, stacklevel=3)
+        options = self.options
+        kmeans_(self.codebook, tokens, None, self.seed, options.metric, options.precision, iterations)
+        self.initialized.fill_(True)
+        if options.update == "ema":
+            self.cluster_size.fill_(self._first_size())
+            self.embed_sum.copy_(self.codebook * self._first_size())
+            self._drop_pending()
+
+    def _tokens_of(self, batch: Tensor) -> Tensor:  # [B, T, D]
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def init_codebook(self, batches: Tensor | Iterable[Tensor], *, iterations: int = ITERATIONS) -> None:
+        """Set the codebook to the k-means centroids of ``batches``, and forget all statistics collected before.
+
+        Args:
+            batches: one tensor, or an iterable of them, as the module's forward takes them. Their tokens are held
+                in memory at once: N * codebook_dim numbers.
+            iterations: Lloyd steps, >= 0 (0: random tokens).
+
+        Starts from random tokens, none drawn twice; a code left without tokens restarts at a random one. The same
+        module and batches give the same codebook. Over several ranks every rank must call it, with its own batches
+        (a rank may have none), and all get the same codebook. Tokens with NaN or Inf are left out.
+
+        Raises:
+            ValueError: no finite token at all, or a batch that forward would refuse.
+        """
+        if iterations < 0:
+            raise ValueError(f"iterations: expected >= 0, got {iterations}")
+        each = [batches] if isinstance(batches, Tensor) else batches
+        tokens = [self._tokens_of(batch).reshape(1, -1, self.codebook_dim) for batch in each]
+        none = self.codebook.new_zeros((1, 0, self.codebook_dim))
+        self._fit(torch.cat([none, *tokens], dim=1), iterations)
+
+    # ---- what torch calls ----
+
+    def train(self, mode: bool = True) -> Codebook:
+        """As for any module; switching to eval applies the pending statistics."""
+        if self.training and not mode and not self._deferring:
+            self.update_codebook()
+        super().train(mode)
+        return self
+
+    def _drop_pending(self) -> None:
+        for name in _PENDING:
+            getattr(self, name).zero_()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if not self._deferring:  # else, like the gradients so far, what is accumulated is not saved
+            self.update_codebook()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    @torch.no_grad()
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.options.update == "ema":
+            self._drop_pending()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
+        """Moves and casts as asked, except that half precision is no place for a codebook."""
+        own = {**self._buffers, **{k: v.data for k, v in self._parameters.items() if v is not None}}
+        super()._apply(fn, recurse)
+        for name, old in own.items():
+            new = getattr(self, name)
+            if old is not None and new.dtype in HALF and old.dtype not in HALF:
+                new.data = old.to(new.device)
+        return self
+
+
+@contextmanager
+def defer_codebook_update(module: nn.Module) -> Iterator[None]:
+    """Gradient accumulation: open it once per optimiser step, around all of that step's micro-batches.
+
+        for micro_batches in loader:
+            with defer_codebook_update(model):
+                for micro in micro_batches:
+                    loss_of(model(micro)).backward()
+            optimizer.step()
+
+    Opening it applies what is pending. Every forward inside then sees the same codebook, and their statistics are
+    summed into one EMA step, applied after the block as usual. A code revived inside restarts at a token of the first
+    micro-batch that has one for it. Without it, every training forward is an EMA step of its own.
+
+    Args:
+        module: a quantizer or any module (DistributedDataParallel and compiled ones too) that holds some.
+    """
+    codebooks = [each for each in module.modules() if isinstance(each, Codebook)]
+    for each in codebooks:
+        if not each._deferring:
+            each.update_codebook()
+        each._deferring += 1
+    try:
+        yield
+    finally:
+        for each in codebooks:
+            each._deferring -= 1

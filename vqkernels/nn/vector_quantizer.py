@@ -1,0 +1,256 @@
+"""VectorQuantizer: the layer between an encoder and a decoder (van den Oord et al. 2017, "Neural Discrete
+Representation Learning")."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import Quantized, lookup, quantize
+from ..ops._library import DTYPES, HALF, as_tokens, check_choice
+from ..ops.quantize import GRADIENTS
+from .codebook import Codebook, CodebookOptions, check_positive
+from .normalize import l2_normalize
+from .output import QuantizerOutput
+
+CHANNELS = ("last", "first")
+
+
+class VectorQuantizer(Codebook):
+    """Replaces every token by its nearest code.
+
+        vq = VectorQuantizer(64, 1024, channels="first")
+        quantized, codes, loss = vq(encoder(images))        # [B, 64, h, w], int64 [B, h, w], scalar
+        (reconstruction_loss(decoder(quantized)) + loss).backward()
+
+    Args:
+        dim: channels of x.
+        codebook_size: K.
+        codebook_dim: D, channels of a code; where it differs from ``dim``, a Linear leads in and one out.
+        metric: "euclidean", or "cosine": tokens and codes have length 1, and so has ``quantized``.
+        channels: "last" for x [..., dim], "first" for x [B, dim, *spatial]; never guessed.
+        update: how the codebook learns: "ema" of its tokens (no gradient, no optimiser), or "gradient" of
+            ``codebook_loss`` (``codebook`` is a Parameter).
+        ema_decay, eps: of the EMA and its Laplace smoothing (see ``vqkernels.ema_update_``).
+        commitment_weight: beta. It weighs the term that trains the encoder, as in eq. 3 of the paper.
+        codebook_weight: weight of the term that trains the codebook; without effect with update="ema".
+        gradient: what ``quantized`` passes back to x: "straight_through" or "rotation" (Fifty et al. 2024).
+        dead_code_threshold: a code whose ``cluster_size`` (decayed tokens per step, of all ranks together) falls
+            below this restarts at a token of the batch. 0: never. Keep it well under N / K, the tokens per code
+            and step, or healthy codes restart too. update="ema" only.
+        kmeans_init: k-means on the first training batch (never in eval: until then codes are the random start).
+            ``init_codebook`` is the explicit way, over as many batches as you like.
+        usage_window: training forwards that ``usage`` and ``perplexity`` look back on.
+        precision: "exact" or "fast" search, see ``vqkernels.nearest``.
+
+    **When the EMA codebook changes.** A training forward only collects statistics. They take effect at the start of
+    the next training forward, on ``.eval()``, on ``state_dict()`` or by ``update_codebook()``. So the codes of a
+    forward belong to the codebook that is in place until after its backward, and activation checkpointing, which
+    runs the forward again, finds the same codes; that second run changes no state. For gradient accumulation see
+    ``defer_codebook_update``; use it too where several forwards precede one backward.
+
+    **Several processes.** Every training forward of every rank takes part in one all_reduce of counts and sums, also
+    with no token or all of them masked; eval is local. The first one also takes rank 0's codebook, so that ranks may
+    start from different seeds. From then on all ranks hold the same bits, and it makes no difference whether
+    DistributedDataParallel broadcasts rank 0's buffers before every forward, which for a codebook that each rank
+    updates alone loses the other ranks' tokens. ``state_dict()`` may be taken on one rank only.
+
+    **Precision.** The codebook and its statistics stay float32 (float64 after ``.double()``), whatever autocast or
+    ``.half()`` says; x may be float16 or bfloat16, and ``quantized`` then is too.
+
+    The random start is gaussian N(0, 1/D), for cosine of length 1. ``cluster_size`` starts at 1, or at twice the dead
+    code threshold where that is more; a revived code starts at twice the threshold.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        codebook_size: int,
+        *,
+        codebook_dim: int | None = None,
+        metric: str = "euclidean",
+        channels: str = "last",
+        update: str = "ema",
+        ema_decay: float = 0.99,
+        eps: float = 1e-5,
+        commitment_weight: float = 0.25,
+        codebook_weight: float = 1.0,
+        gradient: str = "straight_through",
+        dead_code_threshold: float = 0.0,
+        kmeans_init: bool = False,
+        usage_window: int = 100,
+        precision: str = "exact",
+    ) -> None:
+        check_positive("dim", dim)
+        options = CodebookOptions(
+            metric, update, ema_decay, eps, dead_code_threshold, kmeans_init, usage_window, precision
+        )
+        super().__init__(codebook_size, dim if codebook_dim is None else codebook_dim, options)
+        check_choice("channels", channels, CHANNELS)
+        check_choice("gradient", gradient, GRADIENTS)
+        for name, weight in (("commitment_weight", commitment_weight), ("codebook_weight", codebook_weight)):
+            if not weight >= 0:
+                raise ValueError(f"{name}: expected >= 0, got {weight}")
+        self.dim = dim
+        self.channels = channels
+        self.gradient = gradient
+        self.commitment_weight = commitment_weight
+        self.codebook_weight = codebook_weight
+        projected = self.codebook_dim != dim
+        self.project_in = nn.Linear(dim, self.codebook_dim) if projected else nn.Identity()
+        self.project_out = nn.Linear(self.codebook_dim, dim) if projected else nn.Identity()
+
+    def extra_repr(self) -> str:
+        names = ("metric", "update", "ema_decay", "dead_code_threshold", "kmeans_init", "usage_window", "precision")
+        shape = f"dim={self.dim}, codebook_size={self.codebook_size}, codebook_dim={self.codebook_dim}"
+        own = f"channels={self.channels!r}, gradient={self.gradient!r}, commitment_weight={self.commitment_weight}"
+        return ", ".join([shape, own, *(f"{name}={getattr(self.options, name)!r}" for name in names)])
+
+    def forward(
+        self,
+        x: Tensor,  # [..., dim] or [B, dim, *spatial]
+        mask: Tensor | None = None,  # bool, x's shape without its channel axis
+    ) -> QuantizerOutput:
+        """Quantize x; in training mode also collect what the codebook learns from.
+
+        Args:
+            x: float32, float16 or bfloat16 (float64 with a float64 module); any strides, none is copied just for
+                being channels-first.
+            mask: True where a token is real. Elsewhere: code -1, quantized 0, no gradient, in no loss and statistic.
+
+        Returns:
+            ``QuantizerOutput``. Losses are means over the real tokens' codebook_dim entries, 0 if there are none,
+            and the same in eval. ``usage`` and ``perplexity`` are of the window and of all ranks in training, of
+            this batch in eval. A token with NaN or Inf: code -1, quantized NaN, losses NaN, in no statistic,
+            counted in ``non_finite``.
+
+        Raises:
+            TypeError, ValueError: a bad argument, named.
+        """
+        self._check(x, mask)
+        with _no_autocast(x):
+            tokens, real = self._tokens(x, mask)
+            if self.training:
+                self._before_search(tokens, real)
+            found = quantize(
+                tokens,
+                self._rows(),
+                metric=self.options.metric,
+                precision=self.options.precision,
+                gradient=self.gradient,
+                mask=real,
+            )
+            if self.training:
+                self._after_search(tokens.detach(), found.codes)
+            return self._output(x, tokens.detach(), real, found)
+
+    def lookup(
+        self,
+        codes: Tensor,  # integer, x's shape without its channel axis
+    ) -> Tensor:  # [..., dim] or [B, dim, *spatial]
+        """What a decoder is given for ``codes``: ``forward``'s ``quantized``, in this module's layout and dtype.
+
+        Raises:
+            TypeError: codes are not integers.
+            ValueError: channels="first" and codes are not [B, *spatial].
+            IndexError: a code outside [0, codebook_size), -1 included.
+        """
+        if self.channels == "first" and codes.dim() < 2:
+            raise ValueError(f"codes: expected [B, *spatial] for channels='first', got shape {list(codes.shape)}")
+        with _no_autocast(codes):
+            quantized = self._projected(lookup(codes, self._rows()), self.project_out)
+        return quantized.movedim(-1, 1) if self.channels == "first" else quantized
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        codebook = self.codebook
+        if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x: expected a tensor of float32, float16, bfloat16 or float64, got {got}")
+        if codebook.dtype in HALF:
+            raise ValueError(f"codebook: expected float32 or float64 (.half() keeps it so), got {codebook.dtype}")
+        if x.dtype == torch.float64 and codebook.dtype != torch.float64:
+            raise ValueError(f"x: expected {codebook.dtype} or half precision like the codebook, got {x.dtype}")
+        if x.device != codebook.device:
+            raise ValueError(f"codebook: expected on {x.device} like x, got {codebook.device}")
+        axis, rank = (1, 3) if self.channels == "first" else (-1, 2)
+        if x.dim() < rank or x.shape[axis] != self.dim:
+            layout = f"[B, {self.dim}, *spatial]" if self.channels == "first" else f"[..., {self.dim}]"
+            raise ValueError(f"x: expected {layout} for channels={self.channels!r}, got shape {list(x.shape)}")
+        if mask is not None:
+            self._check_mask(x, mask)
+
+    def _check_mask(self, x: Tensor, mask: Tensor) -> None:
+        shape = self._codes_shape(x)
+        if mask.dtype != torch.bool or mask.shape != shape:
+            raise ValueError(f"mask: expected bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+        if mask.device != x.device:
+            raise ValueError(f"mask: expected on {x.device} like x, got {mask.device}")
+
+    def _codes_shape(self, x: Tensor) -> torch.Size:
+        return x.shape[:1] + x.shape[2:] if self.channels == "first" else x.shape[:-1]
+
+    def _tokens(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:  # tokens [B, T, D], bool [B, T]
+        """x as codebook-space tokens: the same memory in other strides, unless projected or normalised."""
+        first = self.channels == "first"
+        tokens = x.flatten(2).transpose(1, 2) if first else as_tokens(x)  # [B, T, dim]
+        if mask is not None:
+            mask = mask.flatten(1) if first else as_tokens(mask[..., None])[..., 0]
+            if self.codebook_dim != self.dim or self.options.metric == "cosine":
+                tokens = torch.where(mask[..., None], tokens, 0)  # else NaN in padding spoils these gradients
+        tokens = self._projected(tokens, self.project_in)
+        if self.codebook.dtype == torch.float64 or self.options.metric == "cosine":
+            tokens = tokens.to(self.codebook.dtype)
+        return l2_normalize(tokens) if self.options.metric == "cosine" else tokens, mask
+
+    def _projected(self, tokens: Tensor, projection: nn.Module) -> Tensor:  # [..., dim in], [..., dim out]
+        if isinstance(projection, nn.Identity):
+            return tokens
+        return projection(tokens.to(next(projection.parameters()).dtype))
+
+    def _tokens_of(self, batch: Tensor) -> Tensor:  # [B, T, D]
+        self._check(batch, None)
+        with _no_autocast(batch):
+            return self._tokens(batch, None)[0].to(self.codebook.dtype)
+
+    def _output(self, x: Tensor, tokens: Tensor, mask: Tensor | None, found: Quantized) -> QuantizerOutput:
+        invalid = found.codes < 0
+        non_finite = invalid.sum() if mask is None else (invalid & mask).sum()
+        commitment_loss = self._mean(found.commitment_error, mask)
+        if self.options.update == "gradient":
+            codebook_loss = self._mean(found.codebook_error, mask)
+        else:
+            codebook_loss = torch.zeros_like(commitment_loss)
+        usage, perplexity = self._health(tokens, found.codes)
+        return QuantizerOutput(
+            quantized=self._restored(x, mask, found.quantized),
+            codes=found.codes.view(self._codes_shape(x)),
+            loss=self.commitment_weight * commitment_loss + self.codebook_weight * codebook_loss,
+            commitment_loss=commitment_loss,
+            codebook_loss=codebook_loss,
+            perplexity=perplexity,
+            usage=usage,
+            non_finite=non_finite,
+        )
+
+    def _mean(self, error: Tensor, mask: Tensor | None) -> Tensor:  # [B, T], bool [B, T] -> []
+        """Per real token and channel; masked tokens have error 0."""
+        if mask is None:
+            return error.sum() / max(error.numel() * self.codebook_dim, 1)
+        return error.sum() / (mask.sum() * self.codebook_dim).clamp(min=1)
+
+    def _restored(self, x: Tensor, mask: Tensor | None, quantized: Tensor) -> Tensor:  # [B, T, D] -> x's shape
+        projected = self._projected(quantized, self.project_out)
+        if mask is not None and projected is not quantized:
+            projected = torch.where(mask[..., None], projected, 0)  # the bias is no part of padding
+        projected = projected.to(x.dtype)
+        return (projected.transpose(1, 2) if self.channels == "first" else projected).reshape(x.shape)
+
+
+def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Autocast off: it would round tokens and projections to half precision."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
