@@ -1,0 +1,99 @@
+"""What to measure. Imports neither torch nor the rest of this package, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+from .shapes import parse_shape
+
+Operation = Literal["search", "quantize-train-step", "ema"]
+OPERATIONS: tuple[str, ...] = get_args(Operation)
+DEFAULT_SHAPES = ("4096,1024,256", "4096,16384,32", "512,262144,18")
+
+
+@dataclass
+class BenchConfig:
+    """One benchmark: an operation, its shapes, and who takes part."""
+
+    operation: Operation = field(default="search", metadata={"positional": True})
+    """what to measure: search | quantize-train-step (forward, backward and EMA) | ema (statistics and update)"""
+    shape: list[str] = field(default_factory=list)
+    """N,K,D or a model's name (vqgan-1024, llamagen, open-magvit2, encodec ...); repeat for more"""
+    provider: list[str] = field(default_factory=list)
+    """who takes part; repeat for more; all that can run when left out"""
+    threads: list[int] = field(default_factory=list)
+    """CPU threads; repeat for more; torch's own number when left out"""
+    baseline: list[str] = field(default_factory=list)
+    """whom the ratios are against; repeat for more; faiss or the first peer that runs when left out"""
+    device: str = "cpu"
+    """cpu | cuda"""
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
+    """float32 | float16 | bfloat16 | float64"""
+    data: Literal["normal", "unit", "offset", "init"] = "normal"
+    """normal N(0,1) | unit vectors | offset (mean of 10 sigma) | init (codebook uniform in +-1/K)"""
+    gradient: Literal["rotation", "straight_through"] = "rotation"
+    """how the training step sends gradients past the codes: rotation | straight_through"""
+    measure: Literal["time", "memory", "both"] = "time"
+    """time | memory | both"""
+    seconds: float = 20.0
+    """time budget of one shape at one thread count, without the set-up"""
+    check_rows: int = 1024
+    """tokens whose codes are compared with float64 brute force"""
+    seed: int = 0
+    """seed of the inputs"""
+    json: str | None = None
+    """write the whole result to this file"""
+    preset: str | None = None
+    """a named set of benchmarks instead of the options above (spine)"""
+
+    def __post_init__(self) -> None:
+        for name, allowed in _choices().items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {getattr(self, name)!r}")
+        for name in ("seconds", "check_rows"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
+        if any(count < 1 for count in self.threads):
+            raise ValueError(f"threads: expected positive integers, got {self.threads}")
+        if self.device.split(":")[0] not in ("cpu", "cuda"):
+            raise ValueError(f"device: expected cpu or cuda, got {self.device!r}")
+        for text in self.shape:
+            parse_shape(text)
+
+
+def _choices() -> dict[str, tuple[str, ...]]:
+    """The fields that take one of a few words, with the words."""
+    return {name: get_args(kind) for name, kind in get_type_hints(BenchConfig).items() if _is_literal(kind)}
+
+
+def _is_literal(kind: Any) -> bool:
+    return getattr(kind, "__origin__", None) is Literal
+
+
+def _settings(entry: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
+    """What argparse has to know of one field."""
+    if kind in (list[str], list[int]):
+        return {"action": "append", "default": [], "type": get_args(kind)[0]}
+    known = {"choices": get_args(kind)} if _is_literal(kind) else {"type": kind if kind in (int, float) else str}
+    return {"default": entry.default, **known, **({"nargs": "?"} if entry.metadata.get("positional") else {})}
+
+
+def parse_arguments(words: list[str], prog: str = "vqkernels bench") -> BenchConfig:
+    """A command line as a config.
+
+    Raises:
+        ValueError: a value that the config refuses.
+        SystemExit: after --help, or argparse's own complaint.
+    """
+    from docstring_parser import parse_from_object
+
+    parser = argparse.ArgumentParser(prog=prog, description="Time the operators of this package beside others.")
+    texts = {each.arg_name: each.description for each in parse_from_object(BenchConfig).params}
+    kinds = get_type_hints(BenchConfig)
+    for entry in dataclasses.fields(BenchConfig):
+        name = entry.name if entry.metadata.get("positional") else f"--{entry.name}"
+        parser.add_argument(name, help=texts[entry.name], **_settings(entry, kinds[entry.name]))
+    return BenchConfig(**vars(parser.parse_args(words)))
