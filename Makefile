@@ -30,7 +30,7 @@ lint: $(VENV)/.ready-lint
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/host_cuda/*' | grep -E '\.(h|cpp|cu|cuh)$$')
 
 bench: $(VENV)/.ready-bench
-	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/cpu.sh
+	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/run_cpu.sh
 
 clean:
 	rm -rf build dist *.egg-info runs $(VENV)

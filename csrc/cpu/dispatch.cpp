@@ -1,0 +1,54 @@
+// Which instruction set this process uses.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernel_table.h"
+#include "ops.h"
+
+namespace vqkernels {
+namespace cpu {
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+}
+#else
+bool has_avx2() { return false; }
+bool has_avx512() { return false; }
+#endif
+
+const KernelTable& by_name(const char* name) {
+  if (std::strcmp(name, "portable") == 0) return *portable_kernels();
+  if (std::strcmp(name, "avx2") == 0 && has_avx2()) return *avx2_kernels();
+  if (std::strcmp(name, "avx512") == 0 && has_avx512()) return *avx512_kernels();
+  throw std::runtime_error(
+      std::string("VQKERNELS_CPU_ISA: expected avx512, avx2 or portable, whichever this CPU has; got ") +
+      name);
+}
+
+}  // namespace
+
+const KernelTable& kernels() {
+  const char* name = std::getenv("VQKERNELS_CPU_ISA");
+  if (name != nullptr && name[0] != '\0') return by_name(name);
+  static const KernelTable& best = has_avx512() ? *avx512_kernels()
+                                   : has_avx2() ? *avx2_kernels()
+                                                : *portable_kernels();
+  return best;
+}
+
+const char* instruction_set() noexcept {
+  try {
+    return kernels().name;
+  } catch (const std::runtime_error&) {
+    return "?";
+  }
+}
+
+}  // namespace cpu
+}  // namespace vqkernels

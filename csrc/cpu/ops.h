@@ -1,0 +1,46 @@
+// The five raw kernels on the CPU; what each computes is said in vqkernels/ops.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <tuple>
+
+namespace vqkernels {
+namespace cpu {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> nearest(Tensor x,         // [B, T, D]
+                                   Tensor codebook,  // [K, D]
+                                   bool cosine,
+                                   bool exact);  // -> codes [B, T], distance [B, T]
+
+std::tuple<Tensor, Tensor> gather(Tensor x,         // [B, T, D]
+                                  Tensor codebook,  // [K, D]
+                                  Tensor codes);    // [B, T] -> quantized [B, T, D], error [B, T]
+
+Tensor quantize_backward(Tensor x,           // [B, T, D]
+                         Tensor quantized,   // [B, T, D]
+                         Tensor codes,       // [B, T]
+                         Tensor dquantized,  // [B, T, D]
+                         Tensor derror,      // [B, T]
+                         bool rotation);     // -> dx [B, T, D]
+
+std::tuple<Tensor, Tensor> codebook_stats(Tensor x,                // [B, T, D]
+                                          Tensor codes,            // [B, T]
+                                          int64_t codebook_size);  // -> counts [K], sums [K, D]
+
+void ema_update_(Tensor codebook,      // [K, D], written
+                 Tensor cluster_size,  // [K], written
+                 Tensor embed_sum,     // [K, D], written
+                 Tensor counts,        // [K]
+                 Tensor sums,          // [K, D]
+                 Tensor revive,        // bool [K]
+                 double decay, double eps, double revived_size, bool normalize);
+
+// "avx512", "avx2" or "portable"; "?" where VQKERNELS_CPU_ISA asks for one that cannot run.
+const char* instruction_set() noexcept;
+
+}  // namespace cpu
+}  // namespace vqkernels

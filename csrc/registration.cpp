@@ -1,0 +1,43 @@
+// The only place where operators are declared: the raw kernels, namespace vqkernels_C, and their CPU
+// implementations. The CUDA library registers its implementations of the same operators when it is loaded.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/ops.h"
+
+STABLE_TORCH_LIBRARY(vqkernels_C, m) {
+  m.def("nearest(Tensor x, Tensor codebook, bool cosine, bool exact) -> (Tensor, Tensor)");
+  m.def("gather(Tensor x, Tensor codebook, Tensor codes) -> (Tensor, Tensor)");
+  m.def(
+      "quantize_backward(Tensor x, Tensor quantized, Tensor codes, Tensor dquantized, Tensor derror, bool "
+      "rotation)"
+      " -> Tensor");
+  m.def("codebook_stats(Tensor x, Tensor codes, int codebook_size) -> (Tensor, Tensor)");
+  m.def(
+      "ema_update_(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor counts, Tensor "
+      "sums,"
+      " Tensor revive, float decay, float eps, float revived_size, bool normalize) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vqkernels_C, CPU, m) {
+  m.impl("nearest", TORCH_BOX(&vqkernels::cpu::nearest));
+  m.impl("gather", TORCH_BOX(&vqkernels::cpu::gather));
+  m.impl("quantize_backward", TORCH_BOX(&vqkernels::cpu::quantize_backward));
+  m.impl("codebook_stats", TORCH_BOX(&vqkernels::cpu::codebook_stats));
+  m.impl("ema_update_", TORCH_BOX(&vqkernels::cpu::ema_update_));
+}
+
+#if defined(VQKERNELS_PYTHON_MODULE)
+// Inside a wheel the library is the extension module vqkernels._C, which setuptools wants to be importable.
+#include <Python.h>
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}
+#endif
+
+// For `vqkernels info`.
+extern "C" __attribute__((visibility("default"))) const char* vqkernels_instruction_set() {
+  return vqkernels::cpu::instruction_set();
+}

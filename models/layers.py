@@ -1,0 +1,71 @@
+"""Building blocks of the autoencoders: residual blocks, and the changes of resolution."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUP_CHANNELS = 16  # channels per group of GroupNorm
+
+
+def _norm(
+    channels: int,
+    enabled: bool,
+) -> nn.Module:
+    if not enabled:
+        return nn.Identity()
+    groups = channels // GROUP_CHANNELS if channels % GROUP_CHANNELS == 0 else 1
+    return nn.GroupNorm(max(groups, 1), channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(conv(silu(x)))), with GroupNorm before each activation when asked for.
+
+    The last convolution starts at zero: a new network is a linear map of patches, which learns within the
+    first steps, and the blocks grow out of it.
+    """
+
+    def __init__(self, channels: int, group_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = _norm(channels, group_norm)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = _norm(channels, group_norm)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C, H, W]
+    ) -> Tensor:  # [B, C, H, W]
+        y = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(y)))
+
+
+class Fold(nn.Module):
+    """Halves (or more) the size: pixels go to channels, a 1x1 convolution mixes them."""
+
+    def __init__(self, in_channels: int, out_channels: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.mix = nn.Conv2d(in_channels * factor * factor, out_channels, 1)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C_in, H, W]
+    ) -> Tensor:  # [B, C_out, H / factor, W / factor]
+        return self.mix(F.pixel_unshuffle(x, self.factor))
+
+
+class Unfold(nn.Module):
+    """Doubles (or more) the size: the reverse of Fold."""
+
+    def __init__(self, in_channels: int, out_channels: int, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+        self.mix = nn.Conv2d(in_channels, out_channels * factor * factor, 1)
+
+    def forward(
+        self,
+        x: Tensor,  # [B, C_in, H, W]
+    ) -> Tensor:  # [B, C_out, H * factor, W * factor]
+        return F.pixel_shuffle(self.mix(x), self.factor)

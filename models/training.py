@@ -1,0 +1,470 @@
+"""The training loop of VQVAE, on accelerate: one process or many, resumable at the exact next step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from vqkernels.nn import defer_codebook_update
+
+from .checkpoint import (
+    different_option,
+    load_newest,
+    random_state,
+    replace_folder,
+    restore_random_state,
+    save_checkpoint,
+)
+from .config import TrainConfig, save_config, to_dict
+from .data import EndlessBatches, ImageFolder
+from .optimization import learning_rate_at, make_optimizer
+from .run_log import RunLog, delete_run, run_exists
+from .validation import HeldOut
+from .vqvae import VQVAE, VQVAEOutput
+from .weight_average import WeightAverage
+
+try:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import broadcast_object_list, gather_object
+except ImportError as error:
+    raise ModuleNotFoundError(
+        "training needs accelerate, which is not installed: pip install 'vqkernels[train]'", name="accelerate"
+    ) from error
+
+__all__ = ["NonFiniteLossError", "TrainConfig", "TrainProgress", "TrainResult", "train"]
+
+# What is summed up on the device between two lines of metrics.jsonl, in this order
+WINDOW = ("loss", "l1", "mse", "commitment_loss", "perplexity", "usage", "grad_norm")
+
+
+MAX_NAMED = 5  # unreadable files that the warning names
+
+
+class NonFiniteLossError(ValueError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """What the progress callback is given after every step, on the main process."""
+
+    step: int
+    steps: int | None
+    """Steps in all; None where only the time budget ends the run."""
+    seconds: float
+    """Time used, over all resumed parts."""
+    seconds_left: float
+    share: float
+    """How much of the run is done, 0 to 1."""
+    metrics: dict[str, float]
+    """The newest value of everything that was logged."""
+
+
+@dataclass
+class TrainResult:
+    """What train returns; the same on every process, except that only the main one holds the history."""
+
+    output: Path
+    model: VQVAE
+    """The averaged weights, in eval mode on the CPU; also saved under output/model."""
+    steps: int
+    seconds: float
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """The lines of metrics.jsonl."""
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    """Files of the data that could not be read, with the reason; also named in a warning at the start."""
+
+
+def _make_accelerator(config: TrainConfig) -> Accelerator:
+    # said outright: left to itself on a machine without a GPU, accelerate makes N single processes out of torchrun's N
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if config.mixed_precision == "fp16" and on_cpu:
+        raise ValueError("mixed_precision fp16 needs a GPU, got a CPU; use bf16 or no")
+    if config.device == "cuda" and on_cpu:
+        raise ValueError("device cuda was asked for, but torch sees no GPU")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()  # left by an earlier run of this Python process in another precision
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        cpu=on_cpu,
+        # the quantizer keeps its buffers alike on all ranks by itself
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        log_with=config.trackers or None,
+        project_dir=config.output,
+    )
+
+
+def _skipped_in_words(data: ImageFolder) -> str:
+    count, found = len(data.skipped), len(data.skipped) + len(data)
+    reasons = "; ".join(reason for _, reason in data.skipped[:MAX_NAMED])
+    more = f"; and {count - MAX_NAMED} more" if count > MAX_NAMED else ""
+    return f"skipped {count} of {found} image files: {reasons}{more}"
+
+
+class Trainer:
+    """One run. `train` is the way in."""
+
+    def __init__(self, config: TrainConfig, progress: Callable[[TrainProgress], None] | None) -> None:
+        self.config, self.progress = config, progress
+        self.output = Path(config.output)
+        self.accelerator = _make_accelerator(config)
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self._prepare_output()
+        self.data = ImageFolder(
+            config.data,
+            config.image_size,
+            seed=config.seed,
+            min_crop=config.min_crop,
+            cache_bytes=config.cache_mb << 20,
+        )
+        if self.is_main and self.data.skipped:
+            warnings.warn(_skipped_in_words(self.data), stacklevel=3)
+        self._build_model()
+        self.step, self.seconds_before = 0, 0.0
+        self.window, self.window_steps, self.window_started = torch.zeros(len(WINDOW), device=self.device), 0, 0.0
+        self.metrics: dict[str, float] = {}
+        self.rate = 0.0
+        self.unchecked: tuple[int, Tensor] | None = None
+        self.sampled_at = -1
+        state = self._restore() if config.resume else None
+        self.log = RunLog(self.output, self.step) if self.is_main else None
+        if self.log is not None:
+            for line in self.log.history:
+                self.metrics.update({name: value for name, value in line.items() if name != "step"})
+            save_config(config, self.output / "config.yaml")
+            if (self.output / "samples" / f"step-{self.step:08d}.png").exists():
+                self.sampled_at = self.step  # by the run before it was stopped
+            self.held_out = HeldOut(
+                config.validation, config.data, config.image_size, self.raw_model.factor, self.data.files
+            )
+        self.batches = self._batches()
+        self._warm_up()
+        if state is not None:  # last, as what is built above may draw random numbers
+            restore_random_state(state["random"][self.accelerator.process_index])
+        self.started = time.perf_counter()
+
+    # Set-up
+
+    def _prepare_output(self) -> None:
+        if self.is_main:
+            if run_exists(self.output) and self.config.overwrite:
+                delete_run(self.output)
+            if run_exists(self.output) and not self.config.resume:
+                raise FileExistsError(
+                    f"output {str(self.output)!r} already holds a run; resume or overwrite it, or name another folder"
+                )
+            (self.output / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        if self.config.trackers:
+            self.accelerator.init_trackers("vqkernels", config={"config": str(to_dict(self.config))})
+
+    def _build_model(self) -> None:
+        torch.manual_seed(self.config.seed)
+        self.raw_model = VQVAE(self.config.model)
+        if self.config.channels_last:
+            nn.Module.to(self.raw_model, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.average = WeightAverage(self.raw_model.to(self.device), self.config.weight_ema_decay)
+        optimizer = make_optimizer(self.raw_model, self.config)
+        self.model, self.optimizer = self.accelerator.prepare(self.raw_model, optimizer)
+
+    def _batches(self) -> Iterator[Tensor]:  # [B, 3, S, S]
+        config, ranks = self.config, self.accelerator.num_processes
+        order = EndlessBatches(
+            len(self.data),
+            config.batch_size,
+            seed=config.seed,
+            first_batch=self.step * config.gradient_accumulation,
+            rank=self.accelerator.process_index,
+            ranks=ranks,
+        )
+        loader = DataLoader(
+            self.data,
+            batch_sampler=order,
+            num_workers=config.num_workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator().manual_seed(config.seed),  # else it draws from the global generator
+        )
+        return iter(loader)
+
+    def _warm_up(self) -> None:
+        """Compiles the kernels on their first use, before the clock starts; changes no state."""
+        side = self.raw_model.factor
+        self.raw_model.encode(torch.zeros(1, 3, side, side, device=self.device))
+
+    # Checkpoints
+
+    def _restore(self) -> dict[str, Any] | None:
+        state = load_newest(self.output / "checkpoints")
+        if state is None:
+            return None
+        different = different_option(to_dict(self.config.model), state["model_config"], "model")
+        if different:
+            raise ValueError(f"cannot resume {str(self.output)!r}: {different} in the checkpoint")
+        for name, mine in self._order_options().items():
+            if mine != state["order"][name]:
+                raise ValueError(
+                    f"cannot resume {str(self.output)!r}: {name} is {mine} now and was {state['order'][name]}, "
+                    "so the next step would see other images"
+                )
+        self.raw_model.load_state_dict(state["model"])
+        self.average.model.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.seconds_before = state["step"], state["seconds"]
+        self.window = state["window"].to(self.device)
+        self.window_steps, self.window_started = state["window_steps"], state["window_started"]
+        return state
+
+    def _order_options(self) -> dict[str, int]:
+        """What the order of the images follows from; a resumed run must agree."""
+        config = self.config
+        return {
+            "processes": self.accelerator.num_processes,
+            "batch_size": config.batch_size,
+            "gradient_accumulation": config.gradient_accumulation,
+            "image_size": config.image_size,
+            "seed": config.seed,
+            "images": len(self.data),
+        }
+
+    def _save_checkpoint(self) -> None:
+        self._check_finite_now()
+        random = gather_object([random_state()])
+        if not self.is_main:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "seconds": self._seconds(),
+            "model_config": to_dict(self.config.model),
+            "order": self._order_options(),
+            "model": self.raw_model.state_dict(),
+            "average": self.average.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "random": random,
+            "window": self.window,
+            "window_steps": self.window_steps,
+            "window_started": self.window_started,
+        }
+        save_checkpoint(self.output / "checkpoints", self.step, state, self.config.keep_checkpoints)
+
+    # Time
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _share_done(self) -> float:
+        """0 to 1, by steps or by time, whichever is further; the same on all processes."""
+        share = self.step / self.config.steps if self.config.steps is not None else 0.0
+        if self.config.max_seconds is None:
+            return share
+        used = [self._seconds() / self.config.max_seconds]
+        if self.accelerator.num_processes > 1:
+            broadcast_object_list(used)  # clocks differ, and all processes must stop at one step
+        return min(1.0, max(share, used[0]))
+
+    # One step
+
+    def _loss(
+        self,
+        images: Tensor,  # [B, 3, S, S]
+        out: VQVAEOutput,
+    ) -> tuple[Tensor, Tensor]:  # loss [], its parts for the log [6]
+        error = out.reconstruction.float() - images
+        l1, mse = error.abs().mean(), error.square().mean()
+        loss = self.config.l1_weight * l1 + self.config.l2_weight * mse + out.quantizer.loss
+        quantizer = out.quantizer
+        parts = (loss, l1, mse, quantizer.commitment_loss, quantizer.perplexity, quantizer.usage)
+        return loss, torch.stack([part.detach().float() for part in parts])
+
+    def _micro_batch(self, last: bool) -> Tensor:  # [6]
+        images = next(self.batches).to(self.device, non_blocking=True)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with self.accelerator.autocast():
+                out = self.model(images)
+            loss, parts = self._loss(images, out)
+            self.accelerator.backward(loss / self.config.gradient_accumulation)
+        return parts
+
+    def _train_step(self, share: float) -> None:
+        self.rate = learning_rate_at(self.config, self.step, share)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        micro_batches = self.config.gradient_accumulation
+        with ExitStack() as stack:
+            if micro_batches > 1:
+                stack.enter_context(defer_codebook_update(self.raw_model))
+            parts = torch.stack([self._micro_batch(number == micro_batches - 1) for number in range(micro_batches)])
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
+        values = torch.cat([parts.mean(dim=0), norm.detach().float().reshape(1)])
+        self._check_finite(values)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.raw_model.quantizer.update_codebook()  # now, so that the copy of its buffers is up to date
+        self.step += 1
+        self.average.update(self.raw_model, self.step)
+        self.window += values
+        self.window_steps += 1
+
+    def _check_finite(
+        self,
+        values: Tensor,  # [7] as WINDOW
+    ) -> None:
+        """Raises before the optimizer steps on a CPU; on a GPU one step later, so that no step waits for it."""
+        previous, self.unchecked = self.unchecked, (self.step + 1, values)
+        if self.device.type == "cpu":
+            self._check_finite_now()
+        elif previous is not None:
+            self._raise_unless_finite(*previous)
+
+    def _check_finite_now(self) -> None:
+        if self.unchecked is not None:
+            self._raise_unless_finite(*self.unchecked)
+            self.unchecked = None
+
+    def _raise_unless_finite(
+        self,
+        step: int,
+        values: Tensor,  # [7] as WINDOW
+    ) -> None:
+        found = dict(zip(WINDOW, values.tolist(), strict=True))
+        if self.accelerator.scaler is not None:  # fp16: the scaler skips such steps by itself
+            found.pop("grad_norm")
+        if all(map(math.isfinite, found.values())):
+            return
+        named = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
+        raise NonFiniteLossError(
+            f"step {step}: the loss or its gradient is not finite ({named}); the checkpoints before it are intact, "
+            f"and a learning_rate below {self.config.learning_rate:g} may help"
+        )
+
+    # Reports
+
+    def _log_window(self) -> None:
+        """Means over the steps and processes since the last line."""
+        if not self.window_steps:
+            return
+        means = self.accelerator.reduce(self.window / self.window_steps, reduction="mean").tolist()
+        seconds = self._seconds()
+        images = self.window_steps * self.config.gradient_accumulation * self.config.batch_size
+        images *= self.accelerator.num_processes
+        values = {"learning_rate": self.rate, **dict(zip(WINDOW, means, strict=True))}
+        values["psnr"] = 10 * math.log10(4 / max(values["mse"], 1e-12))
+        values["images_per_second"] = images / max(seconds - self.window_started, 1e-9)
+        values["seconds"] = seconds
+        self.window.zero_()
+        self.window_steps, self.window_started = 0, seconds
+        self._publish(values)
+
+    def _publish(self, values: dict[str, float]) -> None:
+        """To the log, to the trackers, and to the progress callback as the newest values."""
+        self.metrics.update(values)
+        if self.log is not None:
+            self.log.scalars(self.step, values)
+        if self.config.trackers:
+            self.accelerator.log(values, step=self.step)
+
+    def _sample(self) -> None:
+        if self.log is None or self.sampled_at == self.step:
+            return
+        self.sampled_at = self.step
+        figures, picture = self.held_out.evaluate(self.average.model)
+        self.log.picture(self.step, picture)
+        if figures:
+            self._publish(figures)
+
+    def _report(self, share: float) -> None:
+        if not self.is_main or self.progress is None:
+            return
+        seconds = self._seconds()
+        left = seconds * (1 - share) / share if share > 0 else math.inf
+        if self.config.max_seconds is not None:
+            left = min(left, max(self.config.max_seconds - seconds, 0.0))
+        self.progress(TrainProgress(self.step, self.config.steps, seconds, left, share, dict(self.metrics)))
+
+    # The loop
+
+    def _every(self, period: int) -> bool:
+        return period > 0 and self.step % period == 0
+
+    def run(self) -> TrainResult:
+        """Trains to the end of the steps or of the time budget, and saves the model."""
+        self.model.train()
+        share, saved_at = self._share_done(), self.step
+        while share < 1:
+            self._train_step(share)
+            if self._every(self.config.log_every):
+                self._log_window()
+            if self._every(self.config.sample_every):
+                self._sample()
+            if self._every(self.config.checkpoint_every):
+                self._save_checkpoint()
+                saved_at = self.step
+            share = self._share_done()
+            self._report(share)
+        return self._finish(saved_at)
+
+    def _finish(self, saved_at: int) -> TrainResult:
+        seconds = self._seconds()
+        self._log_window()
+        if saved_at != self.step or self.step == 0:
+            self._save_checkpoint()
+        if self.log is not None:
+            self._sample()
+            replace_folder(self.output / "model", self.average.model.save_pretrained)
+            self.log.close()
+        self.accelerator.wait_for_everyone()
+        history = self.log.history if self.log is not None else []
+        return TrainResult(self.output, self.average.model.cpu(), self.step, seconds, history, self.data.skipped)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    progress: Callable[[TrainProgress], None] | None = None,
+) -> TrainResult:
+    """Trains a VQVAE.
+
+    Start it under `torchrun --nproc-per-node N` for several processes; batch_size is per process. The order of
+    the images and their crops follow from the seed and the step alone, so a resumed run takes the same next step
+    as one that was never stopped: bit for bit on a CPU with the same number of threads and `steps` instead of a
+    time budget, as the learning rate then does not depend on the clock.
+
+    Args:
+        config: all options, see TrainConfig. A folder that already holds a run needs `resume` or `overwrite`.
+        progress: called on the main process after every step.
+
+    Returns:
+        the averaged weights as a model in eval mode, and the history; output/model holds the same model.
+
+    Raises:
+        ValueError: an option is wrong, the data holds no image, or the checkpoints belong to another model.
+        FileExistsError: output holds a run already.
+        NonFiniteLossError: the loss or its gradient became NaN or infinite; names the step.
+    """
+    threads = torch.get_num_threads()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    try:
+        trainer = Trainer(dataclasses.replace(config), progress)
+        result = trainer.run()
+        trainer.accelerator.end_training()
+        return result
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,407 @@
+"""The C++ kernels, called directly: every instruction set, thread count and batch split gives the same true answer."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from fractions import Fraction
+
+import pytest
+import torch
+from adversarial import Case, cases, true_nearest
+from requirements import skip_or_fail
+from torch import Tensor
+
+from vqkernels import _extension
+from vqkernels.kernels import compiled
+
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+ALL = [(metric, case) for metric in ("euclidean", "cosine") for case in cases(metric)]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def _library():
+    reason = _extension.cpu_library()
+    if reason is not None:
+        skip_or_fail("compiled", reason)
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("VQKERNELS_CPU_ISA", request.param)
+    if _extension.instruction_set() != request.param:
+        skip_or_fail(request.param, f"this CPU has no {request.param}")
+    return request.param
+
+
+def _randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _codes(n: int, size: int, seed: int) -> Tensor:
+    return torch.randint(-1, size, (1, n), generator=torch.Generator().manual_seed(seed))
+
+
+def _search(x: Tensor, codebook: Tensor, metric: str, pieces: int = 1) -> tuple[Tensor, Tensor]:
+    parts = [compiled.nearest(part[None], codebook, metric, "exact") for part in x.tensor_split(pieces)]
+    return torch.cat([codes[0] for codes, _ in parts]), torch.cat([distance[0] for _, distance in parts])
+
+
+# ------------------------------------------------------------------------------------------ nearest
+
+
+@pytest.mark.parametrize(("metric", "case"), ALL, ids=str)
+def test_nearest_is_true_on_every_instruction_set(instruction_set: str, metric: str, case: Case):
+    true, true_distance = true_nearest(case.x, case.codebook, metric)
+    absolute = 2.0**-46 if metric == "cosine" else 0.0  # 1 - cos cancels: float64's error of a cosine stays
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for pieces in (1, 4):
+            codes, distance = _search(case.x, case.codebook, metric, pieces)
+            assert torch.equal(codes, true)
+            torch.testing.assert_close(distance, true_distance, rtol=2.0**-23, atol=absolute, equal_nan=True)
+
+
+@pytest.mark.parametrize(("n", "size", "dim"), [(5, 70000, 3), (700, 4100, 8), (64, 3000, 200), (130, 200, 18)])
+def test_work_split_over_tokens_or_codes_changes_nothing(instruction_set: str, n: int, size: int, dim: int):
+    x, codebook = _randn(n, dim, seed=n), _randn(size, dim, seed=size)
+    codebook[size // 2 :] = codebook[: size - size // 2]  # a true tie for every token, far apart
+    squares = torch.cdist(x.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    expected = squares.argmin(1) % (size // 2)  # no other ties in this data
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for pieces in (1, 3):
+            assert torch.equal(_search(x, codebook, "euclidean", pieces)[0], expected)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_crowds_of_ties_take_the_lowest_index(instruction_set: str, metric: str):
+    """More tied codes than the fast pass keeps, in two alternating kinds that mirror each other."""
+    side = torch.zeros(600, 6)
+    side[::2, 0], side[1::2, 0] = -0.3, 0.3
+    side[:, 1:] = 0.7
+    side[:5, 1:] = 9.0
+    side[:5, 0] = -50.0
+    x = torch.cat([torch.zeros(40, 1), torch.full((40, 5), 0.69)], dim=1)
+    codes, _ = _search(x, side, metric)
+    assert (codes == 5).all()
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_strides_and_element_types(instruction_set: str, metric: str):
+    for dtype in DTYPES:
+        image = _randn(3, 10, 7, 5, seed=1, dtype=dtype)  # [B, D, H, W]
+        x = image.flatten(2).transpose(1, 2)  # [B, T, D], stride 1 along T
+        codebook = _randn(40, 20, seed=2, dtype=dtype).T[::2].T  # [40, 10], strided both ways
+        true, _ = true_nearest(x.reshape(-1, 10), codebook, metric)
+        for tokens in (x, x.contiguous(), x.flip(1).contiguous().flip(1)):
+            codes, distance = compiled.nearest(tokens, codebook, metric, "exact")
+            assert torch.equal(codes.flatten(), true)
+            assert codes.shape == distance.shape == x.shape[:2]
+
+
+def test_subnormals_count_even_where_the_caller_flushes_them():
+    (case,) = [case for case in cases("euclidean") if case.name == "subnormal"]
+    true, _ = true_nearest(case.x, case.codebook)
+    torch.set_flush_denormal(True)
+    try:
+        codes, _ = _search(case.x, case.codebook, "euclidean")
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(codes, true)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_codebook_that_is_not_finite_is_an_error(dtype: torch.dtype, value: float):
+    codebook = _randn(300, 6, seed=3, dtype=dtype)
+    codebook[211, 4] = value
+    for metric in ("euclidean", "cosine"):
+        with pytest.raises(RuntimeError, match="codebook: expected finite values"):
+            compiled.nearest(torch.zeros(1, 2, 6, dtype=dtype), codebook, metric, "exact")
+
+
+def test_memory_stays_far_below_tokens_times_codes():
+    import resource
+
+    x, codebook = _randn(1, 20000, 8, seed=4), _randn(20000, 8, seed=5)
+    compiled.nearest(x[:, :100], codebook, "euclidean", "exact")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    compiled.nearest(x, codebook, "euclidean", "exact")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
+    assert grown < 32 * 1024  # N x K floats would be 1.6 GB
+
+
+# ----------------------------------------------------------------------------------- exact arithmetic
+
+EXACT_SOURCE = """
+#include "exact.h"
+using namespace vqkernels::exact;
+template <class T>
+static double cosine_of(const T* x, const T* c, int64_t dim) {
+  return cosine(x, 1, scale_vector(x, 1, dim), c, 1, scale_vector(c, 1, dim), dim).hi;
+}
+extern "C" {
+int compare_float(const float* x, const float* a, const float* b, int64_t dim) {
+  return compare_euclidean(x, 1, a, 1, b, 1, dim);
+}
+int compare_double(const double* x, const double* a, const double* b, int64_t dim) {
+  return compare_euclidean(x, 1, a, 1, b, 1, dim);
+}
+double cosine_float(const float* x, const float* c, int64_t dim) { return cosine_of(x, c, dim); }
+double cosine_double(const double* x, const double* c, int64_t dim) { return cosine_of(x, c, dim); }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    folder = tmp_path_factory.mktemp("exact")
+    (folder / "exact.cpp").write_text(EXACT_SOURCE)
+    compiler = shutil.which("c++")
+    if compiler is None:
+        skip_or_fail("compiled", "no c++ on PATH")
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+    target = folder / "exact.so"
+    command = [compiler, *flags, f"-I{_extension.source_root()}", str(folder / "exact.cpp"), "-o", str(target)]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(target))
+    for name in ("cosine_float", "cosine_double"):
+        getattr(library, name).restype = ctypes.c_double
+    return library
+
+
+def _awkward(count: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Values of few bits over the whole range of ``dtype``, so that sums cancel and ties happen."""
+    low, high = (-149, 127) if dtype == torch.float32 else (-1074, 1023)
+    exponent = torch.randint(low, high, (count,), generator=generator)
+    exponent = torch.where(torch.rand(count, generator=generator) < 0.7, exponent % 3, exponent)
+    small = torch.randint(-4, 5, (count,), generator=generator).double()
+    return torch.ldexp(small / 4, exponent).to(dtype)
+
+
+def _pointer(values: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(values.data_ptr())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_comparison_agrees_with_fractions(exact: ctypes.CDLL, dtype: torch.dtype):
+    compare = exact.compare_float if dtype == torch.float32 else exact.compare_double
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for trial in range(600):
+        dim = 1 + trial % 5
+        x, a, b = (_awkward(dim, dtype, generator) for _ in range(3))
+        if trial % 3 == 0:
+            x, b = x[:1].expand(dim).clone(), a.flip(0)  # a permutation seen from a constant token: a tie
+        true = _square_difference(x, a, b)
+        sign = compare(_pointer(x), _pointer(a), _pointer(b.contiguous()), ctypes.c_int64(dim))
+        assert sign == (true > 0) - (true < 0)
+        seen.add(sign)
+    assert seen == {-1, 0, 1}
+
+
+def _square_difference(x: Tensor, a: Tensor, b: Tensor) -> Fraction:
+    triples = zip(x.tolist(), a.tolist(), b.tolist(), strict=True)
+    return sum(
+        ((Fraction(t) - Fraction(p)) ** 2 - (Fraction(t) - Fraction(q)) ** 2 for t, p, q in triples),
+        Fraction(0),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cosine_is_right_at_any_scale(exact: ctypes.CDLL, dtype: torch.dtype):
+    cosine = exact.cosine_float if dtype == torch.float32 else exact.cosine_double
+    scales = (1e-44, 1.0, 1e37) if dtype == torch.float32 else (1e-320, 1.0, 1e307)
+    for scale in scales:
+        x = torch.tensor([3.0, 0.0, 4.0], dtype=dtype) * scale
+        c = torch.tensor([0.0, 5.0, 5.0], dtype=dtype)
+        a, b = [Fraction(v) for v in x.tolist()], [Fraction(v) for v in c.tolist()]
+        dot = sum(p * q for p, q in zip(a, b, strict=True))
+        true = float(dot * dot / (sum(p * p for p in a) * sum(q * q for q in b))) ** 0.5
+        assert cosine(_pointer(x), _pointer(c), ctypes.c_int64(3)) == pytest.approx(true, rel=2e-16)
+        assert cosine(_pointer(x), _pointer(c * 0), ctypes.c_int64(3)) == 0.0
+
+
+# ------------------------------------------------------------------------- gather, gradient, statistics
+
+
+def _layouts(x: Tensor) -> list[Tensor]:
+    """The same tokens, row-major, channels-first and as a slice of something wider."""
+    wide = torch.full((*x.shape[:2], 2 * x.shape[2]), float("nan"), dtype=x.dtype)
+    wide[..., ::2] = x
+    return [
+        x,
+        x.transpose(1, 2).contiguous().transpose(1, 2),
+        wide[..., ::2],
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gather_copies_rows_and_measures_the_error(dtype: torch.dtype):
+    codebook = _randn(11, 30, seed=6, dtype=dtype)
+    codes = _codes(2 * 37, 11, seed=7).view(2, 37)
+    for x in _layouts(_randn(2, 37, 30, seed=8, dtype=dtype)):
+        for book in (codebook, codebook.T.contiguous().T):
+            quantized, error = compiled.gather(x, book, codes)
+            assert quantized.stride() == torch.empty_like(x).stride()
+            kept = codes >= 0
+            assert torch.equal(quantized[kept], codebook[codes[kept]])
+            assert quantized[~kept].isnan().all()
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            true = (x.double() - quantized.double()).square().sum(-1).to(wide)
+            torch.testing.assert_close(error, true, rtol=30 * torch.finfo(wide).eps, atol=0, equal_nan=True)
+
+
+def _rotated(x: Tensor, q: Tensor, g: Tensor) -> Tensor:
+    """The rotation trick's vector-Jacobian product, in float64."""
+    u, v = x / x.norm(dim=-1, keepdim=True), q / q.norm(dim=-1, keepdim=True)
+    w = torch.nn.functional.normalize(u + v, dim=-1)
+    turned = g - 2 * (g * w).sum(-1, keepdim=True) * w + 2 * (g * v).sum(-1, keepdim=True) * u
+    return turned * q.norm(dim=-1, keepdim=True) / x.norm(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotation", [False, True])
+def test_backward_is_the_formula(dtype: torch.dtype, rotation: bool):
+    x, codebook = _randn(2, 21, 19, seed=9, dtype=dtype), _randn(12, 19, seed=10, dtype=dtype)
+    codes = _codes(42, 12, seed=11).view(2, 21)
+    x[0, 0], codes[0, 0] = 0, 3  # a zero token: straight-through
+    codebook[4], codes[0, 1] = 0, 4  # a zero code: straight-through
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    g, derror = _randn(2, 21, 19, seed=12, dtype=dtype), _randn(2, 21, seed=13, dtype=wide)
+    x64, q64, g64 = x.double(), codebook[codes.clamp_min(0)].double(), g.double()
+    plain = (x64.norm(dim=-1) == 0) | (q64.norm(dim=-1) == 0)
+    pulled = torch.where(plain[..., None], g64, _rotated(x64, q64, g64)) if rotation else g64
+    true = torch.where(codes[..., None] < 0, g64, pulled + 2 * derror[..., None].double() * (x64 - q64))
+    rounding = torch.finfo(dtype).eps if dtype != torch.float64 else 2.0**-48
+    for layout, gradient in zip(_layouts(x), reversed(_layouts(g)), strict=True):
+        quantized, _ = compiled.gather(layout, codebook, codes)
+        dx = compiled.quantize_backward(layout, quantized, codes, gradient, derror, rotation)
+        assert dx.dtype == dtype
+        assert dx.stride() == torch.empty_like(layout).stride()
+        torch.testing.assert_close(dx.double(), true, rtol=4 * rounding, atol=32 * rounding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_are_sums_whose_bits_never_change(dtype: torch.dtype):
+    size, x = 23, _randn(3, 400, 17, seed=14, dtype=dtype)
+    codes = _codes(1200, size, seed=15).view(3, 400)
+    kept = codes >= 0
+    result = torch.float64 if dtype == torch.float64 else torch.float32
+    true = torch.zeros(size, 17, dtype=torch.float64).index_add_(0, codes[kept], x[kept].double())
+    first = None
+    for layout in _layouts(x):
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            counts, sums = compiled.codebook_stats(layout, codes, size)
+            first = (counts, sums) if first is None else first
+            assert counts.dtype == sums.dtype == result
+            assert torch.equal(counts, first[0])
+            assert torch.equal(sums, first[1])
+    assert torch.equal(first[0], codes[kept].bincount(minlength=size).to(result))
+    torch.testing.assert_close(first[1].double(), true, rtol=torch.finfo(result).eps, atol=1e-12)
+
+
+def _moved(state: dict[str, Tensor], decay: float, eps: float, revived: float, normalize: bool) -> dict[str, Tensor]:
+    """One step of the moving average in float64."""
+    s = {name: value if value.dtype == torch.bool else value.double() for name, value in state.items()}
+    revive, sampled = s["revive"], s["sums"]
+    if normalize:
+        sampled = torch.nn.functional.normalize(sampled, dim=1)
+    size = torch.where(revive, revived, decay * s["cluster_size"] + (1 - decay) * s["counts"])
+    moved = decay * s["embed_sum"] + (1 - decay) * s["sums"]
+    moved = torch.where(revive[:, None], sampled * revived, moved)
+    smoothed = (size + eps) / (size.sum() + len(size) * eps) * size.sum()
+    rows = moved / smoothed[:, None]
+    rows = torch.nn.functional.normalize(rows, dim=1) if normalize else rows
+    return {
+        "codebook": torch.where(revive[:, None], sampled, rows),
+        "cluster_size": size,
+        "embed_sum": moved,
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_ema_update_is_the_formula(dtype: torch.dtype, normalize: bool):
+    size, dim = 37, 9
+    state = {
+        name: _randn(size, dim, seed=16 + i, dtype=dtype) for i, name in enumerate(("codebook", "embed_sum", "sums"))
+    }
+    state |= {name: _randn(size, seed=20 + i, dtype=dtype).abs() for i, name in enumerate(("cluster_size", "counts"))}
+    state["revive"] = torch.arange(size) % 5 == 0
+    true = _moved(state, 0.9, 1e-5, 2.0, normalize)
+    order = ("codebook", "cluster_size", "embed_sum", "counts", "sums", "revive")
+    compiled.ema_update_(*(state[name] for name in order), 0.9, 1e-5, 2.0, normalize)
+    for name, value in true.items():
+        torch.testing.assert_close(state[name].double(), value, rtol=8 * torch.finfo(dtype).eps, atol=1e-12)
+
+
+def test_ema_update_without_tokens_leaves_the_codes_alone():
+    codebook, embed_sum, sums = (_randn(6, 4, seed=seed) for seed in (30, 31, 32))
+    cluster_size, revive = torch.rand(6), torch.tensor([False, True] * 3)
+    before = [t.clone() for t in (codebook, cluster_size, embed_sum)]
+    counts = revive.float()  # only the sampled tokens of revived codes
+    compiled.ema_update_(codebook, cluster_size, embed_sum, counts, sums, revive, 0.9, 1e-5, 1.5, False)
+    for now, then in zip((codebook, cluster_size, embed_sum), before, strict=True):
+        assert torch.equal(now[~revive], then[~revive])
+    assert torch.equal(codebook[revive], sums[revive])
+    assert (cluster_size[revive] == 1.5).all()
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+X, BOOK, CODES = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, dtype=torch.int64)
+BAD = {
+    "x rank": (
+        lambda: compiled.nearest(X[0], BOOK, "euclidean", "exact"),
+        r"x: expected \[B, T, D\], got shape \[3, 4\]",
+    ),
+    "x dtype": (lambda: compiled.nearest(X.int(), BOOK, "euclidean", "exact"), "x: expected float32.*got Int"),
+    "book dtype": (
+        lambda: compiled.nearest(X, BOOK.half(), "euclidean", "exact"),
+        "codebook: expected dtype Float.*got Half",
+    ),
+    "book dim": (
+        lambda: compiled.nearest(X, BOOK[:, :3], "euclidean", "exact"),
+        r"codebook: expected size 4 \(D of x\)",
+    ),
+    "book empty": (lambda: compiled.nearest(X, BOOK[:0], "euclidean", "exact"), "codebook: expected K >= 1"),
+    "codes dtype": (lambda: compiled.gather(X, BOOK, CODES.int()), "codes: expected dtype Long, got Int"),
+    "codes shape": (lambda: compiled.gather(X, BOOK, CODES[:, :2]), r"codes: expected size 3 \(T of x\).*\[2, 2\]"),
+    "codes range": (lambda: compiled.gather(X, BOOK, CODES + 5), "codes: expected values below K = 5, got 5"),
+    "stats range": (
+        lambda: compiled.codebook_stats(X, CODES + 7, 7),
+        "codes: expected values below codebook_size = 7, got 7",
+    ),
+    "derror": (
+        lambda: compiled.quantize_backward(X, X, CODES, X, CODES, False),
+        "derror: expected dtype Float, got Long",
+    ),
+    "ema revive": (
+        lambda: compiled.ema_update_(
+            BOOK, BOOK[:, 0].clone(), BOOK, BOOK[:, 0].clone(), BOOK, CODES[0], 0.9, 1e-5, 1.0, False
+        ),
+        "revive: expected dtype Bool, got Long",
+    ),
+    "ema layout": (
+        lambda: compiled.ema_update_(BOOK, BOOK[:, 0], BOOK, BOOK[:, 0], BOOK, CODES[0], 0.9, 1e-5, 1.0, False),
+        "cluster_size: expected a contiguous tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments_are_named(call, message: str):
+    with pytest.raises(RuntimeError, match=message):
+        call()
+
+
+def test_an_instruction_set_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VQKERNELS_CPU_ISA", "avx1024")
+    with pytest.raises(RuntimeError, match=r"VQKERNELS_CPU_ISA: expected avx512, avx2 .*got avx1024"):
+        compiled.nearest(X, BOOK, "euclidean", "exact")

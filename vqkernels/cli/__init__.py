@@ -1,0 +1,1 @@
+"""The command line: `vqkernels demo | train | reconstruct | encode | decode | bench | build | info`."""

@@ -1,0 +1,114 @@
+"""`vqkernels encode`: a folder of images as codes.npy and meta.json."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from rich.console import Console
+from torch import Tensor
+
+from vqkernels.models import VQVAE, CodesWriter, list_images, open_codes
+from vqkernels.models.data import open_image, to_tensor
+from vqkernels.models.metrics import bits_per_pixel, code_usage
+from vqkernels.models.validation import crop_to_multiple
+
+from .loading import choose_device, load_model, report_skipped
+from .options import EncodeConfig
+from .terminal import make_console, make_table, quiet_libraries, tracked
+
+
+def _prepared(file: Path, image_size: int | None, factor: int) -> Tensor:  # [3, H, W] in [-1, 1]
+    """The image scaled and cropped to a square, or at its own size but for the crop to multiples of the factor."""
+    picture = open_image(file)
+    if image_size is None:
+        return crop_to_multiple(to_tensor(picture), factor)
+    return to_tensor(ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC))
+
+
+class _Reader:
+    """Images of one size, in the order of their names; what cannot be read is collected in `skipped`."""
+
+    def __init__(self, config: EncodeConfig, factor: int) -> None:
+        self.folder, self.image_size, self.factor = Path(config.folder), config.image_size, factor
+        self.files = list_images(self.folder)
+        self.skipped: list[tuple[Path, str]] = []
+        self.size: torch.Size | None = None
+        if not self.files:
+            raise ValueError(f"{config.folder}: expected a folder with images, found none in it")
+
+    def images(self, console: Console) -> Iterator[tuple[str, Tensor]]:  # name, [3, H, W]
+        for file in tracked(console, self.files, "encoding"):
+            try:
+                image = _prepared(file, self.image_size, self.factor)
+            except ValueError as error:
+                self.skipped.append((file, str(error)))
+                continue
+            self._check_size(file, image)
+            yield file.relative_to(self.folder).as_posix() if self.folder.is_dir() else file.name, image
+
+    def _check_size(self, file: Path, image: Tensor) -> None:
+        self.size = self.size or image.shape
+        if image.shape != self.size:
+            expected, got = (f"{shape[2]}x{shape[1]}" for shape in (self.size, image.shape))
+            raise ValueError(f"{file}: expected {expected} pixels like the images before, got {got}; give --image_size")
+
+
+def _batches(
+    images: Iterator[tuple[str, Tensor]],
+    batch_size: int,
+) -> Iterator[tuple[list[str], Tensor]]:  # names, [B, 3, H, W]
+    names: list[str] = []
+    held: list[Tensor] = []
+    for name, image in images:
+        names.append(name)
+        held.append(image)
+        if len(held) == batch_size:
+            yield names, torch.stack(held)
+            names, held = [], []
+    if held:
+        yield names, torch.stack(held)
+
+
+def _check(config: EncodeConfig, model: VQVAE) -> None:
+    if config.batch_size < 1:
+        raise ValueError(f"--batch_size: expected at least 1, got {config.batch_size}")
+    size = config.image_size
+    if size is not None and (size < 1 or size % model.factor):
+        raise ValueError(f"--image_size: expected a multiple of the model's factor {model.factor}, got {size}")
+
+
+def _print_summary(console: Console, output: str) -> None:
+    opened = open_codes(output)
+    meta = opened.meta
+    usage = code_usage(opened.codes, meta.codebook_size)
+    bits = bits_per_pixel(opened.codes, meta.codebook_size, meta.factor)
+    pixels = len(opened) * meta.shape[1] * meta.shape[2] * meta.factor**2
+    size = os.path.getsize(Path(output) / "codes.npy")
+    rows = [
+        ("images", f"{len(opened)}"),
+        ("codes per image", f"{meta.shape[1]} x {meta.shape[2]}"),
+        ("codes used", f"{usage.used} of {meta.codebook_size}"),
+        ("perplexity", f"{usage.perplexity:.1f}"),
+        ("bits per pixel", f"{bits.fixed:.3f} fixed, {bits.entropy:.3f} entropy coded"),
+        ("codes.npy", f"{size / 1e6:.2f} MB of {meta.dtype}; the pixels are {3 * pixels / 1e6:.2f} MB"),
+    ]
+    console.print(make_table(f"Codes in {output}", ("what", "value"), rows, text_columns=2))
+
+
+def run(config: EncodeConfig) -> None:
+    """Writes the codes and prints what they amount to."""
+    console, device = make_console(), choose_device(config.device)
+    model = load_model(config.model, device)
+    _check(config, model)
+    reader = _Reader(config, model.factor)
+    with quiet_libraries(), CodesWriter(config.output, model) as writer:
+        for names, images in _batches(reader.images(console), config.batch_size):
+            writer.append(model.encode(images.to(device)), names)
+        if reader.size is None:
+            raise ValueError(f"none of the {len(reader.files)} images in {config.folder} can be read")
+    report_skipped(console, reader.skipped)
+    _print_summary(console, config.output)

@@ -1,0 +1,96 @@
+"""What each command can be told. Imports neither torch nor the rest of the package, so that --help is quick.
+
+The options of `train` and `bench` are the config dataclasses of vqkernels.models and vqkernels.benchmarks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+WORD = {"positional": True}  # a required word without a dash
+OUTPUT = {"short": "-o"}
+
+
+@dataclass
+class DemoConfig:
+    """Options"""
+
+    output: str = field(default="runs/demo", metadata=OUTPUT)
+    """folder for the picture, codes, model and logs; what an earlier demo left there is replaced"""
+    seconds: float = 90.0
+    """time to train for"""
+    data: str | None = None
+    """folder of images to train on instead of the bundled photographs"""
+    threads: int | None = None
+    """CPU threads; the cores that this process may use, at most 8, when left out"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to train; auto takes the GPU where there is one"""
+    seed: int = 0
+    """seed of the weights and of the crops"""
+
+
+@dataclass
+class ReconstructConfig:
+    """Options"""
+
+    model: str = field(metadata=WORD)
+    """folder with a model (runs/NAME or runs/NAME/model), or hf://OWNER/NAME"""
+    images: list[str] = field(metadata=WORD)
+    """image files, or folders of them"""
+    output: str = field(default="reconstructions", metadata=OUTPUT)
+    """folder for the pictures"""
+    fit: Literal["pad", "crop"] = "pad"
+    """where the size is not a multiple of the model's factor: repeat the border and cut it off again, or crop"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to run; auto takes the GPU where there is one"""
+
+
+@dataclass
+class EncodeConfig:
+    """Options"""
+
+    model: str = field(metadata=WORD)
+    """folder with a model (runs/NAME or runs/NAME/model), or hf://OWNER/NAME"""
+    folder: str = field(metadata=WORD)
+    """folder of images, searched through all its sub-folders"""
+    output: str = field(default="codes", metadata=OUTPUT)
+    """folder for codes.npy and meta.json"""
+    image_size: int | None = None
+    """scale and center-crop every image to this; when left out all must have one size, and it stays"""
+    batch_size: int = 8
+    """images at a time"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to run; auto takes the GPU where there is one"""
+
+
+@dataclass
+class DecodeConfig:
+    """Options"""
+
+    model: str = field(metadata=WORD)
+    """folder with the model that made the codes"""
+    codes: str = field(metadata=WORD)
+    """folder with codes.npy and meta.json"""
+    output: str = field(default="decoded", metadata=OUTPUT)
+    """folder for the PNG images"""
+    batch_size: int = 8
+    """images at a time"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to run; auto takes the GPU where there is one"""
+
+
+@dataclass
+class BuildConfig:
+    """Options"""
+
+    cuda: bool = False
+    """also insist on the CUDA library, which is otherwise built where there is a GPU; needs nvcc"""
+
+
+@dataclass
+class InfoConfig:
+    """Options"""
+
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
+    """element type of the tensors that the backends are asked about"""

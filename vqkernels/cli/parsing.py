@@ -1,0 +1,166 @@
+"""From the words of a command line, and YAML files, to a config dataclass; strict, and without torch.
+
+A config is a plain dataclass. The string below a field is its help; `field(metadata=...)` may add
+`positional=True` (a word without a dash, or a list of them) and `short="-o"`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import docstring_parser
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+Config = TypeVar("Config")
+
+KINDS = {"NoneType": "null", "str": "text", "int": "an integer", "float": "a number", "bool": "true or false"}
+
+
+def _config_path(words: list[str]) -> str | None:
+    """The last YAML file named by -c / --config, for error messages."""
+    path = None
+    for word, following in zip(words, [*words[1:], None], strict=False):
+        if word in ("-c", "--config"):
+            path = following
+        elif word.startswith("--config="):
+            path = word.removeprefix("--config=")
+    return path
+
+
+def _add_marked(parser: ArgumentParser, entry: dataclasses.Field[Any], text: str) -> None:
+    """A field with metadata, by hand, because add_class_arguments makes long options only."""
+    required = entry.default is dataclasses.MISSING
+    if not entry.metadata.get("positional"):
+        parser.add_argument(entry.metadata["short"], f"--{entry.name}", type=str, help=text, default=entry.default)
+    elif str(entry.type).startswith("list"):
+        parser.add_argument(entry.name, type=str, help=text, nargs="+")
+    elif required:
+        parser.add_argument(entry.name, type=str, help=text)
+    else:
+        parser.add_argument(entry.name, type=str, help=text, nargs="?", default=entry.default)
+
+
+def build_parser(config: type, prog: str, description: str) -> ArgumentParser:
+    """A strict parser for one dataclass, whose errors are exceptions."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("-c", "--config", action="config", help="YAML file with any of the options below")
+    texts = {entry.arg_name: entry.description for entry in docstring_parser.parse_from_object(config).params}
+    marked = [entry for entry in dataclasses.fields(config) if entry.metadata]
+    for entry in marked:
+        _add_marked(parser, entry, texts.get(entry.name) or "")
+    if len(marked) < len(dataclasses.fields(config)):
+        parser.add_class_arguments(config, skip={entry.name for entry in marked})
+    return parser
+
+
+def _respell(words: list[str], config: type) -> list[str]:
+    """The short ways of writing lists and switches, in the parser's own spelling.
+
+    `--shape A --shape B` is `--shape+ A --shape+ B`, and `--resume` alone is `--resume=true`.
+    """
+    kinds = {entry.name: str(entry.type) for entry in dataclasses.fields(config)}
+    spelled = []
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        name, equals, value = word.removeprefix("--").partition("=")
+        kind = kinds.get(name, "") if word.startswith("--") else ""
+        if kind.startswith("list") and not (value if equals else following).startswith("["):
+            spelled.append(f"--{name}+{equals}{value}")
+        elif kind == "bool" and not equals and following.lower() not in ("true", "false"):
+            spelled.append(f"{word}=true")
+        else:
+            spelled.append(word)
+    return spelled
+
+
+def _kind(text: str) -> str:
+    """A type as it stands in a jsonargparse message, in words."""
+    if "Literal[" in text:
+        return "one of " + text[text.index("[") + 1 : text.rindex("]")]
+    name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    return KINDS.get(name, name)
+
+
+def _expected(message: str) -> str:
+    """The core of a jsonargparse type error as `expected ..., got ...`."""
+    given = re.search(r"(?:Given|Got) value: (.*)$", message, re.DOTALL)
+    union = re.search(r"Subtypes: \[(.*?)\]\s*Errors", message, re.DOTALL)
+    single = re.search(r"Expected an? (.*?)\. Got", message, re.DOTALL)
+    if not given or not (union or single):
+        return message
+    texts = re.split(r", (?=<|typing)", union[1]) if union else [single[1]] if single else []
+    return f"expected {' or '.join(map(_kind, texts))}, got {given[1].strip()!r}"
+
+
+def _hint(name: str, parser: ArgumentParser) -> str:
+    known = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def explain_error(message: str, parser: ArgumentParser, words: list[str]) -> str:
+    """A jsonargparse message as one sentence that names the option, what was expected and what came."""
+    source = _config_path(words)
+    unknown = re.search(r"Option '([^']+)' is not accepted", message)
+    nested = re.search(r"Group '([^']+)' does not accept option '([^']+)'", message)
+    if unknown or nested:
+        name = unknown[1] if unknown else f"{nested[1]}.{nested[2]}" if nested else ""
+        return f"{source or parser.prog}: unknown option {name!r}{_hint(name, parser)}"
+    if message.startswith("unrecognized arguments: "):
+        word = message.removeprefix("unrecognized arguments: ").split()[0]
+        hint = _hint(word.lstrip("-").split("=")[0], parser) if word.startswith("-") else ""
+        return f"unknown argument {word}{hint}"
+    keyed = re.match(r'Parser key "([^"]+)":\s*(.*)$', message, re.DOTALL)
+    if keyed and keyed[1] == "config":
+        return f"--config: {source}: no such file" if "does not exist" in keyed[2] else f"--config: {keyed[2]}"
+    if keyed:
+        typed = any(word.split("=")[0].rstrip("+") == f"--{keyed[1]}" for word in words)
+        place = f"--{keyed[1]}" if typed or source is None else f"{source}: {keyed[1]}"
+        return f"{place}: {_expected(keyed[2])}"
+    if source and "parsing config" in message:
+        return f"{source}: {message}"
+    return message
+
+
+def _with_bundled(words: list[str], folder: Path | None) -> list[str]:
+    """The words, with `-c NAME` as the path of the bundled NAME.yaml where there is no file NAME."""
+    name = _config_path(words)
+    if folder is None or name is None or Path(name).exists() or not (folder / f"{name}.yaml").is_file():
+        return words
+    path = str(folder / f"{name}.yaml")
+    return [path if word == name else f"--config={path}" if word == f"--config={name}" else word for word in words]
+
+
+def parse_config(
+    config: type[Config],
+    prog: str,
+    description: str,
+    words: list[str],
+    *,
+    bundled: Path | None = None,
+) -> Config:
+    """Reads a command line into `config`.
+
+    Args:
+        config: the dataclass.
+        prog: what the user typed so far, for --help.
+        description: a sentence for --help.
+        words: the rest of the command line.
+        bundled: folder of YAML files that -c also takes by name.
+
+    Raises:
+        ValueError: one sentence about the option that is wrong.
+        SystemExit: after --help and --print_config.
+    """
+    parser = build_parser(config, prog, description)
+    words = _with_bundled(_respell(words, config), bundled)
+    try:
+        values: dict[str, Any] = parser.instantiate(parser.parse_args(words)).as_dict()
+    except Exception as error:  # argparse's, yaml's, or a TypeError, after jsonargparse's version
+        raise ValueError(explain_error(str(error), parser, words)) from error
+    values.pop("config", None)
+    return config(**values)
