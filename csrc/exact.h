@@ -14,8 +14,11 @@
 
 #if defined(__CUDACC__)
 #define VQ_HD __host__ __device__
+// Unrolled, the loops over all digits would hold 136 of them in registers, and spill.
+#define VQ_ROLLED _Pragma("unroll 1")
 #else
 #define VQ_HD
+#define VQ_ROLLED
 #endif
 
 namespace vqkernels {
@@ -71,9 +74,7 @@ VQ_HD inline Decomposed decompose(double value) {
 template <int LOW_EXPONENT, int WORDS>
 class FixedPointSum {
  public:
-  VQ_HD FixedPointSum() : pending_(0) {
-    for (int i = 0; i < WORDS; ++i) lanes_[i] = 0;
-  }
+  VQ_HD FixedPointSum() : pending_(0) { VQ_ROLLED for (int i = 0; i < WORDS; ++i) lanes_[i] = 0; }
 
   // Adds (negate ? -1 : 1) * a * b * 2^shift, exactly.
   VQ_HD void add_product(double a, double b, bool negate, int shift) {
@@ -94,7 +95,7 @@ class FixedPointSum {
   VQ_HD int sign() {
     propagate();
     if (lanes_[WORDS - 1] != 0) return lanes_[WORDS - 1] < 0 ? -1 : 1;
-    for (int i = 0; i < WORDS - 1; ++i) {
+    VQ_ROLLED for (int i = 0; i < WORDS - 1; ++i) {
       if (lanes_[i] != 0) return 1;
     }
     return 0;
@@ -117,7 +118,7 @@ class FixedPointSum {
 
   // Leaves every lane but the last in [0, 2^32); the last carries the sign.
   VQ_HD void propagate() {
-    for (int i = 0; i < WORDS - 1; ++i) {
+    VQ_ROLLED for (int i = 0; i < WORDS - 1; ++i) {
       const int64_t carry = lanes_[i] >> 32;  // rounds down, also below zero
       lanes_[i] -= carry * (int64_t(1) << 32);
       lanes_[i + 1] += carry;
