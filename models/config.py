@@ -161,6 +161,12 @@ class TrainConfig:
             raise ValueError(
                 f"image_size must be divisible by the model's factor {self.model.factor}, got {self.image_size}"
             )
+        for name in ("steps", "max_seconds", "learning_rate", "threads"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be greater than 0, got {value}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other, got both")
         for name, low, high in (("min_crop", 0, 1), ("final_learning_rate", 0, 1), ("weight_ema_decay", 0, 1)):

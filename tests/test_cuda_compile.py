@@ -61,9 +61,11 @@ def _compile(nvcc: str, source: Path, mode: list[str]) -> str:
 
 
 def _whole_file(nvcc: str, stem: str) -> str:
+    """Launchers and registration; unoptimised, since the kernels themselves are compiled below."""
+    quick = ["-Xcicc=-O0", "-Xptxas=-O0"]
     mode = [f"-gencode=arch=compute_{BUILD_ARCHITECTURE},code=sm_{BUILD_ARCHITECTURE}", "-Xcompiler=-fPIC", "-c"]
     includes = [f"-I{folder}" for folder in cpp_extension.include_paths()]
-    return _compile(nvcc, host.CSRC / "cuda" / f"{stem}.cu", [*mode, *includes])
+    return _compile(nvcc, host.CSRC / "cuda" / f"{stem}.cu", [*mode, *quick, *includes])
 
 
 def _kernels_only(nvcc: str, architecture: str) -> str:

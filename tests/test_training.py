@@ -361,6 +361,9 @@ def test_threads_are_set_for_the_run_and_restored(pictures, tmp_path):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"image_size": 18}, "image_size must be divisible by the model's factor 4, got 18"),
         ({"resume": True, "overwrite": True}, "resume and overwrite exclude each other"),
+        ({"steps": 0}, "steps must be greater than 0, got 0"),
+        ({"learning_rate": -1.0}, "learning_rate must be greater than 0, got -1.0"),
+        ({"betas": [0.9]}, r"betas must be two numbers in \[0, 1\), got \[0.9\]"),
         ({"min_crop": 1.5}, r"min_crop must lie in \[0, 1\], got 1.5"),
     ],
 )

@@ -58,6 +58,14 @@ def test_every_search_configuration_at_every_kind_of_dim(monkeypatch, config, di
     _check_nearest(Case("config", x, codebook.round(decimals=1)), "euclidean")
 
 
+def test_parallel_codes_of_any_length_tie():
+    """Multiples by 3, 5, 7 ...: equal cosines whose double-double values differ in the last bits."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randint(-9, 10, (12, 7), generator=generator).float()
+    codes = torch.randint(-9, 10, (9, 1, 7), generator=generator) * torch.tensor([7, 3, 11, 1, 5, 13])[:, None]
+    _check_nearest(Case("parallel", x, codes.reshape(54, 7).float()), "cosine")
+
+
 def test_fast_search_split_over_the_codes(monkeypatch):
     monkeypatch.setattr(triton_nearest, "program_target", lambda x: 1000)
     codebook = torch.randn(300, 9, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -98,6 +106,10 @@ def _hard_pairs(dim: int) -> tuple[Tensor, Tensor]:  # x [P, D], codes [P, 2, D]
         order = torch.randperm(dim, generator=generator)
         x += [torch.zeros(dim), torch.zeros(dim), torch.ones(dim) * 0.3, middle, middle]
         codes += [(first, mirror), (first, nudged), (first, first[order]), (first, mirror), (nudged, mirror)]
+    if dim > 8:  # 1 - 1 + 2^-34 against many squares of 0.9 x 2^-35: each is below the first digit, their sum is not
+        first, second = torch.zeros(dim), torch.full((dim,), 0.95 * 2.0**-17.5)
+        first[:3], second[:3] = torch.tensor([1.0, 0.0, 2.0**-17]), torch.tensor([0.0, 1.0, 0.0])
+        x, codes = [*x, torch.zeros(dim)], [*codes, (first, second)]
     return torch.stack(x), torch.stack([torch.stack(pair) for pair in codes])
 
 
@@ -121,7 +133,7 @@ def test_the_order_of_two_codes_is_exact(dim: int):
 @pytest.mark.parametrize("dim", [1, 5, 70])
 def test_cosines_keep_100_bits(dim: int):
     x, codes = _hard_pairs(dim)
-    x, codes = x[3::5].contiguous(), codes[3::5, 0].contiguous()
+    x, codes = x[3:30:5].contiguous(), codes[3:30:5, 0].contiguous()
     out = torch.empty(len(x), 2, dtype=torch.float64, device=DEVICE)
     cosine_kernel[(len(x),)](x.to(DEVICE), codes.to(DEVICE), out, dim, BLOCK_D=32)
     for token, code, (high, low) in zip(x, codes, out.tolist(), strict=True):
