@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from requirements import skip_or_fail
 
 # shared memory that one block may ask for, in bytes (CUDA programming guide, table of compute capabilities)
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
@@ -35,9 +36,7 @@ KERNELS = {
 def compiled() -> list[dict[str, Any]]:
     """One record a compiled kernel: see ``record_of``."""
     if importlib.util.find_spec("triton") is None:
-        if "triton" in os.environ.get("VQKERNELS_REQUIRE", "").split(","):
-            pytest.fail("VQKERNELS_REQUIRE asks for triton, which is not installed")
-        pytest.skip("triton is not installed")
+        skip_or_fail("triton", "triton is not installed")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     workers = [
         subprocess.Popen([sys.executable, __file__, *map(str, archs)], env=env, stdout=-1, stderr=-1, text=True)
