@@ -30,18 +30,17 @@ def test_codes_and_distances_are_the_true_ones(backend, metric: str, case: Case)
     torch.testing.assert_close(distance.cpu(), true_distance, rtol=2.0**-22, atol=absolute, equal_nan=True)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("pieces", [1, 3])
-def test_codes_do_not_depend_on_threads_or_batch_split(backend, threads: int, pieces: int):
-    _name, device = backend
-    torch.set_num_threads(threads)
+def test_codes_do_not_depend_on_threads_or_batch_split(backend):
+    name, device = backend
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(301, 18, generator=generator)
+    x = torch.randn(37 if name == "triton" else 301, 18, generator=generator)
     codebook = torch.randn(150, 18, generator=generator)
     codebook[75:] = codebook[:75] * (1 + 2.0**-22)  # near-ties all over
     true, _ = true_nearest(x, codebook)
-    parts = [vq.nearest(part.to(device), codebook.to(device))[0].cpu() for part in x.tensor_split(pieces)]
-    assert torch.equal(torch.cat(parts), true)
+    for threads, pieces in ((1, 1), (2, 1), (2, 3)):
+        torch.set_num_threads(threads)
+        parts = [vq.nearest(part.to(device), codebook.to(device))[0].cpu() for part in x.tensor_split(pieces)]
+        assert torch.equal(torch.cat(parts), true)
 
 
 def test_any_strides_and_leading_shape(backend):

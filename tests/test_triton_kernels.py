@@ -7,19 +7,17 @@ They run in the interpreter here, or on the GPU where there is one.
 from __future__ import annotations
 
 import importlib.util
-import os
 from fractions import Fraction
 
 import pytest
 import torch
 from adversarial import Case, cases, true_nearest
+from requirements import skip_or_fail
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 if importlib.util.find_spec("triton") is None:
-    if "triton" in os.environ.get("VQKERNELS_REQUIRE", ""):
-        pytest.fail("VQKERNELS_REQUIRE=triton: triton is not installed", pytrace=False)
-    pytest.skip("triton is not installed", allow_module_level=True)
+    skip_or_fail("triton", "triton is not installed")
 
 import triton
 import triton.language as tl
