@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 import vqkernels
+from vqkernels.benchmarks.machine import describe_machine, describe_versions, git_commit
 from vqkernels.models import (
     CodesWriter,
     Evaluation,
@@ -102,8 +103,16 @@ def _evaluate(result: TrainResult, device: str) -> Evaluation:
 
 
 def _save_report(output: Path, rows: list[tuple[str, str]], measured: Measurements) -> None:
-    searches = {search.title: [dataclasses.asdict(row) for row in search.rows] for search in measured.searches}
-    report = {"held_out": dict(rows), "quantizer_share": measured.quantizer_share, "nearest": searches}
+    """The tables as numbers, with what they were measured on."""
+    report = {
+        "commit": git_commit(),
+        "machine": describe_machine(),
+        "versions": describe_versions(),
+        "threads": torch.get_num_threads(),
+        "held_out": dict(rows),
+        "quantizer_share": measured.quantizer_share,
+        "nearest": {search.title: [dataclasses.asdict(row) for row in search.rows] for search in measured.searches},
+    }
     (output / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
