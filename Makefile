@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 
 # one stamp a set of extras: the second run starts at once, a changed requirement installs again
 $(VENV)/.ready-%: pyproject.toml setup.py constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV) for $*: a minute or two the first time"
 	@$(PIP) --editable '.[$*]'
 	@touch $@

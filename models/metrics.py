@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .vqvae import VQVAE
+    pass
 
 DATA_RANGE = 2.0  # images lie in [-1, 1]
 SSIM_WINDOW = 11  # pixels of the Gaussian window of Wang et al. 2004
@@ -114,43 +112,3 @@ def bits_per_pixel(
     """Bits per image pixel of codes that stand for factor x factor pixels each."""
     entropy = code_usage(codes, codebook_size).entropy_bits
     return BitsPerPixel(math.log2(codebook_size) / factor**2, entropy / factor**2)
-
-
-def _median_seconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    times = []
-    for _ in range(repeats + 1):  # the first warms caches up and is left out
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return float(np.median(times[1:]))
-
-
-def quantizer_share(
-    model: VQVAE,
-    images: Tensor,  # [B, 3, H, W] in [-1, 1]
-    *,
-    repeats: int = 5,
-) -> float:
-    """Share of a training step (forward and backward) that is spent in the quantizer, 0 to 1; median of repeats.
-
-    The quantizer is timed alone, on the tokens of these images, with its codebook update. It works on a copy.
-    """
-    import copy
-
-    model = copy.deepcopy(model).train().requires_grad_(True)
-    with torch.no_grad():
-        tokens = model.encoder(images).float()
-
-    def whole() -> None:
-        out = model(images)
-        ((out.reconstruction - images).square().mean() + out.quantizer.loss).backward()
-
-    def alone() -> None:
-        leaf = tokens.clone().requires_grad_()
-        out = model.quantizer(leaf)
-        (out.quantized.square().mean() + out.loss).backward()
-
-    step = _median_seconds(whole, images.device, repeats)
-    return min(_median_seconds(alone, images.device, repeats) / step, 1.0)

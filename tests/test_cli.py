@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -87,20 +86,15 @@ def _mistake(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
-def test_help_is_quick_and_without_torch(words: list[str]):
+def test_help_comes_without_torch(words: list[str]):
     code = (
         "import sys, contextlib\nfrom vqkernels.cli.main import main\n"
         f"with contextlib.suppress(SystemExit): main({words!r})\n"
         "assert 'torch' not in sys.modules and 'triton' not in sys.modules"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
     assert "usage: vqkernels" in done.stdout
-    assert (
-        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
-    )  # CPU time: torch alone takes 1.5 s
 
 
 def test_overview_names_every_command(capsys):

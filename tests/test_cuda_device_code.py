@@ -12,6 +12,7 @@ from requirements import skip_or_fail
 from torch import Tensor
 
 from vqkernels.kernels import reference_training as reference
+from vqkernels.testing import sum_tolerance
 
 SEEDS = (0, 5)  # threads in order, threads in a random order
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -160,7 +161,8 @@ def test_codebook_stats(dtype: torch.dtype, layout: str):
     counts, sums = host.codebook_stats(x, codes, 12, seed=1)
     true_counts, true_sums = _true_stats(x, codes, 12)
     assert torch.equal(counts.long(), true_counts)
-    torch.testing.assert_close(sums.double(), true_sums, rtol=0, atol=1e-5)
+    tolerance = sum_tolerance(42, sums.dtype, x.abs().max().item())
+    torch.testing.assert_close(sums.double(), true_sums, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("codebook_size", [1, 2, 7, 300])
@@ -230,6 +232,8 @@ def test_a_missing_barrier_shows():
 
 def test_sanitizers_find_nothing():
     """Every kernel at ragged sizes under the address and undefined-behaviour sanitizers."""
+    if not host.links(host.SANITIZE):
+        skip_or_fail("sanitizers", "the compiler has no sanitizer runtimes")
     program = host.compile_cpp("sanitized", host.SANITIZE)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

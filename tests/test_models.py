@@ -18,7 +18,7 @@ from vqkernels.models import (
     load_config,
     save_config,
 )
-from vqkernels.models.metrics import bits_per_pixel, code_usage, psnr, quantizer_share, ssim
+from vqkernels.models.metrics import bits_per_pixel, code_usage, psnr, ssim
 from vqkernels.models.pictures import code_colours, code_map, comparison
 
 
@@ -243,12 +243,6 @@ def test_metrics_of_known_cases():
     assert bits_per_pixel(codes, 8, 4) == (3 / 16, 2 / 16)
     with pytest.raises(ValueError, match=r"codes must lie in \[0, 2\], got 0 to 3"):
         code_usage(codes, 3)
-
-
-def test_quantizer_share_is_a_share_and_leaves_the_model(model):
-    before = model.fingerprint()
-    assert 0 < quantizer_share(model, images_of(2, 3, 16, 16), repeats=1) <= 1
-    assert model.fingerprint() == before
 
 
 def test_evaluation_and_its_picture(model):

@@ -57,6 +57,12 @@ def compile_cpp(name: str, flags: list[str]) -> Path:
     return out
 
 
+def links(flags: list[str]) -> bool:
+    """Whether the compiler can make a program with ``flags``: some systems package sanitizer runtimes apart."""
+    command = [compiler() or "c++", *flags, "-x", "c++", "-", "-o", os.devnull]
+    return subprocess.run(command, input="int main() {}", text=True, capture_output=True, check=False).returncode == 0
+
+
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """The functions of driver.cpp."""
