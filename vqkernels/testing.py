@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._dtypes import UNIT
 from .kernels.reference_nearest import nearest as _reference_nearest
 from .ops._library import as_tokens, check_tokens, promoted
-
-UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
 
 
 def true_codes(

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from vqkernels import backends
+from vqkernels._dtypes import accumulation_dtype
 from vqkernels._extension import describe
 from vqkernels._version import __version__
 
@@ -55,7 +56,7 @@ def example_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple[Any, .
     codebook = torch.zeros(3, 8, dtype=dtype, device=device)  # [K, D]
     codes = torch.zeros(1, 4, dtype=torch.int64, device=device)  # [B, T]
     error = torch.zeros(1, 4, device=device)  # [B, T]
-    state = torch.float64 if dtype == torch.float64 else torch.float32
+    state = accumulation_dtype(dtype)
     rows, sizes = (torch.zeros(3, 8, dtype=state, device=device), torch.zeros(3, dtype=state, device=device))
     revive = torch.zeros(3, dtype=torch.bool, device=device)  # [K]
     return {

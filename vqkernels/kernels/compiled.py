@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _extension
+from .._dtypes import DTYPES
 from .registry import register
-
-FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def nearest(
@@ -70,7 +69,7 @@ def ema_update_(
 
 def _supports(first: Tensor, *_rest: object) -> str | None:
     """None, or why the compiled kernels cannot take a tensor like ``first``."""
-    if first.dtype not in FLOATING:
+    if first.dtype not in DTYPES:
         return f"takes float32, float16, bfloat16 and float64, not {first.dtype}"
     if first.device.type == "cpu":
         return _extension.cpu_library()

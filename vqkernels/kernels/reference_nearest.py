@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dtypes import UNIT, accumulation_dtype
 from .registry import register
 
-UNIT = 2.0**-53  # float64 unit roundoff
+UNIT64 = UNIT[torch.float64]
 BLOCK_SCORES = 1 << 20  # scores held at once: 8 MiB of float64, whatever N and K
 SAFE_LOW, SAFE_HIGH = 2.0**-960, 2.0**960  # squares inside neither lose bits to underflow nor overflow
 
@@ -58,7 +59,7 @@ def _outputs(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fast(tokens: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Scores in the inputs' own precision (float32 at least), no certificate."""
-    dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(tokens.dtype)
     codes, distance = _outputs(tokens)
     with torch.autocast(tokens.device.type, enabled=False):
         book = codebook.to(dtype)  # [K, D]
@@ -122,15 +123,15 @@ def _decide_euclidean(
     centered, book_centered = block - center, book - center
     half_norm = 0.5 * book_centered.square().sum(1)  # [K]
     scores = torch.addmm(half_norm, centered, book_centered.T, alpha=-1)  # [n, K]
-    # centring rounds each entry by UNIT of the result, a sum of D products by D * UNIT of their sizes
+    # centring rounds each entry by UNIT64 of the result, a sum of D products by D * UNIT64 of their sizes
     size = (centered.norm(dim=1) + book_centered.norm(dim=1).max())[:, None]  # [n, 1]
-    bound = (block.shape[1] + 8) * UNIT * size.square()
+    bound = (block.shape[1] + 8) * UNIT64 * size.square()
     low = scores.amin(1, keepdim=True)
     unsafe = ~torch.isfinite(size.square()) | (size.square() < SAFE_LOW)
     row, code = ((scores <= low + 2 * bound) | ~torch.isfinite(scores) | unsafe).nonzero(as_tuple=True)  # [P] each
     direct = _direct_distances(block, book, row, code)  # [P]
     best = torch.full_like(low[:, 0], math.inf).scatter_reduce(0, row, direct, "amin")  # [n]
-    slack = 1 + 4 * (block.shape[1] + 4) * UNIT
+    slack = 1 + 4 * (block.shape[1] + 4) * UNIT64
     keep = (direct <= best[row] * slack) | (best[row] < SAFE_LOW) | ~(best[row] < SAFE_HIGH)
     return _lowest_of(block, book, row[keep], code[keep], _Closer)
 
@@ -156,7 +157,7 @@ def _decide_cosine(
     unit_block = torch.nn.functional.normalize(_scaled(block), dim=1)
     unit_book = torch.nn.functional.normalize(_scaled(book), dim=1)
     cosines = unit_block @ unit_book.T  # [n, K]
-    bound = 4 * (block.shape[1] + 8) * UNIT
+    bound = 4 * (block.shape[1] + 8) * UNIT64
     row, code = (cosines >= cosines.amax(1, keepdim=True) - bound).nonzero(as_tuple=True)
     return _lowest_of(block, book, row, code, _MoreParallel)
 

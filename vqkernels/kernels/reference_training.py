@@ -13,12 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
 from .registry import register
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else is summed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def gather(

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops._library import HALF, check_choice
+from .._dtypes import HALF
+from ..ops._library import check_choice
 from ..ops.nearest import METRICS, PRECISIONS
 from .distributed import all_reduce_packed, rank_and_world
 from .kmeans import ITERATIONS, initialize_, kmeans_

@@ -75,13 +75,8 @@ def _initialize(
         initialized.fill_(True)
 
 
-def _nothing(*_args: object) -> None:
-    return None
-
-
 initialize_ = define(
     "codebook_initialize_(Tensor tokens, Tensor? mask, Tensor(a!) codebook, Tensor(b!) initialized, Tensor seed,"
     " str metric, str precision) -> ()",
     _initialize,
-    _nothing,
 )

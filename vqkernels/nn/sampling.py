@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._dtypes import accumulation_dtype
 from .distributed import rank_and_world
 
 _WORD = 0xFFFFFFFF
@@ -36,7 +37,7 @@ def sample_tokens(
     Each wanted code has one owner among the ranks, and the m codes of an owner split its valid tokens into m equal
     runs and take one of each. Where there are fewer tokens than codes, the codes without a token get no hit.
     """
-    size, dtype = wanted.shape[0], torch.promote_types(tokens.dtype, torch.float32)
+    size, dtype = wanted.shape[0], accumulation_dtype(tokens.dtype)
     if tokens.shape[0] * tokens.shape[1] == 0:
         return tokens.new_zeros(size, dtype=dtype), tokens.new_zeros((size, tokens.shape[2]), dtype=dtype)
     rank, world = rank_and_world()

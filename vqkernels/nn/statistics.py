@@ -141,28 +141,21 @@ def _remember(
     window_counts.mul_(1 - 1 / usage_window).add_(counts)
 
 
-def _nothing(*_args: object) -> None:
-    return None
-
-
 apply_pending_ = define(
     "codebook_apply_(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor(d!) pending_counts,"
     " Tensor(e!) pending_sums, Tensor(f!) pending_revive, float decay, float eps, float revived_size, bool normalize)"
     " -> ()",
     _apply,
-    _nothing,
 )
 collect_ = define(
     "codebook_collect_(Tensor tokens, Tensor codes, Tensor cluster_size, Tensor seed, Tensor(a!) pending_counts,"
     " Tensor(b!) pending_sums, Tensor(c!) pending_revive, Tensor(d!) window_counts, Tensor(e!) last_used,"
     " Tensor(f!) step, float dead_code_threshold, int usage_window) -> ()",
     _collect,
-    _nothing,
 )
 observe_ = define(
     "codebook_observe_(Tensor tokens, Tensor codes, Tensor(a!) window_counts, Tensor(b!) last_used,"
     " Tensor(c!) step, int usage_window) -> ()",
     _observe,
-    _nothing,
 )
-synchronize_ = define("codebook_synchronize_(Tensor(a!)[] state) -> ()", _synchronize, _nothing)
+synchronize_ = define("codebook_synchronize_(Tensor(a!)[] state) -> ()", _synchronize)

@@ -8,8 +8,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from .._dtypes import DTYPES, HALF
 from ..ops import Quantized, lookup, quantize
-from ..ops._library import DTYPES, HALF, as_tokens, check_choice
+from ..ops._library import as_tokens, check_choice, check_mask
 from ..ops.quantize import GRADIENTS
 from .codebook import Codebook, CodebookOptions, check_positive
 from .normalize import l2_normalize
@@ -179,14 +180,7 @@ class VectorQuantizer(Codebook):
             layout = f"[B, {self.dim}, *spatial]" if self.channels == "first" else f"[..., {self.dim}]"
             raise ValueError(f"x: expected {layout} for channels={self.channels!r}, got shape {list(x.shape)}")
         if mask is not None:
-            self._check_mask(x, mask)
-
-    def _check_mask(self, x: Tensor, mask: Tensor) -> None:
-        shape = self._codes_shape(x)
-        if mask.dtype != torch.bool or mask.shape != shape:
-            raise ValueError(f"mask: expected bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
-        if mask.device != x.device:
-            raise ValueError(f"mask: expected on {x.device} like x, got {mask.device}")
+            check_mask(mask, self._codes_shape(x), x.device)
 
     def _codes_shape(self, x: Tensor) -> torch.Size:
         return x.shape[:1] + x.shape[2:] if self.channels == "first" else x.shape[:-1]

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._dtypes import DTYPES, HALF
 from ..backends import select
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-HALF = (torch.float16, torch.bfloat16)
 _LIBRARY = torch.library.Library("vqkernels", "DEF")
 
 
-def define(schema: str, fn: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Enter an op: ``fn`` runs it on CPU and CUDA tensors, ``fake`` gives shapes alone."""
+def _returns_nothing(*_args: Any) -> None:
+    return None
+
+
+def define(schema: str, fn: Callable[..., Any], fake: Callable[..., Any] = _returns_nothing) -> Any:
+    """Enter an op: ``fn`` runs it on CPU and CUDA tensors, ``fake`` gives the shapes of what it returns."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
@@ -73,3 +76,11 @@ def promoted(x: Tensor, codebook: Tensor) -> Tensor:
     if x.dtype in HALF and codebook.dtype == torch.float32:
         return x.float()
     raise TypeError(f"codebook: expected {x.dtype} like x (or float32 under a half-precision x), got {codebook.dtype}")
+
+
+def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> None:
+    """Raise ValueError unless ``mask`` is bool, of that shape and on that device."""
+    if mask.dtype != torch.bool or mask.shape != shape:
+        raise ValueError(f"mask: expected bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"mask: expected on {device} like x, got {mask.device}")

@@ -8,11 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import DTYPES, as_tokens, define, run
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from .._dtypes import DTYPES, accumulation_dtype
+from ._library import as_tokens, define, run
 
 
 def _run(x: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
@@ -22,8 +19,8 @@ def _run(x: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _fake(x: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    counts = x.new_empty((codebook_size,), dtype=_dtype(x))
-    return counts, x.new_empty((codebook_size, x.shape[-1]), dtype=_dtype(x))
+    counts = x.new_empty((codebook_size,), dtype=accumulation_dtype(x.dtype))
+    return counts, x.new_empty((codebook_size, x.shape[-1]), dtype=accumulation_dtype(x.dtype))
 
 
 _codebook_stats = define("codebook_stats(Tensor x, Tensor codes, int codebook_size) -> (Tensor, Tensor)", _run, _fake)

@@ -8,37 +8,17 @@ A revived code restarts at the token in its slot of ``sums`` and is left out of 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ._library import define, run
 
-
-def _run(
-    codebook: Tensor,
-    cluster_size: Tensor,
-    embed_sum: Tensor,
-    counts: Tensor,
-    sums: Tensor,
-    revive: Tensor,
-    decay: float,
-    eps: float,
-    revived_size: float,
-    normalize: bool,
-) -> None:
-    args = (codebook, cluster_size, embed_sum, counts, sums, revive, decay, eps, revived_size, normalize)
-    run("ema_update_", *args)
-
-
-def _fake(*_args: object) -> None:
-    return None
-
-
 _ema_update = define(
     "ema_update_(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor counts, Tensor sums,"
     " Tensor revive, float decay, float eps, float revived_size, bool normalize) -> ()",
-    _run,
-    _fake,
+    partial(run, "ema_update_"),
 )
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._library import as_tokens, check_choice, check_tokens, define, promoted, run
+from .._dtypes import accumulation_dtype
+from ._library import as_tokens, check_choice, check_mask, check_tokens, define, promoted, run
 from .codebook_stats import codebook_stats
 from .nearest import METRICS, PRECISIONS
 
@@ -29,10 +30,6 @@ class Quantized(NamedTuple):
     codes: Tensor  # int64 [...]
     commitment_error: Tensor  # [...] |x - sg(c)|^2: its gradient reaches x alone
     codebook_error: Tensor  # [...] |sg(x) - c|^2: its gradient reaches the codebook alone
-
-
-def _error_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _run(
@@ -59,7 +56,7 @@ def _fake(
     return (
         torch.empty_like(x),
         x.new_empty(shape, dtype=torch.int64),
-        x.new_empty(shape, dtype=_error_dtype(x)),
+        x.new_empty(shape, dtype=accumulation_dtype(x.dtype)),
     )
 
 
@@ -128,7 +125,7 @@ class _Quantize(torch.autograd.Function):
         dx = dcodebook = None
         if ctx.needs_input_grad[0] and not (dquantized is None and dcommitment is None):
             dquantized = torch.zeros_like(x) if dquantized is None else dquantized
-            derror = x.new_zeros(codes.shape, dtype=_error_dtype(x)) if dcommitment is None else dcommitment
+            derror = x.new_zeros(codes.shape, dtype=accumulation_dtype(x.dtype)) if dcommitment is None else dcommitment
             dx = _quantize_backward(x, quantized, codes, dquantized.to(x.dtype), derror, ctx.rotation)
             if mask is not None:
                 dx = dx.masked_fill(~mask[..., None], 0)
@@ -145,7 +142,7 @@ def _codebook_gradient(
     codebook_size: int,
 ) -> Tensor:  # [K, D]
     """-sum over a code's tokens of 2 derror (x - q), in token order."""
-    wide = _error_dtype(x)
+    wide = accumulation_dtype(x.dtype)
     pull = (quantized.to(wide) - x.to(wide)) * (2 * derror[..., None])
     return codebook_stats(pull, codes, codebook_size)[1].to(x.dtype)
 
@@ -181,18 +178,10 @@ def quantize(
     check_choice("gradient", gradient, GRADIENTS)
     check_tokens(x, codebook)
     if mask is not None:
-        _check_mask(mask, x)
+        check_mask(mask, x.shape[:-1], x.device)
         mask = as_tokens(mask[..., None])[..., 0]  # [B, T]
     tokens = as_tokens(promoted(x, codebook))  # [B, T, D]
     out = _Quantize.apply(tokens, codebook, mask, metric, precision, gradient == "rotation")
     shape = x.shape[:-1]
     quantized = out[0].to(x.dtype).view(x.shape) if x.dim() <= 3 else out[0].to(x.dtype).unflatten(1, x.shape[1:-1])
     return Quantized(quantized, *(value.view(shape) for value in out[1:]))
-
-
-def _check_mask(mask: Tensor, x: Tensor) -> None:
-    if mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
-        expected = f"bool {list(x.shape[:-1])}"
-        raise ValueError(f"mask: expected {expected}, got {mask.dtype} {list(mask.shape)}")
-    if mask.device != x.device:
-        raise ValueError(f"mask: expected on {x.device} like x, got {mask.device}")
