@@ -47,7 +47,7 @@ class BenchConfig:
     json: str | None = None
     """write the whole result to this file"""
     preset: str | None = None
-    """a named set of benchmarks instead of the options above (spine)"""
+    """a named set of benchmarks instead of the options above (cpu)"""
 
     def __post_init__(self) -> None:
         for name, allowed in _choices().items():

@@ -61,7 +61,7 @@ _MEMORY = BenchConfig(
 )
 
 PRESETS = {
-    "spine": Preset(
+    "cpu": Preset(
         configs=(_SEARCH, _MORE, _STEP, _MEMORY),
         goals=(
             *(Goal("search", shape, baseline="faiss") for shape in _SEARCH.shape),

@@ -4,4 +4,4 @@
 # usage: benchmarks/run_cpu.sh [FILE.json]   (default: benchmarks/results/cpu.json)
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
-exec "${PYTHON:-python}" -m vqkernels.benchmarks --preset spine --json "${1:-$here/results/cpu.json}"
+exec "${PYTHON:-python}" -m vqkernels.benchmarks --preset cpu --json "${1:-$here/results/cpu.json}"

@@ -286,7 +286,7 @@ def test_shapes_by_number_and_by_name():
         ({"device": "tpu"}, "device: expected cpu or cuda"),
         ({"provider": ["nobody"]}, "provider: expected one of vqkernels-compiled"),
         ({"baseline": ["faiss"]}, "baseline: expected one of the providers torch-addmm"),
-        ({"preset": "all"}, "preset: expected one of spine"),
+        ({"preset": "all"}, "preset: expected one of cpu"),
     ],
 )
 def test_bad_options_are_named(changes, message):
