@@ -27,7 +27,7 @@ lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/host_cuda/*' | grep -E '\.(h|cpp|cu|cuh)$$')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/host_cuda -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 bench: $(VENV)/.ready-bench
 	PATH="$(abspath $(BIN)):$$PATH" bash benchmarks/run_cpu.sh

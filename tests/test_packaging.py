@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -29,25 +29,49 @@ print(vq.explain("nearest", codebook, codebook))
 """
 
 
+SOURCES = (
+    "vqkernels",
+    "csrc",
+    "models",
+    "benchmarks",
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+)
+
+
+def _install(folder: Path, **variables: str) -> tuple[Path, Path]:
+    """Build a wheel from a copy of the sources and install it into ``folder``/site: (wheel, site)."""
+    for name in SOURCES:
+        source, target = ROOT / name, folder / "source" / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.pyc"))
+        else:
+            shutil.copy(source, target)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), "."]
+    subprocess.run(build, cwd=folder / "source", env={**os.environ, **variables}, check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--no-compile", "--target", str(folder / "site"), str(wheel)], check=True
+    )
+    return wheel, folder / "site"
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel's content, built from a copy of the sources that git would ship."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", folder, "."], cwd=_copy(folder / "source"), check=True)
-    (wheel,) = folder.glob("*.whl")
+    """Where the wheel is installed."""
+    wheel, site = _install(tmp_path_factory.mktemp("wheel"))
     assert wheel.name.endswith("py3-none-any.whl")
-    zipfile.ZipFile(wheel).extractall(folder / "site")
-    return folder / "site"
+    return site
 
 
-def _copy(target: Path) -> Path:
-    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    files = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
-    for name in filter(lambda name: (ROOT / name).is_file(), files):
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_bytes((ROOT / name).read_bytes())
-    return target
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the installed package keeps its compiled library."""
+    return tmp_path_factory.mktemp("cache")
 
 
 def _run(code: str, site: Path, cache: Path, path: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -67,8 +91,24 @@ def test_the_wheel_holds_the_sources_and_nothing_compiled(installed: Path):
     assert not any(name.endswith((".so", ".o", ".pyc")) or name.startswith("tests/") for name in names)
 
 
-def test_it_works_away_from_the_checkout(installed: Path, tmp_path: Path):
-    done = _run(ROUND_TRIP, installed, tmp_path)
+def test_a_wheel_with_the_library_inside_needs_no_compiler(tmp_path: Path):
+    wheel, site = _install(tmp_path, VQKERNELS_PREBUILD="1")
+    assert "cp310-abi3" in wheel.name
+    done = _run(ROUND_TRIP, site, tmp_path, path=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "compiled   runs here  <- chosen" in done.stdout
+
+
+def test_the_console_script_runs(installed: Path, cache: Path):
+    code = "from vqkernels.cli.main import main; assert Path(vq.__file__).is_relative_to({target!r}); main(['info'])"
+    done = _run("import vqkernels as vq; from pathlib import Path; " + code, installed, cache)
+    assert done.returncode == 0, done.stderr
+    assert vq.__version__ in done.stdout
+    assert os.access(installed / "bin" / "vqkernels", os.X_OK)
+
+
+def test_it_works_away_from_the_checkout(installed: Path, cache: Path):
+    done = _run(ROUND_TRIP, installed, cache)
     assert done.returncode == 0, done.stderr
     assert "compiled   runs here  <- chosen" in done.stdout
 
