@@ -26,6 +26,12 @@ def test_codes_and_distances_are_the_true_ones(backend, metric: str, case: Case)
     codes, distance = vq.nearest(case.x.to(device), case.codebook.to(device), metric=metric)
     true, true_distance = true_nearest(case.x, case.codebook, metric)
     assert torch.equal(codes.cpu(), true)
+    if name != "triton" or device == "cuda":  # the interpreter takes its time, and has no threads
+        codebook = case.codebook.to(device)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            parts = [vq.nearest(x.to(device), codebook, metric=metric)[0] for x in case.x.tensor_split(3)]
+            assert torch.equal(torch.cat(parts).cpu(), true)
     absolute = 2.0**-46 if metric == "cosine" else 0.0  # 1 - cos cancels: float64's error of a cosine stays
     torch.testing.assert_close(distance.cpu(), true_distance, rtol=2.0**-22, atol=absolute, equal_nan=True)
 
