@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from math import isqrt
 
 import numpy as np
 import torch
@@ -137,6 +138,9 @@ def cosine_cases() -> list[Case]:
     x_zero = x.clone()
     x_zero[4] = 0
     near = c[:1] + _randn(80, 12, seed=28) * 1e-7
+    east = torch.tensor([[1.0, 0.0]])
+    tilted = torch.tensor([[1.0, (2 * f) ** 0.5 * 2.0**-45] for f in (1.6, 0.8, 0.0)])  # cosines 0.8 ties apart
+    orthogonal = torch.tensor([[0.0, 1.0], [2.0**-100, 1.0], [0.0, -1.0]])
     return [
         Case("cosine-gauss", x, c),
         Case("cosine-scaled-duplicates", torch.cat([x[:10], c[:10] * 2]), scaled),
@@ -144,6 +148,9 @@ def cosine_cases() -> list[Case]:
         Case("cosine-all-negative", x.abs(), -c.abs()),
         Case("cosine-zero-code-wins", x.abs(), torch.cat([-c.abs(), torch.zeros(1, 12), torch.zeros(1, 12)])),
         Case("cosine-near-parallel", x + c[:1] * 4, near),
+        Case("cosine-chain-of-ties", east, tilted),
+        Case("cosine-chain-of-ties-reversed", east, tilted.flip(0)),
+        Case("cosine-ties-around-zero", east, orthogonal),
         Case("cosine-scale-1e-30", x * 1e-30, c * 1e30),
         Case("cosine-float64", x.double(), c.double()),
         Case("cosine-bfloat16", x.bfloat16(), c.bfloat16()),
@@ -204,11 +211,12 @@ def _decide_euclidean(token: np.ndarray, codebook: np.ndarray) -> tuple[int, np.
     return int(best), _float32(exact[(codebook[best] + 0.0).tobytes()])
 
 
-def _cosine_squared_signed(token: list[Fraction], code: list[Fraction]) -> Fraction:
-    """sign(cos) * cos^2 as an exact fraction: monotone in the cosine; 0 for zero vectors."""
+def _cosine_fixed_point(token: list[Fraction], code: list[Fraction]) -> int:
+    """cos in units of 2^-400, rounded towards zero; 0 for zero vectors."""
     dot = sum((a * b for a, b in zip(token, code, strict=True)), Fraction(0))
     norms = sum((a * a for a in token), Fraction(0)) * sum((b * b for b in code), Fraction(0))
-    return Fraction(0) if norms == 0 else dot * abs(dot) / norms
+    size = isqrt(int(dot * dot / norms * 2**800)) if norms else 0
+    return size if dot >= 0 else -size
 
 
 def _decide_cosine(token: np.ndarray, codebook: np.ndarray) -> tuple[int, np.float32]:
@@ -220,9 +228,7 @@ def _decide_cosine(token: np.ndarray, codebook: np.ndarray) -> tuple[int, np.flo
     norm_t = np.linalg.norm(token / scale)
     rough = unit @ (token / scale) / np.where(norm == 0, 1, norm) / (norm_t if norm_t else 1)
     contenders = np.flatnonzero(rough >= rough.max() - 1e-12)
-    exact = {int(k): _cosine_squared_signed(t, [Fraction(v) for v in codebook[k].tolist()]) for k in contenders}
-    top = max(exact.values())
-    # cosines within 2^-90: compare squares, whose difference is (sum of cosines) times as large
-    best = min(k for k, v in exact.items() if top - v <= Fraction(TIE_COSINE) * 2 * max(abs(top), abs(v)))
-    value = float(exact[best])
-    return best, np.float32(1.0 - np.sign(value) * np.sqrt(abs(value)))
+    exact = {int(k): _cosine_fixed_point(t, [Fraction(v) for v in codebook[k].tolist()]) for k in contenders}
+    limit = max(exact.values()) - int(TIE_COSINE * 2**400)
+    best = min(k for k, value in exact.items() if value >= limit)
+    return best, np.float32(1.0 - exact[best] / 2**400)

@@ -114,6 +114,18 @@ def test_non_finite_codebook_is_reported(backend):
         assert distance.isnan().all()
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("columns", [slice(None), slice(3, 4)])
+def test_a_diverged_codebook_is_reported_however_large(metric: str, columns: slice):
+    """Every code holds a NaN, and few tokens meet many codes: the codebook is then read piece by piece."""
+    codebook = torch.randn(40_000, 64)
+    codebook[:, columns] = float("nan")
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with pytest.raises(ValueError, match="codebook: expected finite values"):
+            vq.nearest(torch.randn(4, 64), codebook, metric=metric)
+
+
 BAD = {
     "wrong dim": (
         lambda x, c: vq.nearest(x[:, :3], c),

@@ -100,6 +100,20 @@ def test_rotation_without_a_direction_falls_back(backend):
     torch.testing.assert_close(x.grad[2].cpu(), torch.tensor([0.75, 0.75]))
 
 
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_rotation_at_any_scale(backend, scale: float):
+    """The rotation does not depend on lengths, and |q| / |e| not on their common scale."""
+    _, device = backend
+    gradients = []
+    for factor in (1.0, scale):
+        x, codebook = (t * factor for t in _data(device=device))
+        x.requires_grad_()
+        g = torch.randn(45, 13, generator=torch.Generator().manual_seed(9)).to(device)
+        (vq.quantize(x, codebook, gradient="rotation").quantized * g).sum().backward()
+        gradients.append(x.grad)
+    assert (gradients[0] - gradients[1]).norm() <= 1e-5 * gradients[0].norm()
+
+
 def test_masked_and_non_finite_tokens(backend):
     _, device = backend
     x, codebook = _data(device=device)
@@ -146,6 +160,15 @@ def test_codebook_stats_are_bitwise_repeatable(backend, skewed: bool):
         torch.set_num_threads(threads)
         results.append(vq.codebook_stats(x, codes, 50))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_crowd_does_not_drown_its_own_sum(backend):
+    """200,000 tokens near 1000 with one code: a float32 sum in token order is off by 2e-3 here."""
+    name, device = backend
+    n = 20_000 if name == "triton" else 200_000
+    x = torch.full((n, 1), 1000.0) + torch.rand(n, 1, generator=torch.Generator().manual_seed(4))
+    _, sums = vq.codebook_stats(x.to(device), torch.zeros(n, dtype=torch.int64, device=device), 2)
+    torch.testing.assert_close(sums[0].cpu().double(), x.double().sum(0), rtol=1e-6, atol=0)
 
 
 def test_codebook_stats_of_maps_and_of_nothing(backend):

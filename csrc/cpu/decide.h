@@ -141,6 +141,7 @@ Choice decide(const Book<Row>& book, const Token<Row>& token, const int64_t* cod
   for (int64_t i = 0; i < count; ++i) {
     if (values[i] <= limit) tied.push_back(codes == nullptr ? i : codes[i]);
   }
+  if (tied.empty()) return {-1, std::numeric_limits<double>::quiet_NaN()};  // no candidate, or only NaN
   Choice choice{tied[0], least};
   if (tied.size() == 1) return choice;
   if (book.exact) {

@@ -346,7 +346,10 @@ class CoarseSearch {
     if (split_.pack_late) {
       block.largest_square = pack_block(coarse_, block, scratch.panels.get());
       panels = scratch.panels.get();
-      if (std::isnan(block.largest_square)) finite_ = false;
+      if (std::isnan(block.largest_square)) {  // the panels are not whole; run() reports it
+        finite_ = false;
+        return;
+      }
     }
     const Bound bound = bound_of(block, book_.dim, book_.cosine, book_.exact);
     for (int64_t base = 0; base < scratch.count; base += table_.rows)
@@ -421,7 +424,7 @@ class CoarseSearch {
     const TokenState& state = scratch.states[i];
     const int64_t n = scratch.first + i;
     const float* row = &scratch.rows[i * book_.dim];
-    if (state.road == Road::INVALID) return write_invalid(out_, n);
+    if (state.road == Road::INVALID || !finite_) return write_invalid(out_, n);
     if (state.road == Road::SCAN) return scan(book_, row, scratch.decide, out_, n);
     const Token<float> token = make_token(book_, row, scratch.decide);
     if (book_.cosine && token.inverse_norm == 0.0) return write(out_, n, book_, {0, 0.0});

@@ -6,45 +6,44 @@
 
 namespace vqkernels::cuda {
 
-constexpr float kOppositeSquare = 1e-12f;  // |u + v|^2 under it: u = -v, no direction lies between them
+constexpr double kOppositeSquare = 1e-12;  // |u + v|^2 under it: u = -v, no direction lies between them
 
 // One token's gradient is  dx = scale g + along_e e + along_q q + error (e - q).
-template <typename S>
+// In double, where no square of a float over- or underflows.
 struct RotationTerms {
-  S scale;
-  S along_e;
-  S along_q;
+  double scale;
+  double along_e;
+  double along_q;
 };
 
 // The sums over one token that the rotation needs; every lane of the team gets them.
 //   lam (g - 2 (g.w) w + 2 (g.v) u)   with u = e/|e|, v = q/|q|, w = (u + v)/|u + v|, lam = |q|/|e|
 template <typename T, int LANES>
-VQ_DEVICE RotationTerms<Scalar<T>> rotation_terms(Tokens<const T> x, Tokens<const T> quantized,
-                                                  Tokens<const T> dquantized, const T* e_row, const T* q_row,
-                                                  const T* g_row) {
-  using S = Scalar<T>;
-  S ee = 0, qq = 0, gq = 0;
+VQ_DEVICE RotationTerms rotation_terms(Tokens<const T> x, Tokens<const T> quantized,
+                                       Tokens<const T> dquantized, const T* e_row, const T* q_row,
+                                       const T* g_row) {
+  double ee = 0, qq = 0, gq = 0;
   for (int64_t d = team_lane<LANES>(); d < x.dim; d += LANES) {
-    S e = widen(x.at(e_row, d)), q = widen(quantized.at(q_row, d)), g = widen(dquantized.at(g_row, d));
+    double e = widen(x.at(e_row, d)), q = widen(quantized.at(q_row, d)), g = widen(dquantized.at(g_row, d));
     ee = std::fma(e, e, ee);
     qq = std::fma(q, q, qq);
     gq = std::fma(g, q, gq);
   }
-  S norm_e = std::sqrt(team_sum<LANES>(ee)), norm_q = std::sqrt(team_sum<LANES>(qq));
+  double norm_e = std::sqrt(team_sum<LANES>(ee)), norm_q = std::sqrt(team_sum<LANES>(qq));
   gq = team_sum<LANES>(gq);
   bool rotates = norm_e != 0 && norm_q != 0;
-  S inverse_e = rotates ? 1 / norm_e : 0, inverse_q = rotates ? 1 / norm_q : 0;
-  S square = 0, g_middle = 0;  // |u + v|^2 term by term: 2 + 2 cos would cancel where u is near -v
+  double inverse_e = rotates ? 1 / norm_e : 0, inverse_q = rotates ? 1 / norm_q : 0;
+  double square = 0, g_middle = 0;  // |u + v|^2 term by term: 2 + 2 cos would cancel where u is near -v
   for (int64_t d = team_lane<LANES>(); d < x.dim; d += LANES) {
-    S middle = widen(x.at(e_row, d)) * inverse_e + widen(quantized.at(q_row, d)) * inverse_q;
+    double middle = widen(x.at(e_row, d)) * inverse_e + widen(quantized.at(q_row, d)) * inverse_q;
     square = std::fma(middle, middle, square);
-    g_middle = std::fma(static_cast<S>(widen(dquantized.at(g_row, d))), middle, g_middle);
+    g_middle = std::fma(static_cast<double>(widen(dquantized.at(g_row, d))), middle, g_middle);
   }
   square = team_sum<LANES>(square);
   g_middle = team_sum<LANES>(g_middle);
   if (!rotates) return {1, 0, 0};
-  S lam = norm_q * inverse_e;
-  S reflect = square < static_cast<S>(kOppositeSquare) ? 0 : -2 * g_middle / square;
+  double lam = norm_q * inverse_e;
+  double reflect = square < kOppositeSquare ? 0 : -2 * g_middle / square;
   return {lam, lam * inverse_e * (reflect + 2 * gq * inverse_q), lam * inverse_q * reflect};
 }
 
@@ -62,14 +61,17 @@ quantize_backward_kernel(Tokens<const T> x,           // [B, T, D]
     const T *e_row = x.row(n), *q_row = quantized.row(n), *g_row = dquantized.row(n);
     T* out = dx.row(n);
     bool valid = codes[n] >= 0;
-    RotationTerms<S> terms{1, 0, 0};
+    RotationTerms terms{1, 0, 0};
     if (rotation) terms = rotation_terms<T, LANES>(x, quantized, dquantized, e_row, q_row, g_row);
     S pull = 2 * derror[n];
     for (int64_t d = team_lane<LANES>(); d < x.dim; d += LANES) {
       T gradient = dquantized.at(g_row, d);
       if (valid) {
         S e = widen(x.at(e_row, d)), q = widen(quantized.at(q_row, d));
-        S turned = terms.scale * widen(gradient) + terms.along_e * e + terms.along_q * q;
+        S turned = widen(gradient);
+        if (rotation) {
+          turned = static_cast<S>(terms.scale * turned + terms.along_e * e + terms.along_q * q);
+        }
         narrow(gradient, turned + pull * (e - q));
       }
       dx.at(out, d) = gradient;

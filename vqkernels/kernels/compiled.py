@@ -9,6 +9,8 @@ from .. import _extension
 from .._dtypes import DTYPES
 from .registry import register
 
+NON_FINITE = "codebook: expected finite values, got NaN or Inf"  # as csrc/cpu/coarse.cpp says it
+
 
 def nearest(
     x: Tensor,  # [B, T, D]
@@ -17,7 +19,12 @@ def nearest(
     precision: str,
 ) -> tuple[Tensor, Tensor]:  # codes int64 [B, T], distance float32 [B, T]
     """See ``vqkernels.nearest``."""
-    return torch.ops.vqkernels_C.nearest(x, codebook, metric == "cosine", precision == "exact")
+    try:
+        return torch.ops.vqkernels_C.nearest(x, codebook, metric == "cosine", precision == "exact")
+    except RuntimeError as error:  # the only type that the stable ABI can throw
+        if NON_FINITE in str(error):
+            raise ValueError(NON_FINITE) from None
+        raise
 
 
 def gather(

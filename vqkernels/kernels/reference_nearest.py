@@ -5,14 +5,13 @@
 
 float64 scores of a block of tokens against all codes find the candidates that rounding cannot rule out; each survivor
 is scored again term by term; what float64 still cannot separate is decided by integers that hold every product exactly.
+Under torch.set_flush_denormal(True) torch itself reads subnormal inputs as zeros, and so does this.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import cmp_to_key
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,7 +79,7 @@ def _distance_of(
 ) -> Tensor:  # [P] float32
     if metric == "euclidean":
         return (token - code).square().sum(1).float()
-    return (1 - _cosine(token, code)).float()
+    return (1 - _cosine(token, code)).clamp(min=0).float()
 
 
 def _cosine(
@@ -133,7 +132,7 @@ def _decide_euclidean(
     best = torch.full_like(low[:, 0], math.inf).scatter_reduce(0, row, direct, "amin")  # [n]
     slack = 1 + 4 * (block.shape[1] + 4) * UNIT64
     keep = (direct <= best[row] * slack) | (best[row] < SAFE_LOW) | ~(best[row] < SAFE_HIGH)
-    return _lowest_of(block, book, row[keep], code[keep], _Closer)
+    return _lowest_of(block, book, row[keep], code[keep], "euclidean")
 
 
 def _direct_distances(
@@ -159,7 +158,7 @@ def _decide_cosine(
     cosines = unit_block @ unit_book.T  # [n, K]
     bound = 4 * (block.shape[1] + 8) * UNIT64
     row, code = (cosines >= cosines.amax(1, keepdim=True) - bound).nonzero(as_tuple=True)
-    return _lowest_of(block, book, row, code, _MoreParallel)
+    return _lowest_of(block, book, row, code, "cosine")
 
 
 def _lowest_of(
@@ -167,7 +166,7 @@ def _lowest_of(
     book: Tensor,  # [K, D] float64
     row: Tensor,  # [P] int64, ascending
     code: Tensor,  # [P] int64, ascending within a row
-    measure: type[_Closer] | type[_MoreParallel],
+    metric: str,
 ) -> Tensor:  # [n] int64
     """The best candidate of every row; rows with one candidate cost nothing more."""
     n = block.shape[0]
@@ -176,7 +175,7 @@ def _lowest_of(
     codes = code[first.clamp(max=max(code.shape[0] - 1, 0))]
     for token in (count > 1).nonzero()[:, 0].tolist():
         candidates = code[first[token] : first[token] + count[token]]
-        codes[token] = _best_candidate(block[token], book, candidates.tolist(), measure)
+        codes[token] = _best_candidate(block[token], book, candidates.tolist(), metric)
     return codes
 
 
@@ -185,49 +184,34 @@ def _integers(values: Tensor) -> list[int]:  # [D] float64 -> integers in units 
     return [numerator << (1075 - denominator.bit_length()) for numerator, denominator in ratios]
 
 
-class _Closer:
-    """Squared distance as an integer in units of 2^-2148."""
-
-    def __init__(self, token: list[int], code: tuple[int, ...]) -> None:
-        self.value = sum((a - b) ** 2 for a, b in zip(token, code, strict=True))
-
-    def against(self, other: _Closer) -> int:
-        return (self.value > other.value) - (self.value < other.value)
+def _squared_distance(token: list[int], code: tuple[int, ...]) -> int:
+    """|x - c|^2 in units of 2^-2148."""
+    return sum((a - b) ** 2 for a, b in zip(token, code, strict=True))
 
 
-class _MoreParallel:
-    """Cosine as an exact ratio sign(dot) dot^2 / (|x|^2 |c|^2)."""
-
-    def __init__(self, token: list[int], code: tuple[int, ...]) -> None:
-        dot = sum(a * b for a, b in zip(token, code, strict=True))
-        self.square = dot * abs(dot)
-        self.norms = sum(a * a for a in token) * sum(b * b for b in code) or 1
-
-    def against(self, other: _MoreParallel) -> int:
-        mine, theirs = self.square * other.norms, other.square * self.norms
-        # |cos_i - cos_j| <= 2^-90 where the squares differ by at most 2^-89 of the larger one
-        if abs(mine - theirs) << 89 <= max(abs(mine), abs(theirs)):
-            return 0
-        return -1 if mine > theirs else 1
+def _negative_cosine(token: list[int], code: tuple[int, ...]) -> int:
+    """-cos(x, c) in units of 2^-300, rounded once."""
+    dot = sum(a * b for a, b in zip(token, code, strict=True))
+    norms = sum(a * a for a in token) * sum(b * b for b in code)
+    size = math.isqrt((dot * dot << 600) // norms) if norms else 0
+    return size if dot < 0 else -size
 
 
 def _best_candidate(
     token: Tensor,  # [D] float64
     book: Tensor,  # [K, D] float64
     candidates: list[int],
-    measure: type[_Closer] | type[_MoreParallel],
+    metric: str,
 ) -> int:
-    """Exact comparison of distinct candidate codes, in index order."""
+    """The lowest index among the candidates that are best, or tie with the best."""
     distinct: dict[tuple[int, ...], int] = {}
     for k in candidates:
         distinct.setdefault(tuple(_integers(book[k])), k)  # an equal code of higher index can never win
+    measure, tie = (_squared_distance, 0) if metric == "euclidean" else (_negative_cosine, 1 << 210)
     target = _integers(token)
-    exact: dict[int, Any] = {k: measure(target, code) for code, k in distinct.items()}
-
-    def order(i: int, j: int) -> int:
-        return exact[i].against(exact[j]) or i - j
-
-    return min(exact, key=cmp_to_key(order)) if len(exact) > 1 else next(iter(exact))
+    values = {k: measure(target, code) for code, k in distinct.items()}
+    limit = min(values.values()) + tie
+    return min(k for k, value in values.items() if value <= limit)
 
 
 register("nearest", "reference", nearest)

@@ -41,7 +41,8 @@ def quantize_backward(
     """Gradient for the tokens; code -1 passes ``dquantized`` through."""
     wide = accumulation_dtype(x.dtype)
     e, q, g = x.to(wide), quantized.to(wide), dquantized.to(wide)
-    through = _rotated(e, q, g) if rotation else g
+    # in float64, where no square of a float32 over- or underflows
+    through = _rotated(e.double(), q.double(), g.double()).to(wide) if rotation else g
     dx = through + 2 * derror[..., None].to(wide) * (e - q)
     return torch.empty_like(x).copy_(torch.where((codes < 0)[..., None], g, dx))
 
@@ -72,9 +73,9 @@ def codebook_stats(
     slot = torch.where(flat < 0, codebook_size, flat)  # invalid tokens land behind the last code
     order = slot.argsort(stable=True)
     ends = torch.searchsorted(slot[order], torch.arange(codebook_size + 1, device=x.device))
-    tokens = x.reshape(-1, x.shape[-1])[order].to(wide)  # [N, D]
+    tokens = x.reshape(-1, x.shape[-1])[order].double()  # [N, D]; many alike would drown a float32 sum
     sums = torch.segment_reduce(tokens, "sum", offsets=_with_end(ends, tokens.shape[0]), initial=0)
-    return ends.diff().to(wide), sums[:codebook_size]
+    return ends.diff().to(wide), sums[:codebook_size].to(wide)
 
 
 def _with_end(

@@ -170,22 +170,29 @@ def most_parallel_of_tied(
     """Among the codes whose score is within ``limit``: the first whose cosine is within 2^-90 of the largest."""
     high = tl.full([], -2.0, tl.float64)
     low = tl.full([], 0.0, tl.float64)
+    top = tl.full([], -1, tl.int32)
     winner = tl.full([], -1, tl.int32)
-    for start in range(0, K, BLOCK_K):
-        codes = start + tl.arange(0, BLOCK_K)
-        score = tile_scores(x_ptr, codebook_ptr, scale_ptr, offset, stride_d, codes, K, D, True, BLOCK_K, BLOCK_D)
-        tied = score <= limit
-        if winner >= 0:
-            tied = tied & differ_from(codebook_ptr, codes, winner, K, D, BLOCK_K, BLOCK_D)
-        code = tl.min(tl.where(tied, codes, NO_CODE), 0)
-        while code < NO_CODE:
-            code_high, code_low = exact_cosine(x_ptr, codebook_ptr, offset, stride_d, x_high, x_low, code, D, BLOCK_D)
-            gain = (code_high - high) + (code_low - low)
-            winner = tl.where(gain > TIE_COSINE, code, winner)
-            low = tl.where(gain > 0, code_low, low)
-            high = tl.where(gain > 0, code_high, high)
-            tied = tied & (codes > code) & differ_from(codebook_ptr, codes, code, K, D, BLOCK_K, BLOCK_D)
+    for phase in tl.static_range(2):  # the largest, then the first that ties with it
+        for start in range(0, K, BLOCK_K):
+            codes = start + tl.arange(0, BLOCK_K)
+            score = tile_scores(x_ptr, codebook_ptr, scale_ptr, offset, stride_d, codes, K, D, True, BLOCK_K, BLOCK_D)
+            tied = (score <= limit) & (winner < 0)
+            if phase == 0:  # noqa: SIM102  (a constexpr and a tensor do not join)
+                if top >= 0:
+                    tied = tied & differ_from(codebook_ptr, codes, top, K, D, BLOCK_K, BLOCK_D)
             code = tl.min(tl.where(tied, codes, NO_CODE), 0)
+            while code < NO_CODE:
+                c_high, c_low = exact_cosine(x_ptr, codebook_ptr, offset, stride_d, x_high, x_low, code, D, BLOCK_D)
+                gain = (c_high - high) + (c_low - low)
+                if phase == 0:
+                    top = tl.where(gain > 0, code, top)
+                    low = tl.where(gain > 0, c_low, low)
+                    high = tl.where(gain > 0, c_high, high)
+                else:
+                    winner = tl.where((winner < 0) & (gain >= -TIE_COSINE), code, winner)
+                tied = tied & (codes > code) & (winner < 0)
+                tied = tied & differ_from(codebook_ptr, codes, code, K, D, BLOCK_K, BLOCK_D)
+                code = tl.min(tl.where(tied, codes, NO_CODE), 0)
     return winner
 
 
@@ -221,7 +228,7 @@ def exact_kernel(
                 code = most_parallel_of_tied(
                     x_ptr, codebook_ptr, scale_ptr, offset, stride_d, limit, x_high, x_low, K, D, BLOCK_K, BLOCK_D
                 )
-            distance = 1.0 + best / x_norm
+            distance = tl.maximum(1.0 + best / x_norm, 0.0)
         else:
             limit = best + best * (D + 4) * (2.1 * UNIT64)
             if second <= limit:

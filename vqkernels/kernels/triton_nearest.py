@@ -274,7 +274,7 @@ def code_distance(
             total += tl.sum((x - c) * (x - c), 1)
     if COSINE:
         norms = tl.sqrt(x_square) * tl.sqrt(c_square)
-        total = 1.0 - tl.where(norms > 0, total / tl.where(norms > 0, norms, 1.0), 0.0)
+        total = tl.maximum(1.0 - tl.where(norms > 0, total / tl.where(norms > 0, norms, 1.0), 0.0), 0.0)
     return total
 
 

@@ -39,7 +39,8 @@ def nearest(
     Args:
         x: tokens [..., D]; float32, float16, bfloat16 or float64; any strides.
         codebook: codes [K, D] in x's dtype (or float32 under a half-precision x); finite.
-        metric: "euclidean", or "cosine" (a zero vector is at cosine 0 to everything; cosines within 2^-90 tie).
+        metric: "euclidean", or "cosine" (a zero vector is at cosine 0 to everything; cosines within 2^-90
+            of the largest, give or take their rounding of D 2^-102, tie).
         precision: "exact", or "fast": one pass in float32, which may pick a code that is farther by its rounding.
 
     Returns:
