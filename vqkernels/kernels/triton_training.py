@@ -87,7 +87,7 @@ def rotation_sums(
 ):
     """|e|, |q|, |u + v|^2, g.(u + v) and g.v of each token, u and v the directions of e and q.
 
-    In float64, where no square of a float32 over- or underflows.
+    Squares are summed in float64, where none of a float32 over- or underflows.
     """
     e_square = tl.zeros([BLOCK_N], tl.float64)
     q_square = tl.zeros([BLOCK_N], tl.float64)
@@ -97,16 +97,16 @@ def rotation_sums(
         q = load_tile(q_ptr, q_offsets, live, dims, D, q_stride_d).to(tl.float64)
         e_square += tl.sum(e * e, 1)
         q_square += tl.sum(q * q, 1)
-    e_norm = tl.sqrt(e_square)
-    q_norm = tl.sqrt(q_square)
-    square = tl.zeros([BLOCK_N], tl.float64)
-    along_middle = tl.zeros([BLOCK_N], tl.float64)
-    along_v = tl.zeros([BLOCK_N], tl.float64)
+    e_norm = tl.sqrt(e_square).to(tl.float32)
+    q_norm = tl.sqrt(q_square).to(tl.float32)
+    square = tl.zeros([BLOCK_N], tl.float32)
+    along_middle = tl.zeros([BLOCK_N], tl.float32)
+    along_v = tl.zeros([BLOCK_N], tl.float32)
     for start in range(0, D, BLOCK_D):
         dims = start + tl.arange(0, BLOCK_D)
-        u = load_tile(x_ptr, x_offsets, live, dims, D, x_stride_d).to(tl.float64) / e_norm[:, None]
-        v = load_tile(q_ptr, q_offsets, live, dims, D, q_stride_d).to(tl.float64) / q_norm[:, None]
-        g = load_tile(g_ptr, g_offsets, live, dims, D, g_stride_d).to(tl.float64)
+        u = load_tile(x_ptr, x_offsets, live, dims, D, x_stride_d) / e_norm[:, None]
+        v = load_tile(q_ptr, q_offsets, live, dims, D, q_stride_d) / q_norm[:, None]
+        g = load_tile(g_ptr, g_offsets, live, dims, D, g_stride_d)
         square += tl.sum((u + v) * (u + v), 1)
         along_middle += tl.sum(g * (u + v), 1)
         along_v += tl.sum(g * v, 1)
@@ -159,10 +159,10 @@ def backward_kernel(
         g = load_tile(dquantized_ptr, g_at, live, dims, D, g_stride_d)
         through = g
         if ROTATION:
-            u = x / e_norm[:, None]  # float64, as e_norm is
+            u = x / e_norm[:, None]
             v = q / q_norm[:, None]
             turned = (q_norm / e_norm)[:, None] * (g - reflect[:, None] * (u + v) + 2.0 * along_v[:, None] * u)
-            through = tl.where(turns[:, None], turned.to(tl.float32), g)
+            through = tl.where(turns[:, None], turned, g)
         dx = tl.where(known[:, None], through + pull[:, None] * (x - q), g)
         store_tile(dx_ptr, out_at, live, dims, D, out_stride_d, dx)
 
