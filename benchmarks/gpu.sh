@@ -77,8 +77,9 @@ reports = e.build(cuda=True)
 print(*reports, *e.describe().items(), sep=\"\n\")
 raise SystemExit(any(report.reason for report in reports))'"
 
-tests="tests/test_nearest.py tests/test_training_ops.py tests/test_torch_integration.py tests/test_codebook.py
- tests/test_vector_quantizer.py tests/test_compile.py tests/test_memory.py"
+tests="tests/test_nearest.py tests/test_training_ops.py tests/test_cuda_step.py tests/test_triton_kernels.py
+ tests/test_torch_integration.py tests/test_codebook.py tests/test_vector_quantizer.py tests/test_compile.py
+ tests/test_memory.py"
 part tests 150 "$python -m pytest -q --durations=15 ${tests//$'\n'/}"
 
 # a few small cases of every kernel; without torch's caching every allocation has its own end
