@@ -201,7 +201,8 @@ class VQVAE(
         """Loads a model that save_pretrained wrote, in eval mode.
 
         Args:
-            pretrained_model_name_or_path: a folder, or `owner/name` on the Hugging Face Hub.
+            pretrained_model_name_or_path: a folder of save_pretrained or of a training run, or `owner/name` on the
+                Hugging Face Hub.
             revision, cache_dir, local_files_only, token: for the Hub only.
             map_location: device of the loaded weights.
 
@@ -212,7 +213,8 @@ class VQVAE(
         name = str(pretrained_model_name_or_path)
         folder = Path(name)
         if folder.is_dir():
-            return cls._from_folder(folder, map_location)
+            is_run = not (folder / "config.json").exists() and (folder / "model").is_dir()
+            return cls._from_folder(folder / "model" if is_run else folder, map_location)
         looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.parent.is_dir()
         if looks_local:
             raise FileNotFoundError(f"model {name!r} is neither a folder nor the name of a model on the Hub")

@@ -120,6 +120,8 @@ def explain(op: str, *args: Any) -> str:
     """
     if op not in OPS:
         raise ValueError(f"op: expected one of {OPS}, got {op!r}")
+    if not args or not isinstance(args[0], Tensor):
+        raise TypeError(f"args: expected {op}'s tensors, got {type(args[0]).__name__ if args else 'none'}")
     defaults = DEFAULTS.get(op, ())
     args = args + defaults[max(0, len(args) - 2) :]
     rows = candidates(op, *args)

@@ -100,7 +100,7 @@ def _describe(error: Exception) -> str:
 
 def _is_mistake(error: Exception) -> bool:
     """Whether the message alone helps the user; anything else is a defect and keeps its traceback."""
-    if isinstance(error, ValueError | OSError | ModuleNotFoundError):
+    if isinstance(error, ValueError | OSError | ModuleNotFoundError) or str(error).startswith("VQKERNELS_"):
         return True
     return any(kind.__name__ in MISTAKES for kind in type(error).__mro__)
 

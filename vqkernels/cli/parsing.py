@@ -129,8 +129,11 @@ def explain_error(message: str, parser: ArgumentParser, words: list[str]) -> str
 def _with_bundled(words: list[str], folder: Path | None) -> list[str]:
     """The words, with `-c NAME` as the path of the bundled NAME.yaml where there is no file NAME."""
     name = _config_path(words)
-    if folder is None or name is None or Path(name).exists() or not (folder / f"{name}.yaml").is_file():
+    if folder is None or name is None or Path(name).exists() or Path(name).name != name or Path(name).suffix:
         return words
+    if not (folder / f"{name}.yaml").is_file():
+        bundled = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise ValueError(f"--config: expected a YAML file or one of {bundled}, got {name}")
     path = str(folder / f"{name}.yaml")
     return [path if word == name else f"--config={path}" if word == f"--config={name}" else word for word in words]
 

@@ -258,12 +258,17 @@ class Codebook(nn.Module):
         super().train(mode)
         return self
 
+    def _has_pending(self) -> bool:
+        """Waits for the device, as saving does anyway."""
+        return not self.pending_counts.is_meta and bool(self.pending_counts.any())
+
     def _drop_pending(self) -> None:
         for name in _PENDING:
             getattr(self, name).zero_()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if not self._deferring:  # else, like the gradients so far, what is accumulated is not saved
+        # while deferring, what is accumulated is not saved, like the gradients so far
+        if self.options.update == "ema" and not self._deferring and self._has_pending():
             self.update_codebook()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -301,6 +306,8 @@ def defer_codebook_update(module: nn.Module) -> Iterator[None]:
     Args:
         module: a quantizer or any module (DistributedDataParallel and compiled ones too) that holds some.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     codebooks = [each for each in module.modules() if isinstance(each, Codebook)]
     for each in codebooks:
         if not each._deferring:

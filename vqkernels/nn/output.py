@@ -29,5 +29,8 @@ class QuantizerOutput:
     def __iter__(self) -> Iterator[Tensor]:
         return iter((self.quantized, self.codes, self.loss))
 
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.quantized, self.codes, self.loss)[index]
+
 
 torch.export.register_dataclass(QuantizerOutput)  # its tensors are leaves for pytree users: export, checkpoint, maps

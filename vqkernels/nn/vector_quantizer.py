@@ -158,6 +158,8 @@ class VectorQuantizer(Codebook):
             ValueError: channels="first" and codes are not [B, *spatial].
             IndexError: a code outside [0, codebook_size), -1 included.
         """
+        if not isinstance(codes, Tensor):
+            raise TypeError(f"codes: expected a tensor of integers, got {type(codes).__name__}")
         if self.channels == "first" and codes.dim() < 2:
             raise ValueError(f"codes: expected [B, *spatial] for channels='first', got shape {list(codes.shape)}")
         with _no_autocast(codes):

@@ -53,6 +53,8 @@ def check_tokens(x: Tensor, codebook: Tensor) -> None:
     for name, tensor in (("x", x), ("codebook", codebook)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name}: expected float32, float16, bfloat16 or float64, got {tensor.dtype}")
     if codebook.dim() != 2 or 0 in codebook.shape:
@@ -79,7 +81,9 @@ def promoted(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> None:
-    """Raise ValueError unless ``mask`` is bool, of that shape and on that device."""
+    """Raise unless ``mask`` is a bool tensor of that shape on that device."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a bool tensor {list(shape)}, got {type(mask).__name__}")
     if mask.dtype != torch.bool or mask.shape != shape:
         raise ValueError(f"mask: expected bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
     if mask.device != device:
