@@ -36,6 +36,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_text_atomically(path: Path, text: str) -> None:
+    """`write_atomically` of a text, as UTF-8."""
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def _flush_folder(folder: Path) -> None:
     """Makes a rename durable; Windows cannot open folders, and does not need it."""
     if os.name != "posix":
@@ -91,15 +96,11 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     kept = _files(folder)[: max(keep, 1)]
     index = {file.name: index[file.name] for file in reversed(kept) if file.name in index}
     text = json.dumps({"newest": path.name, "checkpoints": index}, indent=2)
-    write_atomically(folder / INDEX, lambda temporary: _write_text(temporary, text))
+    write_text_atomically(folder / INDEX, text)
     for file in _files(folder):
         if file not in kept:
             file.unlink()
     return path
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
-from .checkpoint import write_atomically
+from .checkpoint import write_text_atomically
 from .metrics import code_counts
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class CodesWriter:
         (self.folder / META).unlink(missing_ok=True)
         os.replace(self._temporary, self.folder / CODES)
         text = json.dumps(asdict(meta), indent=1, ensure_ascii=False)
-        write_atomically(self.folder / META, lambda path: _write(path, text))
+        write_text_atomically(self.folder / META, text)
 
     def __enter__(self) -> CodesWriter:
         return self
@@ -137,10 +137,6 @@ class CodesWriter:
         finally:
             self._file.close()
             self._temporary.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 @dataclass(frozen=True)

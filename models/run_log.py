@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .checkpoint import write_atomically
+from .checkpoint import write_atomically, write_text_atomically
 
 METRICS = "metrics.jsonl"
 PARTS = ("config.yaml", "checkpoints", "samples", "model", METRICS)  # what a run leaves, beside events*
@@ -72,7 +72,7 @@ class RunLog:
         (output / "samples").mkdir(parents=True, exist_ok=True)
         self.history = read_metrics(output, last_step)
         text = "".join(json.dumps(record) + "\n" for record in self.history)
-        write_atomically(output / METRICS, lambda path: _write(path, text))
+        write_text_atomically(output / METRICS, text)
         self.file = open(output / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         self.writer = _summary_writer(output, last_step + 1)
 
@@ -99,7 +99,3 @@ class RunLog:
         self.file.close()
         if self.writer is not None:
             self.writer.close()
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
