@@ -6,6 +6,7 @@
 
 STABLE_TORCH_LIBRARY(vqkernels_C, m) {
   m.def("nearest(Tensor x, Tensor codebook, bool cosine, bool exact) -> (Tensor, Tensor)");
+  m.def("nearest_report(Tensor x, Tensor codebook, bool cosine, bool exact) -> (Tensor, Tensor, Tensor)");
   m.def("gather(Tensor x, Tensor codebook, Tensor codes) -> (Tensor, Tensor)");
   m.def(
       "quantize_backward(Tensor x, Tensor quantized, Tensor codes, Tensor dquantized, Tensor derror, bool "
@@ -20,6 +21,7 @@ STABLE_TORCH_LIBRARY(vqkernels_C, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(vqkernels_C, CPU, m) {
   m.impl("nearest", TORCH_BOX(&vqkernels::cpu::nearest));
+  m.impl("nearest_report", TORCH_BOX(&vqkernels::cpu::nearest_report));
   m.impl("gather", TORCH_BOX(&vqkernels::cpu::gather));
   m.impl("quantize_backward", TORCH_BOX(&vqkernels::cpu::quantize_backward));
   m.impl("codebook_stats", TORCH_BOX(&vqkernels::cpu::codebook_stats));
@@ -40,4 +42,9 @@ PyMODINIT_FUNC PyInit__C() {
 // For `vqkernels info`.
 extern "C" __attribute__((visibility("default"))) const char* vqkernels_instruction_set() {
   return vqkernels::cpu::instruction_set();
+}
+
+// For benchmarks: what the core can do at most.
+extern "C" __attribute__((visibility("default"))) double vqkernels_peak_rate(const char* pass) {
+  return vqkernels::cpu::peak_rate(pass);
 }

@@ -1,5 +1,5 @@
-// The codebook prepared for the float32 pass: centred, scaled by a power of two, packed in panels, with the
-// norms that bound the pass's error. Made anew in every call.
+// The codebook prepared for a coarse pass: centred, scaled, packed in panels, with the norms that bound the pass's
+// error.
 #pragma once
 
 #include <cstdint>
@@ -11,41 +11,77 @@
 namespace vqkernels {
 namespace cpu {
 
+// Codes of like norm share a scale, so that one far outlier costs the others no precision. Nearly always one.
+struct CoarseScale {
+  int exponent;   // codes and tokens are multiplied by 2^exponent
+  double square;  // 4^exponent: of a score's unit
+  double reach;   // the largest norm of its codes after that
+};
+
 // Panels that are searched while they stay in the cache, and what the error bound needs of them.
 struct CoarseBlock {
+  int32_t scale;
   int64_t first_panel;
   int64_t count;
-  double largest_square;  // of |c| among its codes, after centring and scaling
+  CodeBound bound;
 };
 
 struct CoarseBook {
-  const KernelTable* table;
+  const CoarsePass* pass;
+  int64_t size;
+  int64_t dim;
+  bool cosine;
+  int64_t width;              // codes in a panel
+  int64_t group;              // panels that share granules
+  std::vector<float> centre;  // [D]; zeros for cosine
+  std::vector<CoarseScale> scales;
+  std::vector<CoarseBlock> blocks;
+  std::vector<int64_t> order;  // code of every slot, a panel's column; empty where slot k is code k
+  Buffer<char> panels;         // [panels, panel_words]; empty where blocks are packed late
+
+  int64_t panel_bytes() const { return pass->panel_words(dim) * pass->word_bytes; }
+  int64_t tile_bytes() const { return pass->tile_words(dim) * pass->word_bytes; }
+  int64_t granules(const CoarseBlock& block) const { return ceil_div(block.count, group) * pass->lanes; }
+
+  // The last panel's empty slots hold the last code again.
+  int64_t code_of(int64_t slot) const {
+    if (!order.empty()) return order[slot];
+    return slot < size ? slot : size - 1;
+  }
+  Packing packing(const CoarseScale& scale) const;
+
+  // Calls f(code) for every code of a granule; some may come twice.
+  template <class F>
+  void for_codes(const CoarseBlock& block, int64_t granule, const F& f) const {
+    const int64_t first = granule / pass->lanes * group, lane = granule % pass->lanes;
+    const int64_t end = block.count - first < group ? block.count : first + group;
+    for (int64_t panel = first; panel < end; ++panel) {
+      const int64_t slot = (block.first_panel + panel) * width + lane;
+      for (int v = 0; v < pass->vectors; ++v) f(code_of(slot + v * pass->lanes));
+    }
+  }
+};
+
+// Rows of a codebook as they are packed.
+struct CodeRows {
   const float* rows;           // [K, D]
   const double* inverse_norm;  // [K] for cosine, else null
   int64_t size;
   int64_t dim;
-  int64_t width;              // codes in a panel
-  std::vector<float> centre;  // [D]; zeros for cosine
-  int exponent;               // codes and tokens are multiplied by 2^exponent
-  std::vector<CoarseBlock> blocks;
-  Buffer<float> panels;  // [panels, 1 + D, width]
-
-  int64_t panel_size() const { return (1 + dim) * width; }
-  const float* panel(int64_t index) const { return panels.get() + index * panel_size(); }
 };
 
-// Everything but the packing itself.
-CoarseBook plan_coarse(const KernelTable& table,
-                       const float* rows,           // [K, D]
-                       const double* inverse_norm,  // [K] for cosine, else null
-                       int64_t size, int64_t dim);
+// The whole codebook, packed. Throws where it holds NaN or Inf.
+CoarseBook pack_coarse(const KernelTable& table, const CoarsePass& pass, const CodeRows& codes);
 
-// Packs all panels into the book. Throws where the codebook holds NaN or Inf.
-void pack_coarse(CoarseBook& book);
+// Everything but the panels: each block is packed where it is searched. float32 and float64 only.
+CoarseBook plan_coarse(const CoarsePass& pass, const CodeRows& codes);
 
-// Packs one block's panels and returns its largest |c|^2; NaN where an entry is not finite.
-double pack_block(const CoarseBook& book, const CoarseBlock& block,
-                  float* panels);  // [block.count, 1 + D, width]
+// Leaves the book with `codes` alone, in that order.
+void restrict_codes(CoarseBook& book, const std::vector<int64_t>& codes);
+
+// Packs one block's panels and returns what bounds it; `largest` is NaN where an entry is not finite.
+CodeBound pack_block(const CoarseBook& book, const CodeRows& codes, const CoarseBlock& block,
+                     char* panels);  // [block.count, panel_words]
 
 // 2^exponent as two factors, since 2^exponent itself may lie outside float.
 struct ScalePair {
@@ -54,6 +90,8 @@ struct ScalePair {
 };
 ScalePair scale_pair(int exponent);
 
+bool all_finite(const float* values, int64_t count);
+bool all_finite(const double* values, int64_t count);
 void check_codebook_finite(bool finite);
 
 }  // namespace cpu

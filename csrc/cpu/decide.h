@@ -8,10 +8,13 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "../exact.h"
+#include "coarse.h"
 #include "kernel_table.h"
+#include "parallel.h"
 
 namespace vqkernels {
 namespace cpu {
@@ -30,6 +33,11 @@ struct Book {
   bool exact;
 
   const Row* row(int64_t k) const { return rows + k * dim; }
+  CodeRows code_rows() const
+    requires std::is_same_v<Row, float>
+  {
+    return {rows, inverse_norm, size, dim};
+  }
 };
 
 // One token with what its values need.
@@ -45,33 +53,32 @@ struct Choice {
   double value;
 };
 
-inline void squared_distances(const KernelTable& table, const double* x, const float* codes, int64_t count,
-                              int64_t dim, double* out) {
-  table.squared_distances_float(x, codes, count, dim, out);
+inline void squared_distances(const KernelTable& table, const double* x, const float* rows, const int64_t* chosen,
+                              int64_t count, int64_t dim, double* out) {
+  table.squared_distances_float(x, rows, chosen, count, dim, out);
 }
-inline void squared_distances(const KernelTable& table, const double* x, const double* codes, int64_t count,
-                              int64_t dim, double* out) {
-  table.squared_distances_double(x, codes, count, dim, out);
+inline void squared_distances(const KernelTable& table, const double* x, const double* rows, const int64_t* chosen,
+                              int64_t count, int64_t dim, double* out) {
+  table.squared_distances_double(x, rows, chosen, count, dim, out);
 }
-inline void dot_products(const KernelTable& table, const double* x, const float* codes, int64_t count,
-                         int64_t dim, double* out) {
-  table.dot_products_float(x, codes, count, dim, out);
+inline void dot_products(const KernelTable& table, const double* x, const float* rows, const int64_t* chosen,
+                         int64_t count, int64_t dim, double* out) {
+  table.dot_products_float(x, rows, chosen, count, dim, out);
 }
-inline void dot_products(const KernelTable& table, const double* x, const double* codes, int64_t count,
-                         int64_t dim, double* out) {
-  table.dot_products_double(x, codes, count, dim, out);
+inline void dot_products(const KernelTable& table, const double* x, const double* rows, const int64_t* chosen,
+                         int64_t count, int64_t dim, double* out) {
+  table.dot_products_double(x, rows, chosen, count, dim, out);
 }
 
-// Values of codes [first, first + count) in float64.
+// Values in float64 of the chosen codes, or of the first `count`.
 template <class Row>
-void values_of(const Book<Row>& book, const Token<Row>& token, int64_t first, int64_t count,
+void values_of(const Book<Row>& book, const Token<Row>& token, const int64_t* chosen, int64_t count,
                double* values) {  // [count]
-  if (!book.cosine) {
-    squared_distances(*book.table, token.wide, book.row(first), count, book.dim, values);
-    return;
+  if (!book.cosine) return squared_distances(*book.table, token.wide, book.rows, chosen, count, book.dim, values);
+  dot_products(*book.table, token.wide, book.rows, chosen, count, book.dim, values);
+  for (int64_t i = 0; i < count; ++i) {
+    values[i] *= -token.inverse_norm * book.inverse_norm[chosen == nullptr ? i : chosen[i]];
   }
-  dot_products(*book.table, token.wide, book.row(first), count, book.dim, values);
-  for (int64_t i = 0; i < count; ++i) values[i] *= -token.inverse_norm * book.inverse_norm[first + i];
 }
 
 // A value whose code may be nearest although `least` was computed for another: both carry float64 rounding.
@@ -146,7 +153,7 @@ Choice decide(const Book<Row>& book, const Token<Row>& token, const int64_t* cod
   if (tied.size() == 1) return choice;
   if (book.exact) {
     choice.code = book.cosine ? most_similar_of_tied(book, token, tied) : nearest_of_tied(book, token, tied);
-    values_of(book, token, choice.code, 1, &choice.value);
+    values_of(book, token, &choice.code, 1, &choice.value);
   } else {
     for (const int64_t k : tied) choice.code = k < choice.code ? k : choice.code;
   }
@@ -157,6 +164,70 @@ inline float distance_of(double value, bool cosine) {
   if (!cosine) return static_cast<float>(value);
   const double distance = 1.0 + value;
   return static_cast<float>(distance > 0.0 ? distance : 0.0);
+}
+
+struct Outputs {
+  int64_t* codes;   // [N]
+  float* distance;  // [N]
+};
+
+template <class Row>
+void write(const Outputs& out, int64_t n, const Book<Row>& book, const Choice& choice) {
+  out.codes[n] = choice.code;
+  out.distance[n] = distance_of(choice.value, book.cosine);
+}
+
+inline void write_invalid(const Outputs& out, int64_t n) {
+  out.codes[n] = -1;
+  out.distance[n] = std::numeric_limits<float>::quiet_NaN();
+}
+
+// What one thread needs to decide tokens.
+template <class Row>
+struct DecideScratch {
+  Buffer<double> wide;         // [D]
+  std::vector<int64_t> codes;  // the candidates
+  std::vector<int64_t> tied;
+  std::vector<double> values;
+
+  explicit DecideScratch(int64_t dim) : wide(dim) {}
+};
+
+// 1 / |row| of a row whose squares neither over- nor underflow; 0 for the zero vector.
+template <class Row>
+double inverse_norm_of(const KernelTable& table, const double* wide, const Row* row, int64_t dim) {
+  double square = 0.0;
+  dot_products(table, wide, row, nullptr, 1, dim, &square);
+  return square > 0.0 ? 1.0 / std::sqrt(square) : 0.0;
+}
+
+template <class Row>
+Token<Row> make_token(const Book<Row>& book, const Row* row, DecideScratch<Row>& scratch) {
+  for (int64_t d = 0; d < book.dim; ++d) scratch.wide[d] = row[d];
+  const double* wide = scratch.wide.get();
+  return {row, wide, book.cosine ? inverse_norm_of(*book.table, wide, row, book.dim) : 0.0};
+}
+
+// The token's code among scratch.codes.
+template <class Row>
+void decide_token(const Book<Row>& book, const Row* row, DecideScratch<Row>& scratch, const Outputs& out, int64_t n) {
+  const Token<Row> token = make_token(book, row, scratch);
+  if (book.cosine && token.inverse_norm == 0.0) return write(out, n, book, {0, 0.0});  // every cosine is 0
+  const int64_t count = static_cast<int64_t>(scratch.codes.size());
+  if (static_cast<int64_t>(scratch.values.size()) < count) scratch.values.resize(count);
+  values_of(book, token, scratch.codes.data(), count, scratch.values.data());
+  write(out, n, book, decide(book, token, scratch.codes.data(), scratch.values.data(), count, scratch.tied));
+}
+
+// The token's code among all.
+template <class Row>
+void scan(const Book<Row>& book, const Row* row, DecideScratch<Row>& scratch, const Outputs& out, int64_t n) {
+  const Token<Row> token = make_token(book, row, scratch);
+  if (book.cosine && token.inverse_norm == 0.0) return write(out, n, book, {0, 0.0});
+  scratch.values.resize(book.size);
+  values_of(book, token, nullptr, book.size, scratch.values.data());
+  write(out, n, book,
+        decide(book, token, static_cast<const int64_t*>(nullptr), scratch.values.data(), book.size, scratch.tied));
 }
 
 }  // namespace cpu

@@ -17,15 +17,26 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }
+bool has_avx512_vnni() { return false; }
 #endif
+
+const KernelTable& avx512_table() {
+  static const KernelTable table = [] {
+    KernelTable best = *avx512_kernels();
+    if (has_avx512_vnni()) best.int16 = avx512_vnni_int16();
+    return best;
+  }();
+  return table;
+}
 
 const KernelTable& by_name(const char* name) {
   if (std::strcmp(name, "portable") == 0) return *portable_kernels();
   if (std::strcmp(name, "avx2") == 0 && has_avx2()) return *avx2_kernels();
-  if (std::strcmp(name, "avx512") == 0 && has_avx512()) return *avx512_kernels();
+  if (std::strcmp(name, "avx512") == 0 && has_avx512()) return avx512_table();
   throw std::runtime_error(
       std::string("VQKERNELS_CPU_ISA: expected avx512, avx2 or portable, whichever this CPU has; got ") +
       name);
@@ -36,7 +47,7 @@ const KernelTable& by_name(const char* name) {
 const KernelTable& kernels() {
   const char* name = std::getenv("VQKERNELS_CPU_ISA");
   if (name != nullptr && name[0] != '\0') return by_name(name);
-  static const KernelTable& best = has_avx512() ? *avx512_kernels()
+  static const KernelTable& best = has_avx512() ? avx512_table()
                                    : has_avx2() ? *avx2_kernels()
                                                 : *portable_kernels();
   return best;

@@ -6,68 +6,119 @@
 namespace vqkernels {
 namespace cpu {
 
-// A *panel* is WIDTH = vectors * lanes codes stored [1 + D, WIDTH]: first the bias h of every code, then the
-// codes, transposed. A *tile* is `rows` tokens stored [D, rows]. The score of a token and a code is h - x.c.
-// A *granule* is one lane of a panel: the `vectors` codes  panel * WIDTH + v * lanes + lane.
-struct KernelTable {
+// What is done to rows before a pass rounds them to its own words.
+struct Packing {
+  const float* centre;  // [D], subtracted first
+  float scale, scale2;  // then multiplied, one after the other
+  int64_t dim;
+  bool cosine;   // no bias: the score is -x.c
+  double reach;  // no code's norm is above it after that
+};
+
+// What the score of a packed token and a packed code is: real score = score / unit, within
+//   token.residual * code.largest + token.norm * code.residual + token.offset + code.offset   (in score units)
+struct TokenBound {
+  double unit;
+  double norm;
+  double residual;
+  double offset;
+};
+struct CodeBound {
+  double largest;   // |code|
+  double residual;  // |code - packed code|
+  double offset;
+};
+
+// One way to score tokens against codes at low precision. Tokens lie in rows of words, `tile_words(D)` each; a
+// *panel* is WIDTH = vectors * lanes codes stored [panel_words(D) / WIDTH, WIDTH]. A *granule* is one lane of
+// `group` neighbouring panels: vectors * group codes. The score of a token and a code stands for h - x.c with
+// h = |c|^2 / 2 (0 for cosine). Words are 32 bits wide, 64 in the float64 pass.
+struct CoarsePass {
   const char* name;
-  int rows;
+  int word_bytes;
+  int rows;  // tokens scored at a time
   int lanes;
   int vectors;
+  double largest_score;  // below which scores are sure not to overflow
+  int64_t (*tile_words)(int64_t dim);
+  int64_t (*panel_words)(int64_t dim);
 
-  // Scores of a tile against panels; of every granule only the least is kept.
-  void (*score_panels)(const float* tile,    // [D, rows]
-                       const float* panels,  // [count, 1 + D, WIDTH]
-                       int64_t count, int64_t dim,
-                       float* granule_scores,  // [rows, count * lanes]
-                       float* least);          // [rows]
+  // Scores of `rows` tokens against panels; of every granule only the least is kept.
+  void (*score_panels)(const void* tile,    // [rows, tile_words]
+                       const void* panels,  // [count, panel_words]
+                       int64_t count, int64_t dim, int64_t group,
+                       void* granule_scores,  // [rows, ceil(count / group) * lanes]
+                       double* least);        // [rows]
 
-  // Positions of the scores <= limit, in order; returns how many there are and writes at most `capacity`.
-  int64_t (*find_scores)(const float* scores,  // [count], count a multiple of lanes
-                         int64_t count, float limit,
-                         int32_t* found,  // [capacity]
+  // Positions and values of the scores <= limit, in order; returns how many there are, writes at most `capacity`.
+  int64_t (*find_scores)(const void* scores,  // [count], count a multiple of lanes
+                         int64_t count, double limit,
+                         int32_t* found,        // [capacity]
+                         double* found_scores,  // [capacity]
                          int64_t capacity);
 
-  // panel[1 + d][j] = (codes[j][d] - centre[d]) * scale * scale2 and panel[0][j] = sum_d panel[1 + d][j]^2 /
-  // 2, summed in float64. Columns j >= count hold 0 and an infinite bias. Returns the largest such sum (NaN
-  // if any is).
-  double (*pack_panel)(const float* codes,   // [count, D]
-                       const float* centre,  // [D]
-                       float scale, float scale2, int64_t count, int64_t dim,
-                       float* panel);  // [1 + D, WIDTH]
+  // Packs WIDTH codes.
+  void (*pack_panel)(const float* const* codes,    // [WIDTH] rows of [D]
+                     const double* inverse_norms,  // [WIDTH] for cosine, else null
+                     const Packing& packing,
+                     void* panel,        // [panel_words]
+                     CodeBound* bound);  // raised to hold for these codes too; NaN where an entry is not finite
 
-  // tile[d][i] = (tokens[i][d] - centre[d]) * scales[i][0] * scales[i][1] and squares[i] = sum_d tile[d][i]^2
-  // in float64. Rows i >= count hold 0.
-  void (*pack_tile)(const float* tokens,  // [count, D]
-                    const float* centre,  // [D]
-                    const float* scales,  // [count, 2]
-                    int64_t count, int64_t dim,
-                    float* tile,       // [D, rows]
-                    double* squares);  // [rows]
+  // Packs one token. Its `bound.norm` is NaN or infinite where an entry is not finite, or the pass cannot take it.
+  void (*pack_token)(const float* token,  // [D]
+                     const Packing& packing,
+                     void* tile,  // [tile_words]
+                     TokenBound* bound);
 
-  // sum_d (x - c)^2 in float64.
-  void (*squared_distances_float)(const double* x,     // [D]
-                                  const float* codes,  // [count, D]
+  // Multiply-adds on registers alone; returns how many operations these were, two a multiply-add.
+  double (*run_peak)(int64_t rounds);
+};
+
+struct KernelTable {
+  const char* name;
+  const CoarsePass* float32;
+  const CoarsePass* float64;
+  const CoarsePass* int16;  // null where the instruction set has nothing faster than float32's
+
+  // squares[j] = |(rows[j] - centre) * scale * scale2|^2, off by at most a millionth; NaN or infinity where some
+  // entry is not finite, or a square overflows.
+  void (*measure_rows)(const float* rows,  // [count, D]
+                       int64_t count, const Packing& packing,
+                       float* squares);  // [count]
+
+  // Sums of a hash over words, 16 of them; see prepared.cpp.
+  void (*hash_words)(const uint64_t* words,  // [count]
+                     int64_t count,
+                     const uint64_t* start,  // [8] keys
+                     const uint64_t* steps,  // [8] odd numbers
+                     uint64_t* sums);        // [16]
+
+  // sum_d (x - c)^2 and sum_d x * c in float64 for the chosen rows of a codebook, or the first `count`.
+  void (*squared_distances_float)(const double* x,        // [D]
+                                  const float* rows,      // [K, D]
+                                  const int64_t* chosen,  // [count] or null
                                   int64_t count, int64_t dim,
-                                  double* out);          // [count]
-  void (*squared_distances_double)(const double* x,      // [D]
-                                   const double* codes,  // [count, D]
+                                  double* out);            // [count]
+  void (*squared_distances_double)(const double* x,        // [D]
+                                   const double* rows,     // [K, D]
+                                   const int64_t* chosen,  // [count] or null
                                    int64_t count, int64_t dim,
-                                   double* out);  // [count]
-
-  // sum_d x * c in float64.
-  void (*dot_products_float)(const double* x,     // [D]
-                             const float* codes,  // [count, D]
+                                   double* out);      // [count]
+  void (*dot_products_float)(const double* x,        // [D]
+                             const float* rows,      // [K, D]
+                             const int64_t* chosen,  // [count] or null
                              int64_t count, int64_t dim,
-                             double* out);          // [count]
-  void (*dot_products_double)(const double* x,      // [D]
-                              const double* codes,  // [count, D]
+                             double* out);            // [count]
+  void (*dot_products_double)(const double* x,        // [D]
+                              const double* rows,     // [K, D]
+                              const int64_t* chosen,  // [count] or null
                               int64_t count, int64_t dim,
                               double* out);  // [count]
 };
 
 // One a unit; null where the unit was not compiled for this machine's architecture.
 const KernelTable* avx512_kernels();
+const CoarsePass* avx512_vnni_int16();
 const KernelTable* avx2_kernels();
 const KernelTable* portable_kernels();
 

@@ -15,21 +15,61 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
-struct Shape {
-  static constexpr int ROWS = 6;
-  static constexpr int VECTORS = 2;
-};
-
-struct Simd {
-  static constexpr int LANES = 8;
+struct Float32 {
+  using Word = float;
   using Vector = __m256;
+  static constexpr int ROWS = 6, VECTORS = 2, LANES = 8, DEPTH = 1;
+  static constexpr bool BIAS = true;
+  static int64_t steps(int64_t dim) { return dim; }
   static Vector load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
+  static Vector zero() { return _mm256_setzero_ps(); }
   static Vector broadcast(float value) { return _mm256_set1_ps(value); }
   static Vector minimum(Vector a, Vector b) { return _mm256_min_ps(a, b); }
-  static Vector subtract_product(Vector acc, Vector a, Vector b) { return _mm256_fnmadd_ps(a, b, acc); }
+  static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm256_fnmadd_ps(a, b, sum); }
+  static float limit_of(double limit) { return __builtin_nextafterf(static_cast<float>(limit), __builtin_inff()); }
   static bool any_below(Vector v, float limit) {
     return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(limit), _CMP_LE_OQ)) != 0;
+  }
+};
+
+struct Float64 {
+  using Word = double;
+  using Vector = __m256d;
+  static constexpr int ROWS = 6, VECTORS = 2, LANES = 4, DEPTH = 1;
+  static constexpr bool BIAS = true;
+  static int64_t steps(int64_t dim) { return dim; }
+  static Vector load(const double* p) { return _mm256_loadu_pd(p); }
+  static void store(double* p, Vector v) { _mm256_storeu_pd(p, v); }
+  static Vector zero() { return _mm256_setzero_pd(); }
+  static Vector broadcast(double value) { return _mm256_set1_pd(value); }
+  static Vector minimum(Vector a, Vector b) { return _mm256_min_pd(a, b); }
+  static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm256_fnmadd_pd(a, b, sum); }
+  static double limit_of(double limit) { return limit; }
+  static bool any_below(Vector v, double limit) {
+    return _mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_set1_pd(limit), _CMP_LE_OQ)) != 0;
+  }
+};
+
+struct Int16 {
+  using Word = int32_t;
+  using Vector = __m256i;
+  static constexpr int ROWS = 6, VECTORS = 2, LANES = 8, DEPTH = 2;
+  static constexpr bool BIAS = false;
+  static int64_t steps(int64_t dim) { return dim / 2 + 1; }
+  static Vector load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store(int32_t* p, Vector v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+  static Vector zero() { return _mm256_setzero_si256(); }
+  static Vector broadcast(int32_t value) { return _mm256_set1_epi32(value); }
+  static Vector minimum(Vector a, Vector b) { return _mm256_min_epi32(a, b); }
+  static void accumulate(Vector& sum, Vector a, Vector b) {
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+  }
+  static int32_t limit_of(double limit) {
+    return limit >= 2147483647.0 ? 2147483647 : static_cast<int32_t>(__builtin_floor(limit));
+  }
+  static bool any_below(Vector v, int32_t limit) {
+    return _mm256_movemask_epi8(_mm256_cmpgt_epi32(v, _mm256_set1_epi32(limit))) != -1;
   }
 };
 
@@ -37,13 +77,17 @@ struct Simd {
 }  // namespace cpu
 }  // namespace vqkernels
 
-#include "kernel_impl.h"
+#include "kernel_int16.h"
+#include "kernel_wide.h"
 
 namespace vqkernels {
 namespace cpu {
 namespace {
-constexpr KernelTable TABLE = make_table("avx2");
-}
+constexpr CoarsePass FLOAT32 = make_wide_pass<Float32>("float32", 0x1p120);
+constexpr CoarsePass FLOAT64 = make_wide_pass<Float64>("float64", __builtin_inf());
+constexpr CoarsePass INT16 = make_int16_pass<Int16>();
+constexpr KernelTable TABLE = make_table("avx2", &FLOAT32, &FLOAT64, &INT16);
+}  // namespace
 }  // namespace cpu
 }  // namespace vqkernels
 

@@ -16,21 +16,39 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
-struct Shape {
-  static constexpr int ROWS = 6;
-  static constexpr int VECTORS = 4;
-};
-
-struct Simd {
-  static constexpr int LANES = 16;
+struct Float32 {
+  using Word = float;
   using Vector = __m512;
+  static constexpr int ROWS = 6, VECTORS = 4, LANES = 16, DEPTH = 1;
+  static constexpr bool BIAS = true;
+  static int64_t steps(int64_t dim) { return dim; }
   static Vector load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
+  static Vector zero() { return _mm512_setzero_ps(); }
   static Vector broadcast(float value) { return _mm512_set1_ps(value); }
   static Vector minimum(Vector a, Vector b) { return _mm512_min_ps(a, b); }
-  static Vector subtract_product(Vector acc, Vector a, Vector b) { return _mm512_fnmadd_ps(a, b, acc); }
+  static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm512_fnmadd_ps(a, b, sum); }
+  static float limit_of(double limit) { return __builtin_nextafterf(static_cast<float>(limit), __builtin_inff()); }
   static bool any_below(Vector v, float limit) {
     return _mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_LE_OQ) != 0;
+  }
+};
+
+struct Float64 {
+  using Word = double;
+  using Vector = __m512d;
+  static constexpr int ROWS = 6, VECTORS = 4, LANES = 8, DEPTH = 1;
+  static constexpr bool BIAS = true;
+  static int64_t steps(int64_t dim) { return dim; }
+  static Vector load(const double* p) { return _mm512_loadu_pd(p); }
+  static void store(double* p, Vector v) { _mm512_storeu_pd(p, v); }
+  static Vector zero() { return _mm512_setzero_pd(); }
+  static Vector broadcast(double value) { return _mm512_set1_pd(value); }
+  static Vector minimum(Vector a, Vector b) { return _mm512_min_pd(a, b); }
+  static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm512_fnmadd_pd(a, b, sum); }
+  static double limit_of(double limit) { return limit; }
+  static bool any_below(Vector v, double limit) {
+    return _mm512_cmp_pd_mask(v, _mm512_set1_pd(limit), _CMP_LE_OQ) != 0;
   }
 };
 
@@ -38,13 +56,15 @@ struct Simd {
 }  // namespace cpu
 }  // namespace vqkernels
 
-#include "kernel_impl.h"
+#include "kernel_wide.h"
 
 namespace vqkernels {
 namespace cpu {
 namespace {
-constexpr KernelTable TABLE = make_table("avx512");
-}
+constexpr CoarsePass FLOAT32 = make_wide_pass<Float32>("float32", 0x1p120);
+constexpr CoarsePass FLOAT64 = make_wide_pass<Float64>("float64", __builtin_inf());
+constexpr KernelTable TABLE = make_table("avx512", &FLOAT32, &FLOAT64, nullptr);  // kernels_avx512_vnni.cpp has int16
+}  // namespace
 }  // namespace cpu
 }  // namespace vqkernels
 

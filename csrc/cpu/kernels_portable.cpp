@@ -5,25 +5,32 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
-struct Shape {
-  static constexpr int ROWS = 4;
-  static constexpr int VECTORS = 2;
-};
-
-struct Simd {
-  static constexpr int LANES = 4;
-  typedef float Vector __attribute__((vector_size(16)));
-  static Vector load(const float* p) {
+template <class T>
+struct Portable {
+  using Word = T;
+  typedef T Vector __attribute__((vector_size(16)));
+  static constexpr int ROWS = 4, VECTORS = 2, LANES = 16 / sizeof(T), DEPTH = 1;
+  static constexpr bool BIAS = true;
+  static int64_t steps(int64_t dim) { return dim; }
+  static Vector load(const T* p) {
     Vector v;
     __builtin_memcpy(&v, p, sizeof(v));
     return v;
   }
-  static void store(float* p, Vector v) { __builtin_memcpy(p, &v, sizeof(v)); }
-  static Vector broadcast(float value) { return Vector{value, value, value, value}; }
+  static void store(T* p, Vector v) { __builtin_memcpy(p, &v, sizeof(v)); }
+  static Vector zero() { return Vector{}; }
+  static Vector broadcast(T value) { return Vector{} + value; }
   static Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
-  static Vector subtract_product(Vector acc, Vector a, Vector b) { return acc - a * b; }
-  static bool any_below(Vector v, float limit) {
-    return v[0] <= limit || v[1] <= limit || v[2] <= limit || v[3] <= limit;
+  static void accumulate(Vector& sum, Vector a, Vector b) { sum -= a * b; }
+  static T limit_of(double limit) {
+    if constexpr (sizeof(T) == sizeof(double)) return limit;
+    return __builtin_nextafterf(static_cast<float>(limit), __builtin_inff());
+  }
+  static bool any_below(Vector v, T limit) {
+    for (int lane = 0; lane < LANES; ++lane) {
+      if (v[lane] <= limit) return true;
+    }
+    return false;
   }
 };
 
@@ -31,13 +38,15 @@ struct Simd {
 }  // namespace cpu
 }  // namespace vqkernels
 
-#include "kernel_impl.h"
+#include "kernel_wide.h"
 
 namespace vqkernels {
 namespace cpu {
 namespace {
-constexpr KernelTable TABLE = make_table("portable");
-}
+constexpr CoarsePass FLOAT32 = make_wide_pass<Portable<float>>("float32", 0x1p120);
+constexpr CoarsePass FLOAT64 = make_wide_pass<Portable<double>>("float64", __builtin_inf());
+constexpr KernelTable TABLE = make_table("portable", &FLOAT32, &FLOAT64, nullptr);
+}  // namespace
 const KernelTable* portable_kernels() { return &TABLE; }
 }  // namespace cpu
 }  // namespace vqkernels

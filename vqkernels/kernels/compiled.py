@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -25,6 +29,68 @@ def nearest(
         if NON_FINITE in str(error):
             raise ValueError(NON_FINITE) from None
         raise
+
+
+STAGES = ("prepare", "tokens", "coarse", "rerank", "scan")  # as csrc/cpu/report.h has them
+PASSES = ("int16", "float32", "float64")
+
+
+@dataclass(frozen=True, eq=False)
+class SearchReport:
+    """One search on the CPU and what it says of itself."""
+
+    codes: Tensor  # int64 [B, T]
+    distance: Tensor  # float32 [B, T]
+    coarse_pass: str  # of PASSES
+    instruction_set: str  # avx512 | avx2 | portable
+    threads: int
+    seconds: dict[str, float]  # by stage, of all threads together divided by their number
+    tokens: int
+    certified: int  # tokens whose coarse pass left one granule of codes
+    candidates: float  # granules left per token of the coarse road
+    codes_reranked: int  # code values computed in float64
+    scanned: int  # tokens that took the float64 pass over all codes
+    prepared_from_cache: bool  # the codebook was unchanged
+
+
+def nearest_report(
+    x: Tensor,  # [B, T, D]
+    codebook: Tensor,  # [K, D]
+    metric: str,
+    precision: str,
+) -> SearchReport:
+    """``nearest`` with a clock at every stage. CPU tensors only."""
+    raw = torch.ops.vqkernels_C.nearest_report(x, codebook, metric == "cosine", precision == "exact")
+    codes, distance, numbers = raw
+    *seconds, certified, candidates, reranked, scanned, cached, which = numbers.tolist()
+    threads, tokens = torch.get_num_threads(), codes.numel()
+    return SearchReport(
+        codes=codes,
+        distance=distance,
+        coarse_pass=PASSES[int(which)] if which >= 0 else "none",
+        instruction_set=_extension.instruction_set() or "?",
+        threads=threads,
+        # the codebook is prepared by all threads at once, seen from the one that waits for them
+        seconds={name: spent / (1 if name == "prepare" else threads) for name, spent in zip(STAGES, seconds, strict=True)},
+        tokens=tokens,
+        certified=int(certified),
+        candidates=candidates / max(1, tokens - int(scanned)),
+        codes_reranked=int(reranked),
+        scanned=int(scanned),
+        prepared_from_cache=bool(cached),
+    )
+
+
+def peak_rates(threads: int) -> dict[str, float]:
+    """Operations a second (two a multiply-add) on registers alone, by coarse pass; 0 where the CPU has no such pass.
+
+    Raises:
+        RuntimeError: the C++ kernels cannot be had; the message says why.
+    """
+    rate = ctypes.CDLL(str(_extension.cpu_library_path())).vqkernels_peak_rate
+    rate.argtypes, rate.restype = [ctypes.c_char_p], ctypes.c_double
+    with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
+        return {name: sum(pool.map(rate, [name.encode()] * threads)) for name in ("float32", "int16")}
 
 
 def gather(

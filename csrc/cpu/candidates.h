@@ -1,0 +1,61 @@
+// What a coarse pass leaves of a token.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+namespace vqkernels {
+namespace cpu {
+
+// Where a token's code comes from: its candidates, a float64 pass over all codes, or nowhere (NaN or Inf).
+enum class Road : int32_t { COARSE, SCAN, INVALID };
+
+struct Candidate {
+  double lower;  // no code of the granule has a lower real score
+  int32_t block;
+  int32_t granule;  // within the block
+};
+
+struct TokenState {
+  static constexpr int CAPACITY = 16;  // granules kept; a token with more takes the other road
+
+  double upper = std::numeric_limits<double>::infinity();  // the least real score is not above this
+  int32_t count = 0;
+  Road road = Road::COARSE;
+  Candidate candidates[CAPACITY];
+
+  void start(Road first) {
+    upper = std::numeric_limits<double>::infinity();
+    count = 0;
+    road = first;
+  }
+
+  void drop_beaten() {
+    int32_t kept = 0;
+    for (int32_t i = 0; i < count; ++i) {
+      if (candidates[i].lower <= upper) candidates[kept++] = candidates[i];
+    }
+    count = kept;
+  }
+
+  void add(const Candidate& candidate) {
+    if (count == CAPACITY) drop_beaten();
+    if (count == CAPACITY) {
+      road = Road::SCAN;
+    } else {
+      candidates[count++] = candidate;
+    }
+  }
+
+  void merge(const TokenState& other) {
+    if (other.road != Road::COARSE) road = other.road;
+    upper = std::min(upper, other.upper);
+    for (int32_t i = 0; i < other.count && road == Road::COARSE; ++i) {
+      if (other.candidates[i].lower <= upper) add(other.candidates[i]);
+    }
+  }
+};
+
+}  // namespace cpu
+}  // namespace vqkernels

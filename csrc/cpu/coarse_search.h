@@ -1,0 +1,418 @@
+// The search of float32 and the 16-bit types: a coarse pass over the packed codebook, then a decision per token.
+//
+//   tokens   read, centred, scaled and packed for the pass
+//   coarse   S, within E of the real score s; of every granule of codes the least is kept, so that
+//            {S <= min S + 2E} holds every true minimiser
+//   rerank   float64 values of the granules inside the bound, then error-free arithmetic where those tie
+//   scan     tokens with more candidates than are kept, or whose bound is not finite: together, in float64
+//
+// Which thread does what, and how tokens and codes are split, cannot change a code.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "../checks.h"
+#include "candidates.h"
+#include "coarse.h"
+#include "decide.h"
+#include "parallel.h"
+#include "prepared.h"
+#include "report.h"
+#include "tokens.h"
+
+namespace vqkernels {
+namespace cpu {
+
+constexpr int64_t FOUND = 64;                // granules looked at per token and block
+constexpr int64_t TOKEN_BYTES = 512 * 1024;  // of a block of tokens, as rows and as tiles
+constexpr int64_t MOST_TOKENS = 512;         // in a block
+constexpr int64_t FEWEST_TOKENS = 96;        // enough uses of a codebook block brought into the cache
+constexpr int64_t CROWD = 4096;              // candidates that the float64 pass keeps of a token
+constexpr int MOST_ROWS = 16;                // of a tile
+
+// How tokens and codes are cut into pieces of work.
+struct Split {
+  int64_t tokens;  // in a block of tokens, a multiple of the tile
+  int64_t token_blocks;
+  int64_t chunks;  // of the codebook, more than 1 only where tokens are too few for the threads
+};
+
+inline double coarse_operations(const CoarseBook& coarse, int64_t count) {
+  return 2.0 * static_cast<double>(count) * static_cast<double>(coarse.size) * static_cast<double>(coarse.dim);
+}
+
+inline int64_t most_tokens(const CoarseBook& coarse) {
+  const int64_t rows = coarse.pass->rows;
+  const int64_t fitting = TOKEN_BYTES / (2 * coarse.dim * static_cast<int64_t>(sizeof(float)));
+  return std::clamp(fitting, rows, MOST_TOKENS) / rows * rows;
+}
+
+inline Split choose_split(const CoarseBook& coarse, int64_t count, bool pack_late) {
+  const int64_t threads = useful_threads(coarse_operations(coarse, count));
+  const int64_t rows = coarse.pass->rows, most = most_tokens(coarse);
+  const int64_t blocks = static_cast<int64_t>(coarse.blocks.size());
+  if (pack_late) return {most, 1, threads == 1 ? 1 : std::min(blocks, 4 * threads)};
+  const int64_t fair = ceil_div(ceil_div(count, 4 * threads), rows) * rows;
+  const int64_t tokens = std::clamp(fair, std::min(FEWEST_TOKENS, most), most);
+  const int64_t token_blocks = ceil_div(count, tokens);
+  const bool enough = threads == 1 || token_blocks >= 2 * threads;
+  return {tokens, token_blocks, enough ? 1 : std::min(blocks, ceil_div(2 * threads, token_blocks))};
+}
+
+// The error of a token's scores against a block of codes, in score units; NaN or infinite where nothing is known.
+inline double error_of(const TokenBound& token, const CodeBound& code) {
+  return token.residual * code.largest + token.norm * code.residual + token.offset + code.offset;
+}
+
+template <class Element>
+class CoarseSearch {
+ public:
+  // `prepared` is null where the blocks of `coarse` are packed late.
+  CoarseSearch(const Book<float>& book, const CoarseBook& coarse, const PreparedCodebook* prepared,
+               const Tokens<const Element>& tokens, const Outputs& out, SearchReport* report)
+      : book_(book),
+        coarse_(coarse),
+        prepared_(prepared),
+        pass_(*coarse.pass),
+        split_(choose_split(coarse, tokens.count(), prepared == nullptr)),
+        tokens_(tokens),
+        out_(out),
+        report_(report) {}
+
+  void run() {
+    if (split_.chunks == 1) {
+      each(split_.token_blocks, [&](int64_t item, Scratch& scratch) {
+        load(item, scratch);
+        search_block(0, scratch);
+        finish_block(scratch);
+      });
+    } else {
+      run_in_chunks();
+    }
+    check_codebook_finite(finite_);
+  }
+
+ private:
+  struct Scratch {
+    Buffer<float> rows;         // [tokens, D], as given, where they do not lie so already
+    Buffer<char> tiles;         // [tokens, tile_words]
+    Buffer<char> scores;        // [tile, granules of a block]
+    Buffer<char> panels;        // of a block that is packed late, or of the float64 pass
+    Buffer<TokenBound> bounds;  // [tokens]
+    Buffer<TokenState> states;  // [tokens]
+    DecideScratch<float> decide;
+    Stopwatch watch;
+    RowBlock<const float> given{nullptr, 0};
+    int64_t first = 0;
+    int64_t count = 0;
+  };
+
+  template <class Work>
+  void each(int64_t items, const Work& work) {
+    int64_t most_granules = 0, most_panels = 0;
+    for (const CoarseBlock& block : coarse_.blocks) {
+      most_granules = std::max(most_granules, coarse_.granules(block));
+      most_panels = std::max(most_panels, block.count);
+    }
+    for_each_item<Scratch>(
+        items, coarse_operations(coarse_, tokens_.count()),
+        [&] {
+          return Scratch{Buffer<float>(split_.tokens * book_.dim),
+                         Buffer<char>(split_.tokens * coarse_.tile_bytes()),
+                         Buffer<char>(pass_.rows * most_granules * pass_.word_bytes),
+                         Buffer<char>(prepared_ == nullptr ? most_panels * coarse_.panel_bytes() : 0),
+                         Buffer<TokenBound>(split_.tokens),
+                         Buffer<TokenState>(split_.tokens),
+                         DecideScratch<float>(book_.dim),
+                         Stopwatch(report_)};
+        },
+        work);
+  }
+
+  // Few tokens: every chunk of the codebook leaves its state of every token, then they are merged.
+  void run_in_chunks() {
+    const Buffer<TokenState> states(split_.chunks * tokens_.count());
+    each(split_.token_blocks * split_.chunks, [&](int64_t item, Scratch& scratch) {
+      const int64_t chunk = item % split_.chunks;
+      load(item / split_.chunks, scratch);
+      search_block(chunk, scratch);
+      std::copy_n(scratch.states.get(), scratch.count, states.get() + chunk * tokens_.count() + scratch.first);
+    });
+    each(split_.token_blocks, [&](int64_t item, Scratch& scratch) {
+      load(item, scratch);
+      for (int64_t i = 0; i < scratch.count; ++i) {
+        TokenState& state = scratch.states[i];
+        state = states[scratch.first + i];
+        for (int64_t chunk = 1; chunk < split_.chunks; ++chunk) {
+          state.merge(states[chunk * tokens_.count() + scratch.first + i]);
+        }
+      }
+      finish_block(scratch);
+    });
+  }
+
+  void load(int64_t token_block, Scratch& scratch) {
+    scratch.watch.time(Stage::TOKENS, [&] {
+      scratch.first = token_block * split_.tokens;
+      scratch.count = std::min(split_.tokens, tokens_.count() - scratch.first);
+      scratch.given = read_rows(tokens_, scratch.first, scratch.first + scratch.count, scratch.rows.get());
+    });
+  }
+
+  // ------------------------------------------------------------------------------------------ coarse
+
+  void search_block(int64_t chunk, Scratch& scratch) {
+    for (int64_t i = 0; i < scratch.count; ++i) scratch.states[i].start(Road::COARSE);
+    const int64_t blocks = static_cast<int64_t>(coarse_.blocks.size());
+    int32_t packed_for = -1;
+    for (int64_t b = blocks * chunk / split_.chunks; b < blocks * (chunk + 1) / split_.chunks; ++b) {
+      const CoarseBlock& block = coarse_.blocks[b];
+      if (block.scale != packed_for) pack_tokens(coarse_.scales[block.scale], scratch);
+      packed_for = block.scale;
+      score_block(static_cast<int32_t>(b), scratch);
+    }
+  }
+
+  void pack_tokens(const CoarseScale& scale, Scratch& scratch) {
+    scratch.watch.time(Stage::TOKENS, [&] {
+      for (int64_t i = 0; i < scratch.count; ++i) pack_token(scale, i, scratch);
+      const int64_t whole = ceil_div(scratch.count, pass_.rows) * pass_.rows;
+      std::fill(scratch.tiles.get() + scratch.count * coarse_.tile_bytes(),
+                scratch.tiles.get() + whole * coarse_.tile_bytes(), char{0});
+    });
+  }
+
+  void pack_token(const CoarseScale& scale, int64_t i, Scratch& scratch) {
+    const float* row = scratch.given[i];
+    Packing packing = coarse_.packing(scale);
+    if (book_.cosine) {
+      const ScalePair own = scale_pair(direction_exponent(row));
+      packing.scale = own.first;
+      packing.scale2 = own.second;
+    }
+    TokenBound& bound = scratch.bounds[i];
+    pass_.pack_token(row, packing, scratch.tiles.get() + i * coarse_.tile_bytes(), &bound);
+    if (!book_.cosine) bound.unit *= scale.square;
+    if (!std::isfinite(bound.norm)) {
+      TokenState& state = scratch.states[i];
+      state.road = all_finite(row, book_.dim) ? Road::SCAN : Road::INVALID;
+    }
+  }
+
+  int direction_exponent(const float* row) const {
+    float largest = 0.0f;
+    for (int64_t d = 0; d < book_.dim; ++d) largest = std::max(largest, std::fabs(row[d]));
+    return largest > 0.0f && std::isfinite(largest) ? -std::ilogb(largest) : 0;
+  }
+
+  void score_block(int32_t b, Scratch& scratch) {
+    CoarseBlock block = coarse_.blocks[b];
+    const char* panels = coarse_.panels.get() + block.first_panel * coarse_.panel_bytes();
+    if (prepared_ == nullptr) {
+      scratch.watch.time(Stage::PREPARE, [&] {
+        block.bound = pack_block(coarse_, book_.code_rows(), block, scratch.panels.get());
+      });
+      panels = scratch.panels.get();
+      if (!std::isfinite(block.bound.largest) && !block_is_finite(block)) {
+        finite_ = false;  // run() reports it
+        return;
+      }
+    }
+    scratch.watch.time(Stage::COARSE, [&] {
+      for (int64_t base = 0; base < scratch.count; base += pass_.rows) score(b, block, panels, base, scratch);
+    });
+  }
+
+  bool block_is_finite(const CoarseBlock& block) const {
+    for (int64_t slot = block.first_panel * coarse_.width; slot < (block.first_panel + block.count) * coarse_.width;
+         ++slot) {
+      if (!all_finite(book_.row(coarse_.code_of(slot)), book_.dim)) return false;
+    }
+    return true;
+  }
+
+  void score(int32_t b, const CoarseBlock& block, const char* panels, int64_t base, Scratch& scratch) {
+    const int64_t rows = std::min<int64_t>(pass_.rows, scratch.count - base);
+    if (std::none_of(&scratch.states[base], &scratch.states[base] + rows,
+                     [](const TokenState& state) { return state.road == Road::COARSE; })) {
+      return;
+    }
+    double least[MOST_ROWS];
+    pass_.score_panels(scratch.tiles.get() + base * coarse_.tile_bytes(), panels, block.count, book_.dim,
+                       coarse_.group, scratch.scores.get(), least);
+    const int64_t granules = coarse_.granules(block);
+    for (int64_t i = 0; i < rows; ++i) {
+      TokenState& state = scratch.states[base + i];
+      if (state.road != Road::COARSE) continue;
+      const TokenBound& bound = scratch.bounds[base + i];
+      const double error = book_.exact ? error_of(bound, block.bound) : 0.0;
+      const double reach = block.bound.largest;
+      if (!((bound.norm + reach) * reach + error < pass_.largest_score)) {
+        state.road = Road::SCAN;
+        continue;
+      }
+      const double unit = bound.unit;
+      state.upper = std::min(state.upper, (least[i] + error) / unit);
+      if (!((least[i] - error) / unit <= state.upper)) continue;
+      collect(b, scratch.scores.get() + i * granules * pass_.word_bytes, granules, error, unit, state);
+    }
+  }
+
+  void collect(int32_t b, const char* scores, int64_t granules, double error, double unit, TokenState& state) {
+    int32_t found[FOUND];
+    double values[FOUND];
+    const double limit = state.upper * unit + error;
+    const double rounded = limit + std::fabs(limit) * 0x1p-50;
+    const int64_t number = pass_.find_scores(scores, granules, rounded, found, values, FOUND);
+    if (number > FOUND) state.road = Road::SCAN;
+    for (int64_t i = 0; i < number && state.road == Road::COARSE; ++i) {
+      state.add({(values[i] - error) / unit, b, found[i]});
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------ decisions
+
+  void finish_block(Scratch& scratch) {
+    std::vector<int64_t> undecided;
+    scratch.watch.time(Stage::RERANK, [&] {
+      for (int64_t i = 0; i < scratch.count; ++i) {
+        const TokenState& state = scratch.states[i];
+        if (state.road == Road::INVALID || !finite_) {
+          write_invalid(out_, scratch.first + i);
+        } else if (state.road == Road::SCAN) {
+          undecided.push_back(i);
+        } else {
+          rerank(i, scratch);
+        }
+      }
+    });
+    if (!undecided.empty()) scratch.watch.time(Stage::SCAN, [&] { scan_tokens(undecided, scratch); });
+    scratch.watch.counts.scanned += static_cast<int64_t>(undecided.size());
+  }
+
+  void rerank(int64_t i, Scratch& scratch) {
+    const TokenState& state = scratch.states[i];
+    std::vector<int64_t>& codes = scratch.decide.codes;
+    codes.clear();
+    int64_t left = 0;
+    for (int32_t j = 0; j < state.count; ++j) {
+      const Candidate& candidate = state.candidates[j];
+      if (!(candidate.lower <= state.upper)) continue;
+      coarse_.for_codes(coarse_.blocks[candidate.block], candidate.granule, [&](int64_t k) { codes.push_back(k); });
+      ++left;
+    }
+    decide_token(book_, scratch.given[i], scratch.decide, out_, scratch.first + i);
+    scratch.watch.counts.certified += left == 1;
+    scratch.watch.counts.candidates += left;
+    scratch.watch.counts.reranked += static_cast<int64_t>(codes.size());
+  }
+
+  // All undecided tokens of a block against all distinct codes, in float64.
+  void scan_tokens(const std::vector<int64_t>& undecided, Scratch& scratch) {
+    const CoarseBook& wide = wide_book();
+    const CoarsePass& pass = *wide.pass;
+    const int64_t count = static_cast<int64_t>(undecided.size());
+    const Buffer<char> tiles(ceil_div(count, pass.rows) * pass.rows * wide.tile_bytes());
+    const Buffer<char> panels(wide.blocks[0].count * wide.panel_bytes());
+    std::vector<TokenBound> bounds(count);
+    std::vector<Crowd> crowds(count);
+    for (int64_t i = 0; i < count; ++i) {
+      Packing packing = wide.packing(wide.scales[0]);
+      if (book_.cosine) packing.scale = packing.scale2 = 1.0f;
+      pass.pack_token(scratch.given[undecided[i]], packing, tiles.get() + i * wide.tile_bytes(), &bounds[i]);
+    }
+    std::fill(tiles.get() + count * wide.tile_bytes(),
+              tiles.get() + ceil_div(count, pass.rows) * pass.rows * wide.tile_bytes(), char{0});
+    for (size_t b = 0; b < wide.blocks.size(); ++b) {
+      CoarseBlock block = wide.blocks[b];
+      block.bound = pack_block(wide, book_.code_rows(), block, panels.get());
+      for (int64_t base = 0; base < count; base += pass.rows) {
+        scan_tile(static_cast<int32_t>(b), block, tiles.get(), panels.get(), base, bounds, crowds);
+      }
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const float* row = scratch.given[undecided[i]];
+      const int64_t n = scratch.first + undecided[i];
+      if (crowds[i].overfull) {
+        scan(book_, row, scratch.decide, out_, n);
+        continue;
+      }
+      std::vector<int64_t>& codes = scratch.decide.codes;
+      codes.clear();
+      crowds[i].drop_beaten();
+      for (const Candidate& candidate : crowds[i].candidates) {
+        wide.for_codes(wide.blocks[candidate.block], candidate.granule, [&](int64_t k) { codes.push_back(k); });
+      }
+      decide_token(book_, row, scratch.decide, out_, n);
+    }
+  }
+
+  // A TokenState without a limit, nearly.
+  struct Crowd {
+    double upper = std::numeric_limits<double>::infinity();
+    bool overfull = false;
+    std::vector<Candidate> candidates;
+
+    void drop_beaten() {
+      std::erase_if(candidates, [&](const Candidate& candidate) { return !(candidate.lower <= upper); });
+    }
+  };
+
+  void scan_tile(int32_t b, const CoarseBlock& block, const char* tiles, const char* panels, int64_t base,
+                 const std::vector<TokenBound>& bounds, std::vector<Crowd>& crowds) {
+    const CoarseBook& wide = wide_book();
+    const CoarsePass& pass = *wide.pass;
+    const int64_t granules = wide.granules(block);
+    std::vector<double> scores(pass.rows * granules), values(granules);
+    std::vector<int32_t> found(granules);
+    double least[MOST_ROWS];
+    pass.score_panels(tiles + base * wide.tile_bytes(), panels, block.count, wide.dim, wide.group, scores.data(),
+                      least);
+    const int64_t rows = std::min<int64_t>(pass.rows, static_cast<int64_t>(bounds.size()) - base);
+    for (int64_t i = 0; i < rows; ++i) {
+      Crowd& crowd = crowds[base + i];
+      const double error = error_of(bounds[base + i], block.bound);
+      if (!std::isfinite(error)) crowd.overfull = true;
+      if (crowd.overfull) continue;
+      crowd.upper = std::min(crowd.upper, least[i] + error);
+      const double limit = crowd.upper + error;
+      const int64_t number = pass.find_scores(&scores[i * granules], granules, limit + std::fabs(limit) * 0x1p-50,
+                                              found.data(), values.data(), granules);
+      for (int64_t j = 0; j < number; ++j) crowd.candidates.push_back({values[j] - error, b, found[j]});
+      if (static_cast<int64_t>(crowd.candidates.size()) > CROWD) crowd.drop_beaten();
+      crowd.overfull = static_cast<int64_t>(crowd.candidates.size()) > CROWD;
+    }
+  }
+
+  const CoarseBook& wide_book() {
+    std::call_once(wide_once_, [&] {
+      CodeRows codes = book_.code_rows();
+      wide_ = std::make_unique<CoarseBook>(plan_coarse(*book_.table->float64, codes));
+      if (prepared_ == nullptr) return;
+      const std::vector<int64_t>& distinct = prepared_->distinct(book_.rows);
+      if (static_cast<int64_t>(distinct.size()) < book_.size) restrict_codes(*wide_, distinct);
+    });
+    return *wide_;
+  }
+
+  const Book<float>& book_;
+  const CoarseBook& coarse_;
+  const PreparedCodebook* prepared_;
+  const CoarsePass& pass_;
+  const Split split_;
+  const Tokens<const Element>& tokens_;
+  const Outputs& out_;
+  SearchReport* report_;
+  std::atomic<bool> finite_{true};
+  std::once_flag wide_once_;
+  std::unique_ptr<CoarseBook> wide_;
+};
+
+}  // namespace cpu
+}  // namespace vqkernels

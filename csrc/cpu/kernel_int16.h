@@ -1,0 +1,207 @@
+// Packing for the int16 pass: products of integers are exact, so all of its error is what rounding leaves, and that
+// is measured.
+//
+// With b = TARGET / reach a code becomes C = b (c - mu), rounded to integers c^; a token X = a (x - mu), rounded to
+// x^, where a brings |X| to TARGET or less. |X|, |C| <= 2^15 keep x^.c^ and all its partial sums below 2^30. With
+// |C|^2/2 = 2^14 eta the score a b (h - x.c) is A eta - X.C, A = 2^14 a / b: one more product, of A <= 2^15 and eta,
+// both rounded to 15 bits. An even D leaves room for the fraction of eta, in 128ths, beside it.
+#pragma once
+
+#include "kernel_scores.h"
+#include "strips.h"
+
+namespace vqkernels {
+namespace cpu {
+namespace {
+
+constexpr double BIAS_STEP = 16384.0;  // 2^14
+constexpr double BIAS_FRACTION = 128.0;
+constexpr double LARGEST_INT16 = 32767.0;
+constexpr double ROUNDING = 4 * 5.960464477539063e-8;  // float32's, of (x - mu) * scale * scale2 * a
+constexpr double SUM_SLACK = 1.0001;  // of squares summed in float32, in 16 parts, for D up to 16384
+
+inline int64_t int16_steps(int64_t dim) { return dim / 2 + 1; }
+
+// Room for what rounding adds to a norm of 2^15.
+inline double int16_target(int64_t dim) { return 32764.0 - __builtin_sqrt(static_cast<double>(dim)); }
+
+inline double code_factor(const Packing& packing) {
+  return packing.reach > 0.0 ? int16_target(packing.dim) / packing.reach : 1.0;
+}
+
+// Sixteen numbers rounded, with what that costs.
+struct Rounded {
+  ShortStrip values;
+  FloatStrip square;    // before rounding
+  FloatStrip residual;  // squared
+};
+
+template <bool NEGATE>
+inline Rounded round_strip(FloatStrip strip, float factor) {
+  constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  const FloatStrip value = strip * factor;
+  const FloatStrip rounded = (value + MAGIC) - MAGIC;
+  const FloatStrip left = value - rounded;
+  const IntStrip whole = __builtin_convertvector(NEGATE ? -rounded : rounded, IntStrip);
+  return {__builtin_convertvector(whole, ShortStrip), value * value, left * left};
+}
+
+// Centred and scaled; zeros after the last dimension.
+inline FloatStrip packed_strip(const float* row, const Packing& packing, int64_t base) {
+  const int64_t width = packing.dim - base;
+  if (width >= STRIP) {
+    return (load_vector<FloatStrip>(row + base) - load_vector<FloatStrip>(packing.centre + base)) * packing.scale *
+           packing.scale2;
+  }
+  return (load_part<FloatStrip>(row + base, width) - load_part<FloatStrip>(packing.centre + base, width)) *
+         packing.scale * packing.scale2;
+}
+
+// Of unit length.
+inline FloatStrip unit_strip(const float* row, double inverse_norm, const Packing& packing, int64_t base) {
+  float values[STRIP] = {};
+  const int64_t width = packing.dim - base < STRIP ? packing.dim - base : STRIP;
+  for (int64_t i = 0; i < width; ++i) values[i] = static_cast<float>(static_cast<double>(row[base + i]) * inverse_norm);
+  return load_vector<FloatStrip>(values);
+}
+
+template <class P>
+void pack_int16_panel(const float* const* codes,    // [WIDTH] of [D]
+                      const double* inverse_norms,  // [WIDTH] or null
+                      const Packing& packing,
+                      void* panel,  // [steps, WIDTH] pairs
+                      CodeBound* bound) {
+  constexpr int WIDTH = Scores<P>::WIDTH;
+  constexpr int64_t PAIRS = STRIP / 2;
+  const int64_t steps = int16_steps(packing.dim);
+  const float factor = static_cast<float>(code_factor(packing));
+  int32_t* out = static_cast<int32_t*>(panel);
+  int32_t pairs[WIDTH][PAIRS];
+  FloatStrip square_parts[WIDTH], residual_parts[WIDTH];
+  for (int j = 0; j < WIDTH; ++j) square_parts[j] = residual_parts[j] = FloatStrip{};
+  for (int64_t base = 0; base < 2 * steps; base += STRIP) {
+    for (int j = 0; j < WIDTH; ++j) {
+      const FloatStrip strip = inverse_norms == nullptr ? packed_strip(codes[j], packing, base)
+                                                        : unit_strip(codes[j], inverse_norms[j], packing, base);
+      const Rounded rounded = round_strip<true>(strip, factor);
+      __builtin_memcpy(pairs[j], &rounded.values, sizeof(rounded.values));
+      square_parts[j] += rounded.square;
+      residual_parts[j] += rounded.residual;
+    }
+    const int64_t end = steps - base / 2 < PAIRS ? steps - base / 2 : PAIRS;
+    for (int64_t i = 0; i < end; ++i) {
+      int32_t* row = out + (base / 2 + i) * WIDTH;
+      for (int j = 0; j < WIDTH; ++j) row[j] = pairs[j][i];
+    }
+  }
+  float squares[WIDTH], residuals[WIDTH];
+  for (int j = 0; j < WIDTH; ++j) {
+    squares[j] = sum_of(square_parts[j]);
+    residuals[j] = sum_of(residual_parts[j]);
+  }
+  float largest = 0.0f, most_left = 0.0f;
+  for (int j = 0; j < WIDTH; ++j) {
+    largest = squares[j] > largest ? squares[j] : largest;
+    most_left = residuals[j] > most_left ? residuals[j] : most_left;
+  }
+  const double norm = __builtin_sqrt(static_cast<double>(largest)) * SUM_SLACK;
+  const double left = __builtin_sqrt(static_cast<double>(most_left)) * SUM_SLACK + ROUNDING * norm + 0x1p-40;
+  bound->largest = norm > bound->largest ? norm : bound->largest;
+  bound->residual = left > bound->residual ? left : bound->residual;
+  if (packing.cosine) return;
+  int16_t* bias = reinterpret_cast<int16_t*>(out + packing.dim / 2 * WIDTH);
+  for (int j = 0; j < WIDTH; ++j) {
+    const float eta = squares[j] * static_cast<float>(0.5 / BIAS_STEP);
+    if (packing.dim % 2 == 0) {
+      const int32_t whole = eta < 32767.0f ? static_cast<int32_t>(eta) : 32767;
+      bias[2 * j] = static_cast<int16_t>(whole);
+      bias[2 * j + 1] = static_cast<int16_t>((eta - static_cast<float>(whole)) * 128.0f + 0.5f);
+    } else {
+      bias[2 * j + 1] = static_cast<int16_t>(eta < 32766.0f ? eta + 0.5f : 32767.0f);
+    }
+  }
+}
+
+// How a token is scaled, and what its two bias words are.
+struct TokenScale {
+  double factor;     // a
+  double bias;       // A
+  int32_t whole;     // A rounded, for eta
+  int32_t fraction;  // A / 128 rounded, for the fraction of eta
+};
+
+inline TokenScale scale_token(const Packing& packing, double norm) {
+  const double target = int16_target(packing.dim);
+  if (packing.cosine) return {norm > 0.0 ? target / norm : 1.0, 0.0, 0, 0};
+  const double to_bias = BIAS_STEP / code_factor(packing);
+  double most = norm > 0.0 ? target / norm * to_bias : LARGEST_INT16;
+  most = most < LARGEST_INT16 ? most : LARGEST_INT16;
+  const int32_t whole = static_cast<int32_t>(most);
+  // an A that is an integer costs nothing and has no error; below 1 there is none
+  const double factor = static_cast<float>((whole > 0 ? static_cast<double>(whole) : most) / to_bias);
+  const double bias = factor * to_bias;
+  return {factor, bias, whole, static_cast<int32_t>(bias / BIAS_FRACTION + 0.5)};
+}
+
+inline double bias_error(const Packing& packing, const TokenScale& scale) {
+  if (packing.cosine) return 0.0;
+  const double largest = LARGEST_INT16 + 1.0;
+  const double sums = (static_cast<double>(packing.dim) / 16.0 + 48.0) * 1.1 * 5.960464477539063e-8;
+  double error = __builtin_fabs(scale.bias - scale.whole) * largest + sums * scale.bias * largest + 1.0;
+  if (packing.dim % 2 == 0) {
+    error += __builtin_fabs(scale.bias / BIAS_FRACTION - scale.fraction) * BIAS_FRACTION;
+    error += 0.5 * scale.fraction;
+  } else {
+    error += 0.5 * scale.whole;
+  }
+  return error;
+}
+
+template <class P>
+void pack_int16_token(const float* token,  // [D]
+                      const Packing& packing,
+                      void* tile,  // [steps] pairs
+                      TokenBound* bound) {
+  const int64_t dim = packing.dim;
+  FloatStrip parts{};
+  for (int64_t d = 0; d < dim; d += STRIP) {
+    const FloatStrip strip = packed_strip(token, packing, d);
+    parts += strip * strip;
+  }
+  const float square = sum_of(parts);
+  if (!(square < 0x1p80f)) {
+    *bound = {1.0, __builtin_inf(), 0.0, 0.0};
+    return;
+  }
+  const double norm = __builtin_sqrt(static_cast<double>(square)) * SUM_SLACK + 0x1p-50;
+  const TokenScale scale = scale_token(packing, norm);
+  const float factor = static_cast<float>(scale.factor);
+  int16_t* out = static_cast<int16_t*>(tile);
+  FloatStrip residuals{};
+  for (int64_t d = 0; d < dim; d += STRIP) {
+    const Rounded rounded = round_strip<false>(packed_strip(token, packing, d), factor);
+    residuals += rounded.residual;
+    const int64_t width = dim - d < STRIP ? dim - d : STRIP;
+    if (width == STRIP) {
+      __builtin_memcpy(out + d, &rounded.values, sizeof(rounded.values));
+    } else {
+      for (int64_t i = 0; i < width; ++i) out[d + i] = rounded.values[i];
+    }
+  }
+  const float residual = sum_of(residuals);
+  out[dim] = static_cast<int16_t>(scale.whole);
+  if (dim % 2 == 0) out[dim + 1] = static_cast<int16_t>(scale.fraction);
+  const double length = scale.factor * norm;
+  const double left =
+      __builtin_sqrt(static_cast<double>(residual)) * SUM_SLACK + ROUNDING * length + 0x1p-40;
+  *bound = {scale.factor * code_factor(packing), length + left, left, bias_error(packing, scale)};
+}
+
+template <class P>
+constexpr CoarsePass make_int16_pass() {
+  return Scores<P>::make_pass("int16", __builtin_inf(), pack_int16_panel<P>, pack_int16_token<P>);
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace vqkernels

@@ -1,0 +1,205 @@
+// Scores of tokens against panels, written once over a pass P that the including unit defines in an anonymous
+// namespace. Nothing from the standard library is instantiated here: a shared template compiled for AVX512 could
+// be the copy that the linker keeps for everyone.
+//
+// P: Word, Vector, ROWS, LANES, VECTORS, DEPTH (multiply-adds of a lane of accumulate), BIAS (whether a panel begins with a row of biases, where the sums start),
+// steps(dim) (rows of a panel after it), load, store, zero, broadcast, minimum, accumulate(acc, token, code),
+// limit_of(double) (no word above it stands for a score that is not above the limit), any_below(v, limit).
+#pragma once
+
+#include "kernel_table.h"
+
+namespace vqkernels {
+namespace cpu {
+namespace {
+
+template <class P>
+struct Scores {
+  using Word = typename P::Word;
+  using Vector = typename P::Vector;
+  static constexpr int WIDTH = P::VECTORS * P::LANES;
+
+  static int64_t tile_words(int64_t dim) { return P::steps(dim); }
+  static int64_t panel_words(int64_t dim) { return (P::steps(dim) + (P::BIAS ? 1 : 0)) * WIDTH; }
+
+  // One tile against one panel: rows x vectors sums stay in registers. STEPS = 0: not known to the compiler.
+  template <int STEPS>
+  static inline __attribute__((always_inline)) void score_panel(const Word* tile,   // [ROWS, steps]
+                                                                const Word* panel,  // [BIAS + steps, WIDTH]
+                                                                int64_t run_time_steps, bool first,
+                                                                Word* granule_scores,  // [ROWS, stride]
+                                                                int64_t stride) {
+    const int64_t steps = STEPS > 0 ? STEPS : run_time_steps;
+    Vector sums[P::ROWS][P::VECTORS];
+#pragma GCC unroll 16
+    for (int row = 0; row < P::ROWS; ++row) {
+#pragma GCC unroll 4
+      for (int v = 0; v < P::VECTORS; ++v) {
+        sums[row][v] = P::BIAS ? P::load(panel + v * P::LANES) : P::zero();
+      }
+    }
+    if (P::BIAS) panel += WIDTH;
+#pragma GCC unroll 18
+    for (int64_t step = 0; step < steps; ++step) {
+      Vector codes[P::VECTORS];
+#pragma GCC unroll 4
+      for (int v = 0; v < P::VECTORS; ++v) codes[v] = P::load(panel + step * WIDTH + v * P::LANES);
+#pragma GCC unroll 16
+      for (int row = 0; row < P::ROWS; ++row) {
+        const Vector token = P::broadcast(tile[row * steps + step]);
+#pragma GCC unroll 4
+        for (int v = 0; v < P::VECTORS; ++v) P::accumulate(sums[row][v], token, codes[v]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < P::ROWS; ++row) {
+      Vector least = sums[row][0];
+#pragma GCC unroll 4
+      for (int v = 1; v < P::VECTORS; ++v) least = P::minimum(least, sums[row][v]);
+      Word* out = granule_scores + row * stride;
+      if (!first) least = P::minimum(least, P::load(out));
+      P::store(out, least);
+    }
+  }
+
+  template <int STEPS>
+  static void sweep(const Word* tile, const Word* panels, int64_t count, int64_t dim, int64_t group,
+                    Word* granule_scores) {
+    const int64_t words = panel_words(dim), steps = P::steps(dim);
+    const int64_t stride = (count + group - 1) / group * P::LANES;
+    for (int64_t base = 0; base < count; base += group, granule_scores += P::LANES) {
+      const int64_t end = count - base < group ? count : base + group;
+      for (int64_t panel = base; panel < end; ++panel) {
+        score_panel<STEPS>(tile, panels + panel * words, steps, panel == base, granule_scores, stride);
+      }
+    }
+  }
+
+  // Four running minima, so that one does not wait for the other.
+  static double least_of(const Word* scores, int64_t count) {
+    constexpr int CHAINS = 4;
+    Vector best[CHAINS];
+    for (int i = 0; i < CHAINS; ++i) best[i] = P::load(scores);
+    int64_t i = 0;
+    for (; i + CHAINS * P::LANES <= count; i += CHAINS * P::LANES) {
+#pragma GCC unroll 4
+      for (int j = 0; j < CHAINS; ++j) best[j] = P::minimum(best[j], P::load(scores + i + j * P::LANES));
+    }
+    for (; i < count; i += P::LANES) best[0] = P::minimum(best[0], P::load(scores + i));
+    Word lanes[P::LANES];
+    P::store(lanes, P::minimum(P::minimum(best[0], best[1]), P::minimum(best[2], best[3])));
+    Word least = lanes[0];
+    for (int lane = 1; lane < P::LANES; ++lane) least = lanes[lane] < least ? lanes[lane] : least;
+    return static_cast<double>(least);
+  }
+
+  static void score_panels(const void* tile,    // [ROWS, steps]
+                           const void* panels,  // [count, panel_words]
+                           int64_t count, int64_t dim, int64_t group,
+                           void* granule_scores,  // [ROWS, granules]
+                           double* least) {       // [ROWS]
+    const Word* tokens = static_cast<const Word*>(tile);
+    const Word* codes = static_cast<const Word*>(panels);
+    Word* out = static_cast<Word*>(granule_scores);
+    switch (P::steps(dim)) {  // with few steps the loop itself would cost as much as its body
+      case 2:
+        sweep<2>(tokens, codes, count, dim, group, out);
+        break;
+      case 3:
+        sweep<3>(tokens, codes, count, dim, group, out);
+        break;
+      case 4:
+        sweep<4>(tokens, codes, count, dim, group, out);
+        break;
+      case 5:
+        sweep<5>(tokens, codes, count, dim, group, out);
+        break;
+      case 7:
+        sweep<7>(tokens, codes, count, dim, group, out);
+        break;
+      case 8:
+        sweep<8>(tokens, codes, count, dim, group, out);
+        break;
+      case 9:
+        sweep<9>(tokens, codes, count, dim, group, out);
+        break;
+      case 10:
+        sweep<10>(tokens, codes, count, dim, group, out);
+        break;
+      case 17:
+        sweep<17>(tokens, codes, count, dim, group, out);
+        break;
+      default:
+        sweep<0>(tokens, codes, count, dim, group, out);
+    }
+    const int64_t granules = (count + group - 1) / group * P::LANES;
+    for (int row = 0; row < P::ROWS; ++row) least[row] = least_of(out + row * granules, granules);
+  }
+
+  static int64_t find_scores(const void* words,  // [count]
+                             int64_t count, double limit,
+                             int32_t* found,        // [capacity]
+                             double* found_scores,  // [capacity]
+                             int64_t capacity) {
+    constexpr int GROUP = 4 * P::LANES;
+    const Word* scores = static_cast<const Word*>(words);
+    const Word most = P::limit_of(limit);
+    int64_t number = 0;
+    for (int64_t base = 0; base < count; base += GROUP) {
+      const int64_t end = count - base < GROUP ? count : base + GROUP;
+      Vector least = P::load(scores + base);
+      for (int64_t i = base + P::LANES; i < end; i += P::LANES) least = P::minimum(least, P::load(scores + i));
+      if (!P::any_below(least, most)) continue;
+      for (int64_t i = base; i < end; ++i) {
+        if (i % P::LANES == 0 && !P::any_below(P::load(scores + i), most)) {
+          i += P::LANES - 1;
+          continue;
+        }
+        if (!(scores[i] <= most)) continue;
+        if (number < capacity) {
+          found[number] = static_cast<int32_t>(i);
+          found_scores[number] = static_cast<double>(scores[i]);
+        }
+        ++number;
+      }
+    }
+    return number;
+  }
+
+  static double run_peak(int64_t rounds) {
+    Vector sums[P::ROWS][P::VECTORS];
+    Vector token = P::zero(), codes[P::VECTORS];
+    for (int v = 0; v < P::VECTORS; ++v) codes[v] = P::zero();
+    for (int row = 0; row < P::ROWS; ++row) {
+      for (int v = 0; v < P::VECTORS; ++v) sums[row][v] = P::zero();
+    }
+    for (int64_t round = 0; round < rounds; ++round) {
+      asm volatile("" : : : "memory");
+#pragma GCC unroll 16
+      for (int row = 0; row < P::ROWS; ++row) {
+#pragma GCC unroll 4
+        for (int v = 0; v < P::VECTORS; ++v) P::accumulate(sums[row][v], token, codes[v]);
+      }
+    }
+    Word out[P::LANES];
+    for (int row = 0; row < P::ROWS; ++row) {
+      for (int v = 0; v < P::VECTORS; ++v) {
+        P::store(out, sums[row][v]);
+        asm volatile("" : : "r"(out) : "memory");
+      }
+    }
+    return 2.0 * P::DEPTH * P::LANES * P::ROWS * P::VECTORS * static_cast<double>(rounds);
+  }
+
+  static constexpr CoarsePass make_pass(const char* name, double largest_score,
+                                        decltype(CoarsePass::pack_panel) pack_panel,
+                                        decltype(CoarsePass::pack_token) pack_token) {
+    return {name,       sizeof(Word), P::ROWS,      P::LANES,    P::VECTORS, largest_score,
+            tile_words, panel_words,  score_panels, find_scores, pack_panel, pack_token,
+            run_peak};
+  }
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace vqkernels

@@ -1,0 +1,230 @@
+// Packing for the float32 and float64 passes, and the float64 reductions, in plain C++ that the compiler
+// vectorises for the including unit. What kernel_scores.h says of the standard library holds here too.
+#pragma once
+
+#include "kernel_scores.h"
+#include "strips.h"
+
+namespace vqkernels {
+namespace cpu {
+namespace {
+
+constexpr double UNIT32 = 5.960464477539063e-8;      // 2^-24, float32's unit roundoff
+constexpr double UNIT64 = 1.1102230246251565e-16;    // 2^-53, float64's
+void measure_rows(const float* rows,  // [count, D]
+                  int64_t count, const Packing& packing,
+                  float* squares) {  // [count]
+  const int64_t whole = packing.dim / STRIP * STRIP, rest = packing.dim - whole;
+  for (int64_t k = 0; k < count; ++k) {
+    const float* row = rows + k * packing.dim;
+    FloatStrip sum{};
+    for (int64_t d = 0; d < whole; d += STRIP) {
+      const FloatStrip value = (load_vector<FloatStrip>(row + d) - load_vector<FloatStrip>(packing.centre + d)) *
+                               packing.scale * packing.scale2;
+      sum += value * value;
+    }
+    if (rest > 0) {
+      const FloatStrip value =
+          (load_part<FloatStrip>(row + whole, rest) - load_part<FloatStrip>(packing.centre + whole, rest)) *
+          packing.scale * packing.scale2;
+      sum += value * value;
+    }
+    squares[k] = sum_of(sum);
+  }
+}
+
+// A sum of products of 32-bit halves, each moved by a key that depends on its place (the universal family NH of Black
+// et al., "UMAC: Fast and Secure Message Authentication", CRYPTO 1999), twice with different keys, in eight lanes.
+typedef uint64_t Words __attribute__((vector_size(64)));
+
+void hash_words(const uint64_t* words,  // [count]
+                int64_t count,
+                const uint64_t* start,  // [8] keys
+                const uint64_t* steps,  // [8] odd numbers
+                uint64_t* sums) {       // [16]
+  constexpr uint64_t LOW = 0xffffffff;
+  Words keys = load_vector<Words>(start), first{}, second{};
+  const Words step = load_vector<Words>(steps);
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8) {
+    const Words word = load_vector<Words>(words + i);
+    const Words a = word + keys, b = word ^ (keys << 7);
+    first += (a & LOW) * (a >> 32);
+    second += (b & LOW) * (b >> 32) + word;
+    keys += step;
+  }
+  if (i < count) {
+    const Words word = load_part<Words>(words + i, count - i);
+    const Words a = word + keys, b = word ^ (keys << 7);
+    first += (a & LOW) * (a >> 32);
+    second += (b & LOW) * (b >> 32) + word;
+  }
+  __builtin_memcpy(sums, &first, sizeof(first));
+  __builtin_memcpy(sums + 8, &second, sizeof(second));
+}
+
+template <class Word>
+inline Word packed_code(const float* row, const double* inverse_norm, const Packing& packing, int64_t d) {
+  if (inverse_norm != nullptr) return static_cast<Word>(static_cast<double>(row[d]) * *inverse_norm);
+  return (static_cast<Word>(row[d]) - static_cast<Word>(packing.centre[d])) * packing.scale * packing.scale2;
+}
+
+template <class Word>
+inline Word packed_token(const float* row, const Packing& packing, int64_t d) {
+  return (static_cast<Word>(row[d]) - static_cast<Word>(packing.centre[d])) * packing.scale * packing.scale2;
+}
+
+// The error of h - x.c, computed in words of unit roundoff u, in units of u (|c|^2/2 + |x||c|): D for the
+// additions, 1 for products that are not fused, 2 for the rounding of x and c, 1 for that of h and 2 for what
+// rounding c does to h; 4 to spare and 2% for the second order, which holds while their sum is below 2^-6. In
+// float64 the norms that cosine divides by count as well, another D. Entries or products below the smallest normal
+// number come on top.
+template <class Word>
+struct Rounding;
+template <>
+struct Rounding<float> {
+  static constexpr double unit = UNIT32, smallest = 0x1p-120;
+};
+template <>
+struct Rounding<double> {
+  static constexpr double unit = UNIT64, smallest = 0x1p-1000;
+};
+
+template <class Word>
+inline double relative_error(int64_t dim) {
+  const int64_t terms = sizeof(Word) == sizeof(double) ? 2 * dim + 20 : dim + 10;
+  const double error = 1.02 * static_cast<double>(terms) * Rounding<Word>::unit;
+  return error > 0x1p-6 ? __builtin_inf() : error;
+}
+
+template <class P>
+void pack_wide_panel(const float* const* codes,    // [WIDTH] of [D]
+                     const double* inverse_norms,  // [WIDTH] or null
+                     const Packing& packing,
+                     void* panel,  // [1 + D, WIDTH]
+                     CodeBound* bound) {
+  using Word = typename P::Word;
+  constexpr int WIDTH = Scores<P>::WIDTH;
+  constexpr int STRIP = 16;  // dimensions at a time: one cache line of each row
+  Word* out = static_cast<Word*>(panel);
+  double squares[WIDTH] = {};
+  Word strip[WIDTH][STRIP] = {};
+  for (int64_t base = 0; base < packing.dim; base += STRIP) {
+    const int64_t width = packing.dim - base < STRIP ? packing.dim - base : STRIP;
+    for (int j = 0; j < WIDTH; ++j) {
+      const double* inverse_norm = inverse_norms == nullptr ? nullptr : inverse_norms + j;
+      for (int64_t i = 0; i < width; ++i) {
+        strip[j][i] = packed_code<Word>(codes[j], inverse_norm, packing, base + i);
+      }
+    }
+    for (int64_t i = 0; i < width; ++i) {
+      Word* row = out + (1 + base + i) * WIDTH;
+      for (int j = 0; j < WIDTH; ++j) row[j] = strip[j][i];
+      for (int j = 0; j < WIDTH; ++j) squares[j] += static_cast<double>(row[j]) * row[j];
+    }
+  }
+  double largest = bound->largest * bound->largest;
+  for (int j = 0; j < WIDTH; ++j) {
+    out[j] = packing.cosine ? Word(0) : static_cast<Word>(0.5 * squares[j]);
+    if (largest == largest && !(squares[j] <= largest)) largest = squares[j];  // NaN stays
+  }
+  const double relative = relative_error<Word>(packing.dim);
+  const double underflow = static_cast<double>(packing.dim) * Rounding<Word>::smallest;
+  const double norm = __builtin_sqrt(largest) * (1.0 + 1e-12);
+  const double half_square = packing.cosine ? 0.0 : 0.5 * largest;
+  *bound = {norm, 0.0, relative * half_square + underflow * (1.0 + norm)};
+}
+
+template <class P>
+void pack_wide_token(const float* token,  // [D]
+                     const Packing& packing,
+                     void* tile,  // [D]
+                     TokenBound* bound) {
+  using Word = typename P::Word;
+  constexpr int CHAINS = 8;
+  Word* out = static_cast<Word*>(tile);
+  double parts[CHAINS] = {}, square = 0.0;
+  int64_t d = 0;
+  for (; d + CHAINS <= packing.dim; d += CHAINS) {
+    for (int i = 0; i < CHAINS; ++i) {
+      const Word value = packed_token<Word>(token, packing, d + i);
+      out[d + i] = value;
+      parts[i] += static_cast<double>(value) * value;
+    }
+  }
+  for (; d < packing.dim; ++d) {
+    out[d] = packed_token<Word>(token, packing, d);
+    square += static_cast<double>(out[d]) * out[d];
+  }
+  for (int i = 0; i < CHAINS; ++i) square += parts[i];
+  const double norm = __builtin_sqrt(square) * (1.0 + 1e-12);
+  const double residual = relative_error<Word>(packing.dim) * norm +
+                          static_cast<double>(packing.dim) * Rounding<Word>::smallest;
+  *bound = {1.0, norm, residual, 0.0};
+}
+
+template <class Code>
+inline DoubleHalf load_wide(const Code* p) {
+  typedef Code Half __attribute__((vector_size(8 * sizeof(Code))));
+  return __builtin_convertvector(load_vector<Half>(p), DoubleHalf);
+}
+
+template <class Code>
+inline DoubleHalf load_wide_part(const Code* p, int64_t width) {
+  typedef Code Half __attribute__((vector_size(8 * sizeof(Code))));
+  return __builtin_convertvector(load_part<Half>(p, width), DoubleHalf);
+}
+
+// sum_d (x - c)^2, or sum_d x * c.
+template <class Code, bool DIFFERENCE>
+inline double reduce_row(const double* x, const Code* code, int64_t dim) {
+  constexpr int64_t HALF = 8;
+  DoubleHalf sum{};
+  int64_t d = 0;
+  for (; d + HALF <= dim; d += HALF) {
+    const DoubleHalf token = load_vector<DoubleHalf>(x + d), c = load_wide(code + d);
+    const DoubleHalf difference = token - c;
+    sum += DIFFERENCE ? difference * difference : token * c;
+  }
+  if (d < dim) {
+    const DoubleHalf token = load_part<DoubleHalf>(x + d, dim - d), c = load_wide_part(code + d, dim - d);
+    const DoubleHalf difference = token - c;
+    sum += DIFFERENCE ? difference * difference : token * c;
+  }
+  return sum_of(sum);
+}
+
+template <class Code, bool DIFFERENCE>
+void reduce_rows(const double* x,        // [D]
+                 const Code* rows,       // [K, D]
+                 const int64_t* chosen,  // [count], or null for the first `count`
+                 int64_t count, int64_t dim,
+                 double* out) {  // [count]
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t k = chosen == nullptr ? i : chosen[i];
+    out[i] = reduce_row<Code, DIFFERENCE>(x, rows + k * dim, dim);
+  }
+}
+
+template <class P>
+constexpr CoarsePass make_wide_pass(const char* name, double largest_score) {
+  return Scores<P>::make_pass(name, largest_score, pack_wide_panel<P>, pack_wide_token<P>);
+}
+
+constexpr KernelTable make_table(const char* name, const CoarsePass* float32, const CoarsePass* float64,
+                                 const CoarsePass* int16) {
+  return {name,
+          float32,
+          float64,
+          int16,
+          measure_rows,
+          hash_words,
+          reduce_rows<float, true>,
+          reduce_rows<double, true>,
+          reduce_rows<float, false>,
+          reduce_rows<double, false>};
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace vqkernels

@@ -1,0 +1,75 @@
+// The int16 pass for AVX512 with VNNI: twice float32's multiply-adds. AVX512 without VNNI needs two instructions that
+// share a port for the same, and gains nothing.
+#include "kernel_table.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx2,fma"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx2,fma,prefer-vector-width=512")
+#endif
+
+namespace vqkernels {
+namespace cpu {
+namespace {
+
+struct Int16 {
+  using Word = int32_t;
+  using Vector = __m512i;
+  static constexpr int ROWS = 6, VECTORS = 4, LANES = 16, DEPTH = 2;
+  static constexpr bool BIAS = false;
+  static int64_t steps(int64_t dim) { return dim / 2 + 1; }
+  static Vector load(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static void store(int32_t* p, Vector v) { _mm512_storeu_si512(p, v); }
+  static Vector zero() { return _mm512_setzero_si512(); }
+  static Vector broadcast(int32_t value) { return _mm512_set1_epi32(value); }
+  static Vector minimum(Vector a, Vector b) { return _mm512_min_epi32(a, b); }
+  // the intrinsic makes GCC 12 move and spill the sums
+  static void accumulate(Vector& sum, Vector a, Vector b) {
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+  }
+  static int32_t limit_of(double limit) {
+    return limit >= 2147483647.0 ? 2147483647 : static_cast<int32_t>(__builtin_floor(limit));
+  }
+  static bool any_below(Vector v, int32_t limit) {
+    return _mm512_cmple_epi32_mask(v, _mm512_set1_epi32(limit)) != 0;
+  }
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace vqkernels
+
+#include "kernel_int16.h"
+
+namespace vqkernels {
+namespace cpu {
+namespace {
+constexpr CoarsePass INT16 = make_int16_pass<Int16>();
+}
+}  // namespace cpu
+}  // namespace vqkernels
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace vqkernels {
+namespace cpu {
+const CoarsePass* avx512_vnni_int16() { return &INT16; }
+}  // namespace cpu
+}  // namespace vqkernels
+
+#else
+namespace vqkernels {
+namespace cpu {
+const CoarsePass* avx512_vnni_int16() { return nullptr; }
+}  // namespace cpu
+}  // namespace vqkernels
+#endif

@@ -1,0 +1,49 @@
+// Sixteen floats or eight doubles at a time, in the compiler's own vectors: one register of AVX512, two of AVX2.
+#pragma once
+
+#include <cstdint>
+
+namespace vqkernels {
+namespace cpu {
+namespace {
+
+constexpr int64_t STRIP = 16;
+typedef float FloatStrip __attribute__((vector_size(64)));
+typedef int32_t IntStrip __attribute__((vector_size(64)));
+typedef int16_t ShortStrip __attribute__((vector_size(32)));
+typedef float FloatHalf __attribute__((vector_size(32)));
+typedef double DoubleHalf __attribute__((vector_size(64)));
+
+template <class Vector, class T>
+inline Vector load_vector(const T* p) {
+  Vector v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+// The first `width` numbers, zeros after them.
+template <class Vector, class T>
+inline Vector load_part(const T* p, int64_t width) {
+  T values[sizeof(Vector) / sizeof(T)] = {};
+  for (int64_t i = 0; i < width; ++i) values[i] = p[i];
+  return load_vector<Vector>(values);
+}
+
+inline float sum_of(FloatStrip v) {
+  typedef float Quarter __attribute__((vector_size(16)));
+  const FloatHalf half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Quarter quarter =
+      __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+  return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
+}
+
+inline double sum_of(DoubleHalf v) {
+  typedef double Quarter __attribute__((vector_size(32)));
+  const Quarter quarter = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
+}
+
+}  // namespace
+}  // namespace cpu
+}  // namespace vqkernels
