@@ -20,15 +20,29 @@ struct Candidate {
 struct TokenState {
   static constexpr int CAPACITY = 16;  // granules kept; a token with more takes the other road
 
-  double upper = std::numeric_limits<double>::infinity();  // the least real score is not above this
-  int32_t count = 0;
-  Road road = Road::COARSE;
+  double upper;  // the least real score is not above this
+  double unit;   // of `ceiling`
+  double ceiling;  // upper * unit, in the score units of the scale at hand
+  int32_t count;
+  Road road;
   Candidate candidates[CAPACITY];
 
-  void start(Road first) {
+  void start() {
     upper = std::numeric_limits<double>::infinity();
     count = 0;
-    road = first;
+    road = Road::COARSE;
+    use_unit(1.0);
+  }
+
+  // Score units change with the scale of the codes.
+  void use_unit(double next) {
+    unit = next;
+    ceiling = upper * unit;
+  }
+
+  void lower_to(double score) {
+    ceiling = score;
+    upper = score / unit;
   }
 
   void drop_beaten() {

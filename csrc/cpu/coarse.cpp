@@ -17,13 +17,15 @@ constexpr int64_t BLOCK_PANELS = 256;        // bounds the granule scores that a
 constexpr int64_t SAMPLE = 256;              // codes looked at to choose centre and scale
 constexpr int64_t SMALL_DIM = 48;  // up to here granules take several panels: minima would cost as much as products
 constexpr int64_t PANELS_A_GRANULE = 4;
+constexpr int64_t LARGE_DIM = 96;    // from here on, and for few codes, it pays to keep every code's score:
+constexpr int64_t FEW_CODES = 2048;  // there is less to rerank
 constexpr double SAME_SCALE = 8.0;     // norms this far apart may share a scale
-constexpr int64_t FEW_CODES = 64;      // that are smaller still share it, too
+constexpr int64_t FEW_SMALL = 64;      // codes that are smaller still share it, too
 constexpr int SMALLEST_SCALES = 12;    // factors of SAME_SCALE below the middle norm that get a scale of their own
 
-double squared_norm(const float* row, const std::vector<float>& centre) {
+double squared_norm(const float* row, const std::vector<float>& centre, int64_t dim) {
   double square = 0.0;
-  for (size_t d = 0; d < centre.size(); ++d) {
+  for (int64_t d = 0; d < dim; ++d) {
     const double value = static_cast<double>(row[d]) - centre[d];
     square += value * value;
   }
@@ -60,7 +62,7 @@ Centre choose_centre(const CodeRows& codes) {
   for (int round = 0; round < 3; ++round) {
     centre.value = codes.inverse_norm == nullptr ? mean_of(codes, sample) : std::vector<float>(codes.dim, 0.0f);
     std::vector<double> squares;
-    for (const int64_t k : sample) squares.push_back(squared_norm(codes.rows + k * codes.dim, centre.value));
+    for (const int64_t k : sample) squares.push_back(squared_norm(codes.rows + k * codes.dim, centre.value, codes.dim));
     centre.square = codes.inverse_norm == nullptr ? middle_of(squares) : 1.0;
     if (codes.inverse_norm != nullptr) break;
     std::vector<int64_t> near;
@@ -73,6 +75,7 @@ Centre choose_centre(const CodeRows& codes) {
   for (float& value : centre.value) {
     if (!std::isfinite(value)) value = 0.0f;  // the packing finds what is not finite
   }
+  centre.value.resize((codes.dim / 16 + 1) * 16, 0.0f);
   return centre;
 }
 
@@ -84,7 +87,7 @@ int exponent_for(double square) {
 std::vector<double> measure(const KernelTable& table, const CoarseBook& book, const CodeRows& codes, int exponent) {
   std::vector<double> squares(codes.size);
   std::atomic<bool> finite{true};
-  const Packing packing = book.packing({exponent, 0.0, 0.0});
+  const Packing packing = book.packing({exponent, 0.0, 0.0}, codes.rows + codes.size * codes.dim);
   const double unit = std::ldexp(1.0, -2 * exponent);
   for_each_range(codes.size, 256, 4.0 * codes.size * codes.dim, [&](int64_t begin, int64_t end) {
     float scaled[256];
@@ -94,7 +97,7 @@ std::vector<double> measure(const KernelTable& table, const CoarseBook& book, co
       if (scaled[k - begin] > 0x1p-40f && scaled[k - begin] < 0x1p80f) continue;
       const float* row = codes.rows + k * codes.dim;
       if (!all_finite(row, codes.dim)) finite = false;
-      squares[k] = squared_norm(row, book.centre);
+      squares[k] = squared_norm(row, book.centre, codes.dim);
     }
   });
   check_codebook_finite(finite);
@@ -112,17 +115,22 @@ std::vector<int32_t> sort_by_norm(const std::vector<double>& squares, double mid
     scale_of[k] = static_cast<int32_t>(std::clamp(std::trunc(steps), -1.0 * SMALLEST_SCALES, 1000.0));
     small += scale_of[k] < 0;
   }
-  if (small <= FEW_CODES) {
+  if (small <= FEW_SMALL) {
     for (int32_t& scale : scale_of) scale = std::max(scale, 0);
   }
   return scale_of;
 }
 
-void cut_blocks(CoarseBook& book, int32_t scale, int64_t first_panel, int64_t panels) {
+// `codes` codes in slots from `first_panel` on.
+void cut_blocks(CoarseBook& book, int32_t scale, int64_t first_panel, int64_t codes) {
   const int64_t most = std::clamp<int64_t>(BLOCK_BYTES / book.panel_bytes(), 1, BLOCK_PANELS);
-  const int64_t step = std::max(most / book.group, int64_t{1}) * book.group;
+  const int64_t group = std::max(book.group, int64_t{1});
+  const int64_t step = std::max(most / group, int64_t{1}) * group;
+  const int64_t panels = ceil_div(codes, book.width);
   for (int64_t first = 0; first < panels; first += step) {
-    book.blocks.push_back({scale, first_panel + first, std::min(step, panels - first), {0.0, 0.0, 0.0}});
+    const int64_t count = std::min(step, panels - first);
+    const int64_t held = std::min(count * book.width, codes - first * book.width);
+    book.blocks.push_back({scale, first_panel + first, count, held, {0.0, 0.0, 0.0}});
   }
 }
 
@@ -138,7 +146,7 @@ CoarseScale make_scale(double norm) {
 
 void plan_one_scale(CoarseBook& book, double norm) {
   book.scales = {make_scale(norm)};
-  cut_blocks(book, 0, 0, ceil_div(book.size, book.width));
+  cut_blocks(book, 0, 0, book.size);
 }
 
 // Slots in the order of their scales, each beginning a new panel.
@@ -155,9 +163,9 @@ void plan_scales(CoarseBook& book, const std::vector<double>& squares, const std
     const int64_t first_panel = static_cast<int64_t>(book.order.size()) / book.width;
     book.scales.push_back(make_scale(std::sqrt(largest)));
     const int64_t panels = ceil_div(end - begin, book.width);
-    cut_blocks(book, static_cast<int32_t>(book.scales.size()) - 1, first_panel, panels);
+    cut_blocks(book, static_cast<int32_t>(book.scales.size()) - 1, first_panel, end - begin);
     for (int64_t slot = 0; slot < panels * book.width; ++slot) {
-      book.order.push_back(codes[std::min(begin + slot, end - 1)]);
+      book.order.push_back(codes[begin + slot % (end - begin)]);
     }
     begin = end;
   }
@@ -165,7 +173,8 @@ void plan_scales(CoarseBook& book, const std::vector<double>& squares, const std
 
 CoarseBook start_book(const CoarsePass& pass, const CodeRows& codes, std::vector<float> centre) {
   const int64_t width = pass.vectors * pass.lanes;
-  const int64_t group = codes.dim <= SMALL_DIM && codes.size >= 64 * width ? PANELS_A_GRANULE : 1;
+  const bool apart = codes.dim >= LARGE_DIM || codes.size <= FEW_CODES;
+  const int64_t group = apart ? 0 : codes.dim <= SMALL_DIM ? PANELS_A_GRANULE : 1;
   return {&pass, codes.size, codes.dim, codes.inverse_norm != nullptr, width, group, std::move(centre), {}, {}, {},
           Buffer<char>()};
 }
@@ -187,9 +196,11 @@ bool all_finite(const double* values, int64_t count) {
 
 void check_codebook_finite(bool finite) { check(finite, "codebook: expected finite values, got NaN or Inf"); }
 
-Packing CoarseBook::packing(const CoarseScale& scale) const {
+Packing CoarseBook::packing(const CoarseScale& scale, const float* end) const {
   const ScalePair factors = scale_pair(scale.exponent);
-  return {centre.data(), factors.first, factors.second, dim, cosine, scale.reach};
+  const double target = 32764.0 - std::sqrt(static_cast<double>(dim));  // rounding adds to a norm of 2^15
+  const double code_factor = scale.reach > 0.0 ? target / scale.reach : 1.0;
+  return {centre.data(), factors.first, factors.second, dim, cosine, end, target, code_factor};
 }
 
 CodeBound pack_block(const CoarseBook& book, const CodeRows& codes, const CoarseBlock& block,
@@ -197,7 +208,7 @@ CodeBound pack_block(const CoarseBook& book, const CodeRows& codes, const Coarse
   constexpr int64_t MOST_WIDTH = 64;
   const float* rows[MOST_WIDTH];
   double inverse_norms[MOST_WIDTH];
-  const Packing packing = book.packing(book.scales[block.scale]);
+  const Packing packing = book.packing(book.scales[block.scale], codes.rows + codes.size * codes.dim);
   CodeBound bound{0.0, 0.0, 0.0};
   for (int64_t i = 0; i < block.count; ++i) {
     const int64_t slot = (block.first_panel + i) * book.width;
@@ -222,9 +233,11 @@ CoarseBook plan_coarse(const CoarsePass& pass, const CodeRows& codes) {
 void restrict_codes(CoarseBook& book, const std::vector<int64_t>& codes) {
   book.size = static_cast<int64_t>(codes.size());
   book.order = codes;
-  book.order.resize(ceil_div(book.size, book.width) * book.width, codes.back());
+  for (int64_t slot = book.size; slot < ceil_div(book.size, book.width) * book.width; ++slot) {
+    book.order.push_back(codes[slot % book.size]);
+  }
   book.blocks.clear();
-  cut_blocks(book, 0, 0, ceil_div(book.size, book.width));
+  cut_blocks(book, 0, 0, book.size);
 }
 
 CoarseBook pack_coarse(const KernelTable& table, const CoarsePass& pass, const CodeRows& codes) {

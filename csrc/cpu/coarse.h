@@ -23,6 +23,7 @@ struct CoarseBlock {
   int32_t scale;
   int64_t first_panel;
   int64_t count;
+  int64_t codes;  // in its slots; those of the last panel that are left over hold some codes again
   CodeBound bound;
 };
 
@@ -32,8 +33,8 @@ struct CoarseBook {
   int64_t dim;
   bool cosine;
   int64_t width;              // codes in a panel
-  int64_t group;              // panels that share granules
-  std::vector<float> centre;  // [D]; zeros for cosine
+  int64_t group;              // panels that share granules; 0: every code is a granule
+  std::vector<float> centre;  // [D], zeros for cosine; then zeros to the next multiple of 16
   std::vector<CoarseScale> scales;
   std::vector<CoarseBlock> blocks;
   std::vector<int64_t> order;  // code of every slot, a panel's column; empty where slot k is code k
@@ -41,18 +42,20 @@ struct CoarseBook {
 
   int64_t panel_bytes() const { return pass->panel_words(dim) * pass->word_bytes; }
   int64_t tile_bytes() const { return pass->tile_words(dim) * pass->word_bytes; }
-  int64_t granules(const CoarseBlock& block) const { return ceil_div(block.count, group) * pass->lanes; }
+  int64_t granules(const CoarseBlock& block) const {
+    return group == 0 ? block.count * width : ceil_div(block.count, group) * pass->lanes;
+  }
 
-  // The last panel's empty slots hold the last code again.
   int64_t code_of(int64_t slot) const {
     if (!order.empty()) return order[slot];
-    return slot < size ? slot : size - 1;
+    return slot < size ? slot : (slot - size) % size;
   }
-  Packing packing(const CoarseScale& scale) const;
+  Packing packing(const CoarseScale& scale, const float* end) const;
 
   // Calls f(code) for every code of a granule; some may come twice.
   template <class F>
   void for_codes(const CoarseBlock& block, int64_t granule, const F& f) const {
+    if (group == 0) return f(code_of(block.first_panel * width + granule));
     const int64_t first = granule / pass->lanes * group, lane = granule % pass->lanes;
     const int64_t end = block.count - first < group ? block.count : first + group;
     for (int64_t panel = first; panel < end; ++panel) {

@@ -30,11 +30,14 @@ namespace vqkernels {
 namespace cpu {
 
 constexpr int64_t FOUND = 64;                // granules looked at per token and block
-constexpr int64_t TOKEN_BYTES = 512 * 1024;  // of a block of tokens, as rows and as tiles
-constexpr int64_t MOST_TOKENS = 512;         // in a block
+constexpr int64_t TOKEN_BYTES = 320 * 1024;  // of a block of tokens, as tiles
+constexpr int64_t MOST_TOKENS = 1024;        // in a block
 constexpr int64_t FEWEST_TOKENS = 96;        // enough uses of a codebook block brought into the cache
 constexpr int64_t CROWD = 4096;              // candidates that the float64 pass keeps of a token
 constexpr int MOST_ROWS = 16;                // of a tile
+constexpr int64_t PREFETCHED = 3;            // tokens whose candidates are asked of the memory ahead of time
+constexpr int64_t PREFETCHED_BYTES = 1024;   // of each code
+constexpr int64_t CACHED_BYTES = 512 * 1024;  // of a codebook that needs no such help
 
 // How tokens and codes are cut into pieces of work.
 struct Split {
@@ -49,7 +52,7 @@ inline double coarse_operations(const CoarseBook& coarse, int64_t count) {
 
 inline int64_t most_tokens(const CoarseBook& coarse) {
   const int64_t rows = coarse.pass->rows;
-  const int64_t fitting = TOKEN_BYTES / (2 * coarse.dim * static_cast<int64_t>(sizeof(float)));
+  const int64_t fitting = TOKEN_BYTES / coarse.tile_bytes();
   return std::clamp(fitting, rows, MOST_TOKENS) / rows * rows;
 }
 
@@ -58,7 +61,7 @@ inline Split choose_split(const CoarseBook& coarse, int64_t count, bool pack_lat
   const int64_t rows = coarse.pass->rows, most = most_tokens(coarse);
   const int64_t blocks = static_cast<int64_t>(coarse.blocks.size());
   if (pack_late) return {most, 1, threads == 1 ? 1 : std::min(blocks, 4 * threads)};
-  const int64_t fair = ceil_div(ceil_div(count, 4 * threads), rows) * rows;
+  const int64_t fair = ceil_div(ceil_div(count, 2 * threads), rows) * rows;
   const int64_t tokens = std::clamp(fair, std::min(FEWEST_TOKENS, most), most);
   const int64_t token_blocks = ceil_div(count, tokens);
   const bool enough = threads == 1 || token_blocks >= 2 * threads;
@@ -129,7 +132,7 @@ class CoarseSearch {
                          Buffer<char>(prepared_ == nullptr ? most_panels * coarse_.panel_bytes() : 0),
                          Buffer<TokenBound>(split_.tokens),
                          Buffer<TokenState>(split_.tokens),
-                         DecideScratch<float>(book_.dim),
+                         DecideScratch<float>(),
                          Stopwatch(report_)};
         },
         work);
@@ -168,7 +171,7 @@ class CoarseSearch {
   // ------------------------------------------------------------------------------------------ coarse
 
   void search_block(int64_t chunk, Scratch& scratch) {
-    for (int64_t i = 0; i < scratch.count; ++i) scratch.states[i].start(Road::COARSE);
+    for (int64_t i = 0; i < scratch.count; ++i) scratch.states[i].start();
     const int64_t blocks = static_cast<int64_t>(coarse_.blocks.size());
     int32_t packed_for = -1;
     for (int64_t b = blocks * chunk / split_.chunks; b < blocks * (chunk + 1) / split_.chunks; ++b) {
@@ -181,16 +184,17 @@ class CoarseSearch {
 
   void pack_tokens(const CoarseScale& scale, Scratch& scratch) {
     scratch.watch.time(Stage::TOKENS, [&] {
-      for (int64_t i = 0; i < scratch.count; ++i) pack_token(scale, i, scratch);
+      const float* end = scratch.given[scratch.count - 1] + book_.dim;
+      Packing packing = coarse_.packing(scale, end);
+      for (int64_t i = 0; i < scratch.count; ++i) pack_token(scale.square, i, packing, scratch);
       const int64_t whole = ceil_div(scratch.count, pass_.rows) * pass_.rows;
       std::fill(scratch.tiles.get() + scratch.count * coarse_.tile_bytes(),
                 scratch.tiles.get() + whole * coarse_.tile_bytes(), char{0});
     });
   }
 
-  void pack_token(const CoarseScale& scale, int64_t i, Scratch& scratch) {
+  void pack_token(double square, int64_t i, Packing& packing, Scratch& scratch) {
     const float* row = scratch.given[i];
-    Packing packing = coarse_.packing(scale);
     if (book_.cosine) {
       const ScalePair own = scale_pair(direction_exponent(row));
       packing.scale = own.first;
@@ -198,9 +202,10 @@ class CoarseSearch {
     }
     TokenBound& bound = scratch.bounds[i];
     pass_.pack_token(row, packing, scratch.tiles.get() + i * coarse_.tile_bytes(), &bound);
-    if (!book_.cosine) bound.unit *= scale.square;
+    if (!book_.cosine) bound.unit *= square;
+    TokenState& state = scratch.states[i];
+    state.use_unit(bound.unit);
     if (!std::isfinite(bound.norm)) {
-      TokenState& state = scratch.states[i];
       state.road = all_finite(row, book_.dim) ? Road::SCAN : Road::INVALID;
     }
   }
@@ -247,32 +252,32 @@ class CoarseSearch {
     pass_.score_panels(scratch.tiles.get() + base * coarse_.tile_bytes(), panels, block.count, book_.dim,
                        coarse_.group, scratch.scores.get(), least);
     const int64_t granules = coarse_.granules(block);
+    const double reach = block.bound.largest;
     for (int64_t i = 0; i < rows; ++i) {
       TokenState& state = scratch.states[base + i];
       if (state.road != Road::COARSE) continue;
       const TokenBound& bound = scratch.bounds[base + i];
       const double error = book_.exact ? error_of(bound, block.bound) : 0.0;
-      const double reach = block.bound.largest;
       if (!((bound.norm + reach) * reach + error < pass_.largest_score)) {
         state.road = Road::SCAN;
         continue;
       }
-      const double unit = bound.unit;
-      state.upper = std::min(state.upper, (least[i] + error) / unit);
-      if (!((least[i] - error) / unit <= state.upper)) continue;
-      collect(b, scratch.scores.get() + i * granules * pass_.word_bytes, granules, error, unit, state);
+      if (least[i] + error < state.ceiling) state.lower_to(least[i] + error);
+      const double limit = state.ceiling + error + std::fabs(state.ceiling) * 0x1p-48;  // for the changes of unit
+      if (!(least[i] <= limit)) continue;
+      collect(b, block, scratch.scores.get() + i * granules * pass_.word_bytes, granules, error, limit, state);
     }
   }
 
-  void collect(int32_t b, const char* scores, int64_t granules, double error, double unit, TokenState& state) {
+  void collect(int32_t b, const CoarseBlock& block, const char* scores, int64_t granules, double error, double limit, TokenState& state) {
     int32_t found[FOUND];
     double values[FOUND];
-    const double limit = state.upper * unit + error;
-    const double rounded = limit + std::fabs(limit) * 0x1p-50;
-    const int64_t number = pass_.find_scores(scores, granules, rounded, found, values, FOUND);
+    const int64_t number = pass_.find_scores(scores, granules, limit, found, values, FOUND);
     if (number > FOUND) state.road = Road::SCAN;
     for (int64_t i = 0; i < number && state.road == Road::COARSE; ++i) {
-      state.add({(values[i] - error) / unit, b, found[i]});
+      if (coarse_.group == 0 && found[i] >= block.codes) break;  // the same codes again
+      const double score = values[i] - error;
+      state.add({(score - std::fabs(score) * 0x1p-50) / state.unit, b, found[i]});
     }
   }
 
@@ -283,6 +288,7 @@ class CoarseSearch {
     scratch.watch.time(Stage::RERANK, [&] {
       for (int64_t i = 0; i < scratch.count; ++i) {
         const TokenState& state = scratch.states[i];
+        if (i + PREFETCHED < scratch.count) prefetch(scratch.states[i + PREFETCHED]);
         if (state.road == Road::INVALID || !finite_) {
           write_invalid(out_, scratch.first + i);
         } else if (state.road == Road::SCAN) {
@@ -296,17 +302,35 @@ class CoarseSearch {
     scratch.watch.counts.scanned += static_cast<int64_t>(undecided.size());
   }
 
+  // The candidates of a token lie anywhere in the codebook: ask for them a few tokens ahead.
+  void prefetch(const TokenState& state) const {
+    const int64_t row_bytes = book_.dim * static_cast<int64_t>(sizeof(float));
+    if (state.road != Road::COARSE || book_.size * row_bytes <= CACHED_BYTES) return;
+    const int64_t bytes = std::min(row_bytes, PREFETCHED_BYTES);
+    for (int32_t j = 0; j < state.count; ++j) {
+      const Candidate& candidate = state.candidates[j];
+      if (!(candidate.lower <= state.upper)) continue;
+      coarse_.for_codes(coarse_.blocks[candidate.block], candidate.granule, [&](int64_t k) {
+        const char* row = reinterpret_cast<const char*>(book_.row(k));
+        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+      });
+    }
+  }
+
   void rerank(int64_t i, Scratch& scratch) {
     const TokenState& state = scratch.states[i];
     std::vector<int64_t>& codes = scratch.decide.codes;
-    codes.clear();
+    const int64_t most = coarse_.group == 0 ? 1 : coarse_.group * pass_.vectors;  // codes of a granule
+    codes.resize(static_cast<size_t>(TokenState::CAPACITY * most));
+    int64_t* end = codes.data();
     int64_t left = 0;
     for (int32_t j = 0; j < state.count; ++j) {
       const Candidate& candidate = state.candidates[j];
       if (!(candidate.lower <= state.upper)) continue;
-      coarse_.for_codes(coarse_.blocks[candidate.block], candidate.granule, [&](int64_t k) { codes.push_back(k); });
+      coarse_.for_codes(coarse_.blocks[candidate.block], candidate.granule, [&](int64_t k) { *end++ = k; });
       ++left;
     }
+    codes.resize(static_cast<size_t>(end - codes.data()));
     decide_token(book_, scratch.given[i], scratch.decide, out_, scratch.first + i);
     scratch.watch.counts.certified += left == 1;
     scratch.watch.counts.candidates += left;
@@ -323,9 +347,10 @@ class CoarseSearch {
     std::vector<TokenBound> bounds(count);
     std::vector<Crowd> crowds(count);
     for (int64_t i = 0; i < count; ++i) {
-      Packing packing = wide.packing(wide.scales[0]);
+      const float* row = scratch.given[undecided[i]];
+      Packing packing = wide.packing(wide.scales[0], row + book_.dim);
       if (book_.cosine) packing.scale = packing.scale2 = 1.0f;
-      pass.pack_token(scratch.given[undecided[i]], packing, tiles.get() + i * wide.tile_bytes(), &bounds[i]);
+      pass.pack_token(row, packing, tiles.get() + i * wide.tile_bytes(), &bounds[i]);
     }
     std::fill(tiles.get() + count * wide.tile_bytes(),
               tiles.get() + ceil_div(count, pass.rows) * pass.rows * wide.tile_bytes(), char{0});

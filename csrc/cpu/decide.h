@@ -44,7 +44,6 @@ struct Book {
 template <class Row>
 struct Token {
   const Row* row;       // [D]
-  const double* wide;   // [D], the same numbers
   double inverse_norm;  // 0 for the zero vector
 };
 
@@ -53,7 +52,7 @@ struct Choice {
   double value;
 };
 
-inline void squared_distances(const KernelTable& table, const double* x, const float* rows, const int64_t* chosen,
+inline void squared_distances(const KernelTable& table, const float* x, const float* rows, const int64_t* chosen,
                               int64_t count, int64_t dim, double* out) {
   table.squared_distances_float(x, rows, chosen, count, dim, out);
 }
@@ -61,7 +60,7 @@ inline void squared_distances(const KernelTable& table, const double* x, const d
                               int64_t count, int64_t dim, double* out) {
   table.squared_distances_double(x, rows, chosen, count, dim, out);
 }
-inline void dot_products(const KernelTable& table, const double* x, const float* rows, const int64_t* chosen,
+inline void dot_products(const KernelTable& table, const float* x, const float* rows, const int64_t* chosen,
                          int64_t count, int64_t dim, double* out) {
   table.dot_products_float(x, rows, chosen, count, dim, out);
 }
@@ -74,8 +73,8 @@ inline void dot_products(const KernelTable& table, const double* x, const double
 template <class Row>
 void values_of(const Book<Row>& book, const Token<Row>& token, const int64_t* chosen, int64_t count,
                double* values) {  // [count]
-  if (!book.cosine) return squared_distances(*book.table, token.wide, book.rows, chosen, count, book.dim, values);
-  dot_products(*book.table, token.wide, book.rows, chosen, count, book.dim, values);
+  if (!book.cosine) return squared_distances(*book.table, token.row, book.rows, chosen, count, book.dim, values);
+  dot_products(*book.table, token.row, book.rows, chosen, count, book.dim, values);
   for (int64_t i = 0; i < count; ++i) {
     values[i] *= -token.inverse_norm * book.inverse_norm[chosen == nullptr ? i : chosen[i]];
   }
@@ -141,16 +140,19 @@ int64_t most_similar_of_tied(const Book<Row>& book, const Token<Row>& token,
 template <class Row>
 Choice decide(const Book<Row>& book, const Token<Row>& token, const int64_t* codes, const double* values,
               int64_t count, std::vector<int64_t>& tied) {
-  double least = std::numeric_limits<double>::infinity();
-  for (int64_t i = 0; i < count; ++i) least = values[i] < least ? values[i] : least;
+  if (count == 0) return {-1, std::numeric_limits<double>::quiet_NaN()};  // every score overflowed
+  int64_t best = 0, near = 0;
+  for (int64_t i = 1; i < count; ++i) best = values[i] < values[best] ? i : best;
+  const double least = values[best];
   const double limit = book.exact ? tie_limit(least, book.dim, book.cosine) : least;
+  for (int64_t i = 0; i < count; ++i) near += values[i] <= limit;  // no branch that could be mispredicted
+  if (near == 1) return {codes == nullptr ? best : codes[best], least};
   tied.clear();
   for (int64_t i = 0; i < count; ++i) {
     if (values[i] <= limit) tied.push_back(codes == nullptr ? i : codes[i]);
   }
-  if (tied.empty()) return {-1, std::numeric_limits<double>::quiet_NaN()};  // no candidate, or only NaN
+  if (tied.empty()) return {-1, std::numeric_limits<double>::quiet_NaN()};  // only NaN
   Choice choice{tied[0], least};
-  if (tied.size() == 1) return choice;
   if (book.exact) {
     choice.code = book.cosine ? most_similar_of_tied(book, token, tied) : nearest_of_tied(book, token, tied);
     values_of(book, token, &choice.code, 1, &choice.value);
@@ -185,44 +187,40 @@ inline void write_invalid(const Outputs& out, int64_t n) {
 // What one thread needs to decide tokens.
 template <class Row>
 struct DecideScratch {
-  Buffer<double> wide;         // [D]
   std::vector<int64_t> codes;  // the candidates
   std::vector<int64_t> tied;
   std::vector<double> values;
-
-  explicit DecideScratch(int64_t dim) : wide(dim) {}
 };
 
 // 1 / |row| of a row whose squares neither over- nor underflow; 0 for the zero vector.
 template <class Row>
-double inverse_norm_of(const KernelTable& table, const double* wide, const Row* row, int64_t dim) {
+double inverse_norm_of(const KernelTable& table, const Row* row, int64_t dim) {
   double square = 0.0;
-  dot_products(table, wide, row, nullptr, 1, dim, &square);
+  dot_products(table, row, row, nullptr, 1, dim, &square);
   return square > 0.0 ? 1.0 / std::sqrt(square) : 0.0;
 }
 
 template <class Row>
-Token<Row> make_token(const Book<Row>& book, const Row* row, DecideScratch<Row>& scratch) {
-  for (int64_t d = 0; d < book.dim; ++d) scratch.wide[d] = row[d];
-  const double* wide = scratch.wide.get();
-  return {row, wide, book.cosine ? inverse_norm_of(*book.table, wide, row, book.dim) : 0.0};
+Token<Row> make_token(const Book<Row>& book, const Row* row) {
+  return {row, book.cosine ? inverse_norm_of(*book.table, row, book.dim) : 0.0};
 }
 
 // The token's code among scratch.codes.
 template <class Row>
 void decide_token(const Book<Row>& book, const Row* row, DecideScratch<Row>& scratch, const Outputs& out, int64_t n) {
-  const Token<Row> token = make_token(book, row, scratch);
+  const Token<Row> token = make_token(book, row);
   if (book.cosine && token.inverse_norm == 0.0) return write(out, n, book, {0, 0.0});  // every cosine is 0
   const int64_t count = static_cast<int64_t>(scratch.codes.size());
   if (static_cast<int64_t>(scratch.values.size()) < count) scratch.values.resize(count);
   values_of(book, token, scratch.codes.data(), count, scratch.values.data());
+  if (count == 1) return write(out, n, book, {scratch.codes[0], scratch.values[0]});
   write(out, n, book, decide(book, token, scratch.codes.data(), scratch.values.data(), count, scratch.tied));
 }
 
 // The token's code among all.
 template <class Row>
 void scan(const Book<Row>& book, const Row* row, DecideScratch<Row>& scratch, const Outputs& out, int64_t n) {
-  const Token<Row> token = make_token(book, row, scratch);
+  const Token<Row> token = make_token(book, row);
   if (book.cosine && token.inverse_norm == 0.0) return write(out, n, book, {0, 0.0});
   scratch.values.resize(book.size);
   values_of(book, token, nullptr, book.size, scratch.values.data());

@@ -1,8 +1,8 @@
 // Packing for the int16 pass: products of integers are exact, so all of its error is what rounding leaves, and that
 // is measured.
 //
-// With b = TARGET / reach a code becomes C = b (c - mu), rounded to integers c^; a token X = a (x - mu), rounded to
-// x^, where a brings |X| to TARGET or less. |X|, |C| <= 2^15 keep x^.c^ and all its partial sums below 2^30. With
+// With b = target / (largest |c - mu|) a code becomes C = b (c - mu), rounded to integers c^; a token X = a (x - mu),
+// rounded to x^, where a brings |X| to target or less. |X|, |C| <= 2^15 keep x^.c^ and all its partial sums below 2^30. With
 // |C|^2/2 = 2^14 eta the score a b (h - x.c) is A eta - X.C, A = 2^14 a / b: one more product, of A <= 2^15 and eta,
 // both rounded to 15 bits. An even D leaves room for the fraction of eta, in 128ths, beside it.
 #pragma once
@@ -21,13 +21,6 @@ constexpr double ROUNDING = 4 * 5.960464477539063e-8;  // float32's, of (x - mu)
 constexpr double SUM_SLACK = 1.0001;  // of squares summed in float32, in 16 parts, for D up to 16384
 
 inline int64_t int16_steps(int64_t dim) { return dim / 2 + 1; }
-
-// Room for what rounding adds to a norm of 2^15.
-inline double int16_target(int64_t dim) { return 32764.0 - __builtin_sqrt(static_cast<double>(dim)); }
-
-inline double code_factor(const Packing& packing) {
-  return packing.reach > 0.0 ? int16_target(packing.dim) / packing.reach : 1.0;
-}
 
 // Sixteen numbers rounded, with what that costs.
 struct Rounded {
@@ -49,12 +42,8 @@ inline Rounded round_strip(FloatStrip strip, float factor) {
 // Centred and scaled; zeros after the last dimension.
 inline FloatStrip packed_strip(const float* row, const Packing& packing, int64_t base) {
   const int64_t width = packing.dim - base;
-  if (width >= STRIP) {
-    return (load_vector<FloatStrip>(row + base) - load_vector<FloatStrip>(packing.centre + base)) * packing.scale *
-           packing.scale2;
-  }
-  return (load_part<FloatStrip>(row + base, width) - load_part<FloatStrip>(packing.centre + base, width)) *
-         packing.scale * packing.scale2;
+  const FloatStrip centre = load_vector<FloatStrip>(packing.centre + base);  // padded with zeros
+  return (load_strip(row + base, width, packing.end) - centre) * packing.scale * packing.scale2;
 }
 
 // Of unit length.
@@ -74,7 +63,7 @@ void pack_int16_panel(const float* const* codes,    // [WIDTH] of [D]
   constexpr int WIDTH = Scores<P>::WIDTH;
   constexpr int64_t PAIRS = STRIP / 2;
   const int64_t steps = int16_steps(packing.dim);
-  const float factor = static_cast<float>(code_factor(packing));
+  const float factor = static_cast<float>(packing.code_factor);
   int32_t* out = static_cast<int32_t*>(panel);
   int32_t pairs[WIDTH][PAIRS];
   FloatStrip square_parts[WIDTH], residual_parts[WIDTH];
@@ -131,10 +120,9 @@ struct TokenScale {
 };
 
 inline TokenScale scale_token(const Packing& packing, double norm) {
-  const double target = int16_target(packing.dim);
-  if (packing.cosine) return {norm > 0.0 ? target / norm : 1.0, 0.0, 0, 0};
-  const double to_bias = BIAS_STEP / code_factor(packing);
-  double most = norm > 0.0 ? target / norm * to_bias : LARGEST_INT16;
+  if (packing.cosine) return {norm > 0.0 ? packing.target / norm : 1.0, 0.0, 0, 0};
+  const double to_bias = BIAS_STEP / packing.code_factor;
+  double most = norm > 0.0 ? packing.target / norm * to_bias : LARGEST_INT16;
   most = most < LARGEST_INT16 ? most : LARGEST_INT16;
   const int32_t whole = static_cast<int32_t>(most);
   // an A that is an integer costs nothing and has no error; below 1 there is none
@@ -194,7 +182,7 @@ void pack_int16_token(const float* token,  // [D]
   const double length = scale.factor * norm;
   const double left =
       __builtin_sqrt(static_cast<double>(residual)) * SUM_SLACK + ROUNDING * length + 0x1p-40;
-  *bound = {scale.factor * code_factor(packing), length + left, left, bias_error(packing, scale)};
+  *bound = {scale.factor * packing.code_factor, length + left, left, bias_error(packing, scale)};
 }
 
 template <class P>

@@ -3,7 +3,7 @@
 // be the copy that the linker keeps for everyone.
 //
 // P: Word, Vector, ROWS, LANES, VECTORS, DEPTH (multiply-adds of a lane of accumulate), BIAS (whether a panel begins with a row of biases, where the sums start),
-// steps(dim) (rows of a panel after it), load, store, zero, broadcast, minimum, accumulate(acc, token, code),
+// steps(dim) (rows of a panel after it), load, store, zero, broadcast, minimum, least(v), accumulate(acc, token, code),
 // limit_of(double) (no word above it stands for a score that is not above the limit), any_below(v, limit).
 #pragma once
 
@@ -22,15 +22,32 @@ struct Scores {
   static int64_t tile_words(int64_t dim) { return P::steps(dim); }
   static int64_t panel_words(int64_t dim) { return (P::steps(dim) + (P::BIAS ? 1 : 0)) * WIDTH; }
 
+  using Sums = Vector[P::ROWS][P::VECTORS];
+
+  static inline __attribute__((always_inline)) void add_step(const Word* tile,  // [ROWS, steps], at its column
+                                                             int64_t steps,
+                                                             const Word* panel,  // [WIDTH]
+                                                             Sums& sums) {
+    Vector codes[P::VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < P::VECTORS; ++v) codes[v] = P::load(panel + v * P::LANES);
+#pragma GCC unroll 16
+    for (int row = 0; row < P::ROWS; ++row) {
+      const Vector token = P::broadcast(tile[row * steps]);
+#pragma GCC unroll 4
+      for (int v = 0; v < P::VECTORS; ++v) P::accumulate(sums[row][v], token, codes[v]);
+    }
+  }
+
   // One tile against one panel: rows x vectors sums stay in registers. STEPS = 0: not known to the compiler.
-  template <int STEPS>
+  // FOLD: of every lane only the least.
+  template <int STEPS, bool FOLD>
   static inline __attribute__((always_inline)) void score_panel(const Word* tile,   // [ROWS, steps]
                                                                 const Word* panel,  // [BIAS + steps, WIDTH]
                                                                 int64_t run_time_steps, bool first,
                                                                 Word* granule_scores,  // [ROWS, stride]
                                                                 int64_t stride) {
-    const int64_t steps = STEPS > 0 ? STEPS : run_time_steps;
-    Vector sums[P::ROWS][P::VECTORS];
+    Sums sums;
 #pragma GCC unroll 16
     for (int row = 0; row < P::ROWS; ++row) {
 #pragma GCC unroll 4
@@ -39,39 +56,48 @@ struct Scores {
       }
     }
     if (P::BIAS) panel += WIDTH;
+    if constexpr (STEPS > 0) {
 #pragma GCC unroll 18
-    for (int64_t step = 0; step < steps; ++step) {
-      Vector codes[P::VECTORS];
-#pragma GCC unroll 4
-      for (int v = 0; v < P::VECTORS; ++v) codes[v] = P::load(panel + step * WIDTH + v * P::LANES);
-#pragma GCC unroll 16
-      for (int row = 0; row < P::ROWS; ++row) {
-        const Vector token = P::broadcast(tile[row * steps + step]);
-#pragma GCC unroll 4
-        for (int v = 0; v < P::VECTORS; ++v) P::accumulate(sums[row][v], token, codes[v]);
+      for (int64_t step = 0; step < STEPS; ++step) add_step(tile + step, STEPS, panel + step * WIDTH, sums);
+    } else {
+#pragma GCC unroll 1
+      for (int64_t step = 0; step < run_time_steps; ++step) {  // unrolled further, GCC 12 spills the sums
+        add_step(tile + step, run_time_steps, panel + step * WIDTH, sums);
       }
     }
 #pragma GCC unroll 16
     for (int row = 0; row < P::ROWS; ++row) {
-      Vector least = sums[row][0];
-#pragma GCC unroll 4
-      for (int v = 1; v < P::VECTORS; ++v) least = P::minimum(least, sums[row][v]);
       Word* out = granule_scores + row * stride;
-      if (!first) least = P::minimum(least, P::load(out));
-      P::store(out, least);
+      if constexpr (FOLD) {
+        Vector least = sums[row][0];
+#pragma GCC unroll 4
+        for (int v = 1; v < P::VECTORS; ++v) least = P::minimum(least, sums[row][v]);
+        if (!first) least = P::minimum(least, P::load(out));
+        P::store(out, least);
+      } else {
+#pragma GCC unroll 4
+        for (int v = 0; v < P::VECTORS; ++v) P::store(out + v * P::LANES, sums[row][v]);
+      }
     }
   }
 
   template <int STEPS>
   static void sweep(const Word* tile, const Word* panels, int64_t count, int64_t dim, int64_t group,
-                    Word* granule_scores) {
+                    Word* granule_scores, int64_t stride) {
     const int64_t words = panel_words(dim), steps = P::steps(dim);
-    const int64_t stride = (count + group - 1) / group * P::LANES;
     for (int64_t base = 0; base < count; base += group, granule_scores += P::LANES) {
       const int64_t end = count - base < group ? count : base + group;
       for (int64_t panel = base; panel < end; ++panel) {
-        score_panel<STEPS>(tile, panels + panel * words, steps, panel == base, granule_scores, stride);
+        score_panel<STEPS, true>(tile, panels + panel * words, steps, panel == base, granule_scores, stride);
       }
+    }
+  }
+
+  static void sweep_apart(const Word* tile, const Word* panels, int64_t count, int64_t dim, Word* scores,
+                          int64_t stride) {
+    const int64_t words = panel_words(dim), steps = P::steps(dim);
+    for (int64_t panel = 0; panel < count; ++panel) {
+      score_panel<0, false>(tile, panels + panel * words, steps, true, scores + panel * WIDTH, stride);
     }
   }
 
@@ -86,11 +112,7 @@ struct Scores {
       for (int j = 0; j < CHAINS; ++j) best[j] = P::minimum(best[j], P::load(scores + i + j * P::LANES));
     }
     for (; i < count; i += P::LANES) best[0] = P::minimum(best[0], P::load(scores + i));
-    Word lanes[P::LANES];
-    P::store(lanes, P::minimum(P::minimum(best[0], best[1]), P::minimum(best[2], best[3])));
-    Word least = lanes[0];
-    for (int lane = 1; lane < P::LANES; ++lane) least = lanes[lane] < least ? lanes[lane] : least;
-    return static_cast<double>(least);
+    return static_cast<double>(P::least(P::minimum(P::minimum(best[0], best[1]), P::minimum(best[2], best[3]))));
   }
 
   static void score_panels(const void* tile,    // [ROWS, steps]
@@ -101,38 +123,41 @@ struct Scores {
     const Word* tokens = static_cast<const Word*>(tile);
     const Word* codes = static_cast<const Word*>(panels);
     Word* out = static_cast<Word*>(granule_scores);
-    switch (P::steps(dim)) {  // with few steps the loop itself would cost as much as its body
+    const int64_t granules = group == 0 ? count * WIDTH : (count + group - 1) / group * P::LANES;
+    switch (group == 0 ? -1 : P::steps(dim)) {  // with few steps the loop itself would cost as much as its body
+      case -1:
+        sweep_apart(tokens, codes, count, dim, out, granules);
+        break;
       case 2:
-        sweep<2>(tokens, codes, count, dim, group, out);
+        sweep<2>(tokens, codes, count, dim, group, out, granules);
         break;
       case 3:
-        sweep<3>(tokens, codes, count, dim, group, out);
+        sweep<3>(tokens, codes, count, dim, group, out, granules);
         break;
       case 4:
-        sweep<4>(tokens, codes, count, dim, group, out);
+        sweep<4>(tokens, codes, count, dim, group, out, granules);
         break;
       case 5:
-        sweep<5>(tokens, codes, count, dim, group, out);
+        sweep<5>(tokens, codes, count, dim, group, out, granules);
         break;
       case 7:
-        sweep<7>(tokens, codes, count, dim, group, out);
+        sweep<7>(tokens, codes, count, dim, group, out, granules);
         break;
       case 8:
-        sweep<8>(tokens, codes, count, dim, group, out);
+        sweep<8>(tokens, codes, count, dim, group, out, granules);
         break;
       case 9:
-        sweep<9>(tokens, codes, count, dim, group, out);
+        sweep<9>(tokens, codes, count, dim, group, out, granules);
         break;
       case 10:
-        sweep<10>(tokens, codes, count, dim, group, out);
+        sweep<10>(tokens, codes, count, dim, group, out, granules);
         break;
       case 17:
-        sweep<17>(tokens, codes, count, dim, group, out);
+        sweep<17>(tokens, codes, count, dim, group, out, granules);
         break;
       default:
-        sweep<0>(tokens, codes, count, dim, group, out);
+        sweep<0>(tokens, codes, count, dim, group, out, granules);
     }
-    const int64_t granules = (count + group - 1) / group * P::LANES;
     for (int row = 0; row < P::ROWS; ++row) least[row] = least_of(out + row * granules, granules);
   }
 
@@ -167,25 +192,28 @@ struct Scores {
   }
 
   static double run_peak(int64_t rounds) {
+    volatile Word nothing = 0;  // which the compiler may not know: all sums are different to it
+    const Vector token = P::broadcast(nothing);
     Vector sums[P::ROWS][P::VECTORS];
-    Vector token = P::zero(), codes[P::VECTORS];
-    for (int v = 0; v < P::VECTORS; ++v) codes[v] = P::zero();
+#pragma GCC unroll 16
     for (int row = 0; row < P::ROWS; ++row) {
-      for (int v = 0; v < P::VECTORS; ++v) sums[row][v] = P::zero();
+#pragma GCC unroll 4
+      for (int v = 0; v < P::VECTORS; ++v) sums[row][v] = P::broadcast(nothing);
     }
     for (int64_t round = 0; round < rounds; ++round) {
-      asm volatile("" : : : "memory");
 #pragma GCC unroll 16
       for (int row = 0; row < P::ROWS; ++row) {
 #pragma GCC unroll 4
-        for (int v = 0; v < P::VECTORS; ++v) P::accumulate(sums[row][v], token, codes[v]);
+        for (int v = 0; v < P::VECTORS; ++v) P::accumulate(sums[row][v], token, token);
       }
     }
     Word out[P::LANES];
+#pragma GCC unroll 16
     for (int row = 0; row < P::ROWS; ++row) {
+#pragma GCC unroll 4
       for (int v = 0; v < P::VECTORS; ++v) {
         P::store(out, sums[row][v]);
-        asm volatile("" : : "r"(out) : "memory");
+        nothing = out[0];
       }
     }
     return 2.0 * P::DEPTH * P::LANES * P::ROWS * P::VECTORS * static_cast<double>(rounds);

@@ -11,8 +11,11 @@ struct Packing {
   const float* centre;  // [D], subtracted first
   float scale, scale2;  // then multiplied, one after the other
   int64_t dim;
-  bool cosine;   // no bias: the score is -x.c
-  double reach;  // no code's norm is above it after that
+  bool cosine;       // no bias: the score is -x.c
+  const float* end;  // rows may be read up to here, beyond their own last number
+  // Of the int16 pass: norms are brought to `target` or less, those of codes by this factor.
+  double target;
+  double code_factor;
 };
 
 // What the score of a packed token and a packed code is: real score = score / unit, within
@@ -31,7 +34,7 @@ struct CodeBound {
 
 // One way to score tokens against codes at low precision. Tokens lie in rows of words, `tile_words(D)` each; a
 // *panel* is WIDTH = vectors * lanes codes stored [panel_words(D) / WIDTH, WIDTH]. A *granule* is one lane of
-// `group` neighbouring panels: vectors * group codes. The score of a token and a code stands for h - x.c with
+// `group` neighbouring panels: vectors * group codes, or a single code where `group` is 0. The score of a token and a code stands for h - x.c with
 // h = |c|^2 / 2 (0 for cosine). Words are 32 bits wide, 64 in the float64 pass.
 struct CoarsePass {
   const char* name;
@@ -47,7 +50,7 @@ struct CoarsePass {
   void (*score_panels)(const void* tile,    // [rows, tile_words]
                        const void* panels,  // [count, panel_words]
                        int64_t count, int64_t dim, int64_t group,
-                       void* granule_scores,  // [rows, ceil(count / group) * lanes]
+                       void* granule_scores,  // [rows, granules]
                        double* least);        // [rows]
 
   // Positions and values of the scores <= limit, in order; returns how many there are, writes at most `capacity`.
@@ -94,7 +97,7 @@ struct KernelTable {
                      uint64_t* sums);        // [16]
 
   // sum_d (x - c)^2 and sum_d x * c in float64 for the chosen rows of a codebook, or the first `count`.
-  void (*squared_distances_float)(const double* x,        // [D]
+  void (*squared_distances_float)(const float* x,        // [D]
                                   const float* rows,      // [K, D]
                                   const int64_t* chosen,  // [count] or null
                                   int64_t count, int64_t dim,
@@ -104,7 +107,7 @@ struct KernelTable {
                                    const int64_t* chosen,  // [count] or null
                                    int64_t count, int64_t dim,
                                    double* out);      // [count]
-  void (*dot_products_float)(const double* x,        // [D]
+  void (*dot_products_float)(const float* x,        // [D]
                              const float* rows,      // [K, D]
                              const int64_t* chosen,  // [count] or null
                              int64_t count, int64_t dim,

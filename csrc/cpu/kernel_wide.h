@@ -14,19 +14,13 @@ constexpr double UNIT64 = 1.1102230246251565e-16;    // 2^-53, float64's
 void measure_rows(const float* rows,  // [count, D]
                   int64_t count, const Packing& packing,
                   float* squares) {  // [count]
-  const int64_t whole = packing.dim / STRIP * STRIP, rest = packing.dim - whole;
   for (int64_t k = 0; k < count; ++k) {
     const float* row = rows + k * packing.dim;
     FloatStrip sum{};
-    for (int64_t d = 0; d < whole; d += STRIP) {
-      const FloatStrip value = (load_vector<FloatStrip>(row + d) - load_vector<FloatStrip>(packing.centre + d)) *
-                               packing.scale * packing.scale2;
-      sum += value * value;
-    }
-    if (rest > 0) {
+    for (int64_t d = 0; d < packing.dim; d += STRIP) {
+      const FloatStrip centre = load_vector<FloatStrip>(packing.centre + d);  // padded with zeros
       const FloatStrip value =
-          (load_part<FloatStrip>(row + whole, rest) - load_part<FloatStrip>(packing.centre + whole, rest)) *
-          packing.scale * packing.scale2;
+          (load_strip(row + d, packing.dim - d, packing.end) - centre) * packing.scale * packing.scale2;
       sum += value * value;
     }
     squares[k] = sum_of(sum);
@@ -177,17 +171,17 @@ inline DoubleHalf load_wide_part(const Code* p, int64_t width) {
 
 // sum_d (x - c)^2, or sum_d x * c.
 template <class Code, bool DIFFERENCE>
-inline double reduce_row(const double* x, const Code* code, int64_t dim) {
+inline double reduce_row(const Code* x, const Code* code, int64_t dim) {
   constexpr int64_t HALF = 8;
   DoubleHalf sum{};
   int64_t d = 0;
   for (; d + HALF <= dim; d += HALF) {
-    const DoubleHalf token = load_vector<DoubleHalf>(x + d), c = load_wide(code + d);
+    const DoubleHalf token = load_wide(x + d), c = load_wide(code + d);
     const DoubleHalf difference = token - c;
     sum += DIFFERENCE ? difference * difference : token * c;
   }
   if (d < dim) {
-    const DoubleHalf token = load_part<DoubleHalf>(x + d, dim - d), c = load_wide_part(code + d, dim - d);
+    const DoubleHalf token = load_wide_part(x + d, dim - d), c = load_wide_part(code + d, dim - d);
     const DoubleHalf difference = token - c;
     sum += DIFFERENCE ? difference * difference : token * c;
   }
@@ -195,7 +189,7 @@ inline double reduce_row(const double* x, const Code* code, int64_t dim) {
 }
 
 template <class Code, bool DIFFERENCE>
-void reduce_rows(const double* x,        // [D]
+void reduce_rows(const Code* x,          // [D]
                  const Code* rows,       // [K, D]
                  const int64_t* chosen,  // [count], or null for the first `count`
                  int64_t count, int64_t dim,

@@ -15,6 +15,14 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
+// Of a vector stored as `Word lanes[]`.
+template <class Word, int LANES>
+inline Word least_of_lanes(const Word (&lanes)[LANES]) {
+  Word least = lanes[0];
+  for (int lane = 1; lane < LANES; ++lane) least = lanes[lane] < least ? lanes[lane] : least;
+  return least;
+}
+
 struct Float32 {
   using Word = float;
   using Vector = __m256;
@@ -26,6 +34,11 @@ struct Float32 {
   static Vector zero() { return _mm256_setzero_ps(); }
   static Vector broadcast(float value) { return _mm256_set1_ps(value); }
   static Vector minimum(Vector a, Vector b) { return _mm256_min_ps(a, b); }
+  static Word least(Vector v) {
+    Word lanes[LANES];
+    store(lanes, v);
+    return least_of_lanes(lanes);
+  }
   static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm256_fnmadd_ps(a, b, sum); }
   static float limit_of(double limit) { return __builtin_nextafterf(static_cast<float>(limit), __builtin_inff()); }
   static bool any_below(Vector v, float limit) {
@@ -44,6 +57,11 @@ struct Float64 {
   static Vector zero() { return _mm256_setzero_pd(); }
   static Vector broadcast(double value) { return _mm256_set1_pd(value); }
   static Vector minimum(Vector a, Vector b) { return _mm256_min_pd(a, b); }
+  static Word least(Vector v) {
+    Word lanes[LANES];
+    store(lanes, v);
+    return least_of_lanes(lanes);
+  }
   static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm256_fnmadd_pd(a, b, sum); }
   static double limit_of(double limit) { return limit; }
   static bool any_below(Vector v, double limit) {
@@ -62,6 +80,11 @@ struct Int16 {
   static Vector zero() { return _mm256_setzero_si256(); }
   static Vector broadcast(int32_t value) { return _mm256_set1_epi32(value); }
   static Vector minimum(Vector a, Vector b) { return _mm256_min_epi32(a, b); }
+  static Word least(Vector v) {
+    Word lanes[LANES];
+    store(lanes, v);
+    return least_of_lanes(lanes);
+  }
   static void accumulate(Vector& sum, Vector a, Vector b) {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
   }

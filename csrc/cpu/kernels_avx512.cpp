@@ -27,6 +27,7 @@ struct Float32 {
   static Vector zero() { return _mm512_setzero_ps(); }
   static Vector broadcast(float value) { return _mm512_set1_ps(value); }
   static Vector minimum(Vector a, Vector b) { return _mm512_min_ps(a, b); }
+  static float least(Vector v) { return _mm512_reduce_min_ps(v); }
   static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm512_fnmadd_ps(a, b, sum); }
   static float limit_of(double limit) { return __builtin_nextafterf(static_cast<float>(limit), __builtin_inff()); }
   static bool any_below(Vector v, float limit) {
@@ -45,6 +46,7 @@ struct Float64 {
   static Vector zero() { return _mm512_setzero_pd(); }
   static Vector broadcast(double value) { return _mm512_set1_pd(value); }
   static Vector minimum(Vector a, Vector b) { return _mm512_min_pd(a, b); }
+  static double least(Vector v) { return _mm512_reduce_min_pd(v); }
   static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm512_fnmadd_pd(a, b, sum); }
   static double limit_of(double limit) { return limit; }
   static bool any_below(Vector v, double limit) {

@@ -28,6 +28,7 @@ struct Int16 {
   static Vector zero() { return _mm512_setzero_si512(); }
   static Vector broadcast(int32_t value) { return _mm512_set1_epi32(value); }
   static Vector minimum(Vector a, Vector b) { return _mm512_min_epi32(a, b); }
+  static int32_t least(Vector v) { return _mm512_reduce_min_epi32(v); }
   // the intrinsic makes GCC 12 move and spill the sums
   static void accumulate(Vector& sum, Vector a, Vector b) {
     asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));

@@ -21,6 +21,11 @@ struct Portable {
   static Vector zero() { return Vector{}; }
   static Vector broadcast(T value) { return Vector{} + value; }
   static Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
+  static T least(Vector v) {
+    T least = v[0];
+    for (int lane = 1; lane < LANES; ++lane) least = v[lane] < least ? v[lane] : least;
+    return least;
+  }
   static void accumulate(Vector& sum, Vector a, Vector b) { sum -= a * b; }
   static T limit_of(double limit) {
     if constexpr (sizeof(T) == sizeof(double)) return limit;

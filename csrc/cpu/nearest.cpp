@@ -59,11 +59,7 @@ struct DenseCodebook {
   std::vector<double> inverse_norms(const KernelTable& table) const {
     std::vector<double> inverse(size);
     for_each_range(size, 256, 8.0 * size * dim, [&](int64_t begin, int64_t end) {
-      std::vector<double> wide(dim);
-      for (int64_t k = begin; k < end; ++k) {
-        std::copy(rows + k * dim, rows + (k + 1) * dim, wide.begin());
-        inverse[k] = inverse_norm_of(table, wide.data(), rows + k * dim, dim);
-      }
+      for (int64_t k = begin; k < end; ++k) inverse[k] = inverse_norm_of(table, rows + k * dim, dim);
     });
     return inverse;
   }
@@ -81,7 +77,7 @@ void search_double(const KernelTable& table, const DenseCodebook<double>& dense,
   const Book<double> book{&table, dense.rows, cosine ? inverse.data() : nullptr, dense.size, dense.dim, cosine, exact};
   for_each_item<Scratch>(
       tokens.count(), 4.0 * tokens.count() * book.size * book.dim,
-      [&] { return Scratch{Buffer<double>(book.dim), DecideScratch<double>(book.dim), Stopwatch(report)}; },
+      [&] { return Scratch{Buffer<double>(book.dim), DecideScratch<double>(), Stopwatch(report)}; },
       [&](int64_t n, Scratch& scratch) {
         scratch.watch.time(Stage::SCAN, [&] {
           double* row = scratch.row.get();

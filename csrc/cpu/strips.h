@@ -29,6 +29,15 @@ inline Vector load_part(const T* p, int64_t width) {
   return load_vector<Vector>(values);
 }
 
+// The first `width` numbers of 16, zeros after them. What lies before `end` may be read.
+inline FloatStrip load_strip(const float* p, int64_t width, const float* end) {
+  if (width >= STRIP) return load_vector<FloatStrip>(p);
+  if (p + STRIP > end) return load_part<FloatStrip>(p, width);
+  constexpr IntStrip LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const IntStrip kept = LANE < static_cast<int32_t>(width);
+  return (FloatStrip)((IntStrip)load_vector<FloatStrip>(p) & kept);
+}
+
 inline float sum_of(FloatStrip v) {
   typedef float Quarter __attribute__((vector_size(16)));
   const FloatHalf half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +

@@ -59,7 +59,14 @@ def nearest_report(
     metric: str,
     precision: str,
 ) -> SearchReport:
-    """``nearest`` with a clock at every stage. CPU tensors only."""
+    """``nearest`` with a clock at every stage. CPU tensors only.
+
+    Raises:
+        RuntimeError: the C++ kernels cannot be had; the message says why.
+    """
+    reason = _extension.cpu_library()
+    if reason is not None:
+        raise RuntimeError(f"the C++ kernels cannot be had: {reason}")
     raw = torch.ops.vqkernels_C.nearest_report(x, codebook, metric == "cosine", precision == "exact")
     codes, distance, numbers = raw
     *seconds, certified, candidates, reranked, scanned, cached, which = numbers.tolist()
