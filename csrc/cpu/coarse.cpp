@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t BLOCK_BYTES = 384 * 1024;  // of the L2 cache: on a Zen 5 core 128 to 512 KiB make no difference
 constexpr int64_t BLOCK_PANELS = 256;        // bounds the granule scores that a tile leaves per block
-constexpr int64_t SAMPLE = 256;              // codes looked at to choose centre and scale
+constexpr int64_t SAMPLE = 64;               // codes looked at to choose centre and scale
 constexpr int64_t SMALL_DIM = 48;  // up to here granules take several panels: minima would cost as much as products
 constexpr int64_t PANELS_A_GRANULE = 4;
 constexpr int64_t LARGE_DIM = 96;    // from here on, and for few codes, it pays to keep every code's score:
@@ -176,7 +176,7 @@ CoarseBook start_book(const CoarsePass& pass, const CodeRows& codes, std::vector
   const bool apart = codes.dim >= LARGE_DIM || codes.size <= FEW_CODES;
   const int64_t group = apart ? 0 : codes.dim <= SMALL_DIM ? PANELS_A_GRANULE : 1;
   return {&pass, codes.size, codes.dim, codes.inverse_norm != nullptr, width, group, std::move(centre), {}, {}, {},
-          Buffer<char>()};
+          Panels()};
 }
 
 }  // namespace
@@ -240,7 +240,7 @@ void restrict_codes(CoarseBook& book, const std::vector<int64_t>& codes) {
   cut_blocks(book, 0, 0, book.size);
 }
 
-CoarseBook pack_coarse(const KernelTable& table, const CoarsePass& pass, const CodeRows& codes) {
+CoarseBook pack_coarse(const KernelTable& table, const CoarsePass& pass, const CodeRows& codes, Panels spare) {
   const Centre centre = choose_centre(codes);
   CoarseBook book = start_book(pass, codes, centre.value);
   if (book.cosine) {
@@ -257,10 +257,11 @@ CoarseBook pack_coarse(const KernelTable& table, const CoarsePass& pass, const C
     }
   }
   const CoarseBlock& last = book.blocks.back();
-  book.panels = Buffer<char>((last.first_panel + last.count) * book.panel_bytes());
+  const int64_t bytes = (last.first_panel + last.count) * book.panel_bytes();
+  book.panels = spare.bytes == bytes ? std::move(spare) : Panels{bytes, Buffer<char>(bytes)};
   for_each_range(static_cast<int64_t>(book.blocks.size()), 1, 8.0 * book.size * book.dim, [&](int64_t i, int64_t) {
     CoarseBlock& block = book.blocks[i];
-    block.bound = pack_block(book, codes, block, book.panels.get() + block.first_panel * book.panel_bytes());
+    block.bound = pack_block(book, codes, block, book.panels.memory.get() + block.first_panel * book.panel_bytes());
   });
   return book;
 }

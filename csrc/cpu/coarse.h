@@ -27,6 +27,11 @@ struct CoarseBlock {
   CodeBound bound;
 };
 
+struct Panels {
+  int64_t bytes = 0;
+  Buffer<char> memory{0};
+};
+
 struct CoarseBook {
   const CoarsePass* pass;
   int64_t size;
@@ -38,7 +43,7 @@ struct CoarseBook {
   std::vector<CoarseScale> scales;
   std::vector<CoarseBlock> blocks;
   std::vector<int64_t> order;  // code of every slot, a panel's column; empty where slot k is code k
-  Buffer<char> panels;         // [panels, panel_words]; empty where blocks are packed late
+  Panels panels;               // [panels, panel_words]; empty where blocks are packed where they are searched
 
   int64_t panel_bytes() const { return pass->panel_words(dim) * pass->word_bytes; }
   int64_t tile_bytes() const { return pass->tile_words(dim) * pass->word_bytes; }
@@ -74,15 +79,16 @@ struct CodeRows {
 };
 
 // The whole codebook, packed. Throws where it holds NaN or Inf.
-CoarseBook pack_coarse(const KernelTable& table, const CoarsePass& pass, const CodeRows& codes);
+// `spare` is memory that may be used again: touching new pages costs as much as the packing.
+CoarseBook pack_coarse(const KernelTable& table, const CoarsePass& pass, const CodeRows& codes, Panels spare);
 
-// Everything but the panels: each block is packed where it is searched. float32 and float64 only.
+// Everything but the panels: each block is packed where it is searched. float64 only.
 CoarseBook plan_coarse(const CoarsePass& pass, const CodeRows& codes);
 
 // Leaves the book with `codes` alone, in that order.
 void restrict_codes(CoarseBook& book, const std::vector<int64_t>& codes);
 
-// Packs one block's panels and returns what bounds it; `largest` is NaN where an entry is not finite.
+// Packs one block's panels and returns what bounds it.
 CodeBound pack_block(const CoarseBook& book, const CodeRows& codes, const CoarseBlock& block,
                      char* panels);  // [block.count, panel_words]
 

@@ -10,7 +10,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -56,11 +55,10 @@ inline int64_t most_tokens(const CoarseBook& coarse) {
   return std::clamp(fitting, rows, MOST_TOKENS) / rows * rows;
 }
 
-inline Split choose_split(const CoarseBook& coarse, int64_t count, bool pack_late) {
+inline Split choose_split(const CoarseBook& coarse, int64_t count) {
   const int64_t threads = useful_threads(coarse_operations(coarse, count));
   const int64_t rows = coarse.pass->rows, most = most_tokens(coarse);
   const int64_t blocks = static_cast<int64_t>(coarse.blocks.size());
-  if (pack_late) return {most, 1, threads == 1 ? 1 : std::min(blocks, 4 * threads)};
   const int64_t fair = ceil_div(ceil_div(count, 2 * threads), rows) * rows;
   const int64_t tokens = std::clamp(fair, std::min(FEWEST_TOKENS, most), most);
   const int64_t token_blocks = ceil_div(count, tokens);
@@ -76,14 +74,13 @@ inline double error_of(const TokenBound& token, const CodeBound& code) {
 template <class Element>
 class CoarseSearch {
  public:
-  // `prepared` is null where the blocks of `coarse` are packed late.
-  CoarseSearch(const Book<float>& book, const CoarseBook& coarse, const PreparedCodebook* prepared,
-               const Tokens<const Element>& tokens, const Outputs& out, SearchReport* report)
+  CoarseSearch(const Book<float>& book, const PreparedCodebook& prepared, const Tokens<const Element>& tokens,
+               const Outputs& out, SearchReport* report)
       : book_(book),
-        coarse_(coarse),
+        coarse_(prepared.coarse),
         prepared_(prepared),
-        pass_(*coarse.pass),
-        split_(choose_split(coarse, tokens.count(), prepared == nullptr)),
+        pass_(*coarse_.pass),
+        split_(choose_split(coarse_, tokens.count())),
         tokens_(tokens),
         out_(out),
         report_(report) {}
@@ -98,7 +95,6 @@ class CoarseSearch {
     } else {
       run_in_chunks();
     }
-    check_codebook_finite(finite_);
   }
 
  private:
@@ -106,7 +102,6 @@ class CoarseSearch {
     Buffer<float> rows;         // [tokens, D], as given, where they do not lie so already
     Buffer<char> tiles;         // [tokens, tile_words]
     Buffer<char> scores;        // [tile, granules of a block]
-    Buffer<char> panels;        // of a block that is packed late, or of the float64 pass
     Buffer<TokenBound> bounds;  // [tokens]
     Buffer<TokenState> states;  // [tokens]
     DecideScratch<float> decide;
@@ -118,18 +113,14 @@ class CoarseSearch {
 
   template <class Work>
   void each(int64_t items, const Work& work) {
-    int64_t most_granules = 0, most_panels = 0;
-    for (const CoarseBlock& block : coarse_.blocks) {
-      most_granules = std::max(most_granules, coarse_.granules(block));
-      most_panels = std::max(most_panels, block.count);
-    }
+    int64_t most_granules = 0;
+    for (const CoarseBlock& block : coarse_.blocks) most_granules = std::max(most_granules, coarse_.granules(block));
     for_each_item<Scratch>(
         items, coarse_operations(coarse_, tokens_.count()),
         [&] {
           return Scratch{Buffer<float>(split_.tokens * book_.dim),
                          Buffer<char>(split_.tokens * coarse_.tile_bytes()),
                          Buffer<char>(pass_.rows * most_granules * pass_.word_bytes),
-                         Buffer<char>(prepared_ == nullptr ? most_panels * coarse_.panel_bytes() : 0),
                          Buffer<TokenBound>(split_.tokens),
                          Buffer<TokenState>(split_.tokens),
                          DecideScratch<float>(),
@@ -217,29 +208,11 @@ class CoarseSearch {
   }
 
   void score_block(int32_t b, Scratch& scratch) {
-    CoarseBlock block = coarse_.blocks[b];
-    const char* panels = coarse_.panels.get() + block.first_panel * coarse_.panel_bytes();
-    if (prepared_ == nullptr) {
-      scratch.watch.time(Stage::PREPARE, [&] {
-        block.bound = pack_block(coarse_, book_.code_rows(), block, scratch.panels.get());
-      });
-      panels = scratch.panels.get();
-      if (!std::isfinite(block.bound.largest) && !block_is_finite(block)) {
-        finite_ = false;  // run() reports it
-        return;
-      }
-    }
+    const CoarseBlock& block = coarse_.blocks[b];
+    const char* panels = coarse_.panels.memory.get() + block.first_panel * coarse_.panel_bytes();
     scratch.watch.time(Stage::COARSE, [&] {
       for (int64_t base = 0; base < scratch.count; base += pass_.rows) score(b, block, panels, base, scratch);
     });
-  }
-
-  bool block_is_finite(const CoarseBlock& block) const {
-    for (int64_t slot = block.first_panel * coarse_.width; slot < (block.first_panel + block.count) * coarse_.width;
-         ++slot) {
-      if (!all_finite(book_.row(coarse_.code_of(slot)), book_.dim)) return false;
-    }
-    return true;
   }
 
   void score(int32_t b, const CoarseBlock& block, const char* panels, int64_t base, Scratch& scratch) {
@@ -289,7 +262,7 @@ class CoarseSearch {
       for (int64_t i = 0; i < scratch.count; ++i) {
         const TokenState& state = scratch.states[i];
         if (i + PREFETCHED < scratch.count) prefetch(scratch.states[i + PREFETCHED]);
-        if (state.road == Road::INVALID || !finite_) {
+        if (state.road == Road::INVALID) {
           write_invalid(out_, scratch.first + i);
         } else if (state.road == Road::SCAN) {
           undecided.push_back(i);
@@ -419,8 +392,7 @@ class CoarseSearch {
     std::call_once(wide_once_, [&] {
       CodeRows codes = book_.code_rows();
       wide_ = std::make_unique<CoarseBook>(plan_coarse(*book_.table->float64, codes));
-      if (prepared_ == nullptr) return;
-      const std::vector<int64_t>& distinct = prepared_->distinct(book_.rows);
+      const std::vector<int64_t>& distinct = prepared_.distinct(book_.rows);
       if (static_cast<int64_t>(distinct.size()) < book_.size) restrict_codes(*wide_, distinct);
     });
     return *wide_;
@@ -428,13 +400,12 @@ class CoarseSearch {
 
   const Book<float>& book_;
   const CoarseBook& coarse_;
-  const PreparedCodebook* prepared_;
+  const PreparedCodebook& prepared_;
   const CoarsePass& pass_;
   const Split split_;
   const Tokens<const Element>& tokens_;
   const Outputs& out_;
   SearchReport* report_;
-  std::atomic<bool> finite_{true};
   std::once_flag wide_once_;
   std::unique_ptr<CoarseBook> wide_;
 };

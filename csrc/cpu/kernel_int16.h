@@ -61,26 +61,34 @@ void pack_int16_panel(const float* const* codes,    // [WIDTH] of [D]
                       void* panel,  // [steps, WIDTH] pairs
                       CodeBound* bound) {
   constexpr int WIDTH = Scores<P>::WIDTH;
-  constexpr int64_t PAIRS = STRIP / 2;
+  constexpr int64_t PAIRS = STRIP;  // packed at a time, of two dimensions each
   const int64_t steps = int16_steps(packing.dim);
   const float factor = static_cast<float>(packing.code_factor);
   int32_t* out = static_cast<int32_t*>(panel);
-  int32_t pairs[WIDTH][PAIRS];
   FloatStrip square_parts[WIDTH], residual_parts[WIDTH];
   for (int j = 0; j < WIDTH; ++j) square_parts[j] = residual_parts[j] = FloatStrip{};
-  for (int64_t base = 0; base < 2 * steps; base += STRIP) {
-    for (int j = 0; j < WIDTH; ++j) {
-      const FloatStrip strip = inverse_norms == nullptr ? packed_strip(codes[j], packing, base)
-                                                        : unit_strip(codes[j], inverse_norms[j], packing, base);
-      const Rounded rounded = round_strip<true>(strip, factor);
-      __builtin_memcpy(pairs[j], &rounded.values, sizeof(rounded.values));
-      square_parts[j] += rounded.square;
-      residual_parts[j] += rounded.residual;
-    }
-    const int64_t end = steps - base / 2 < PAIRS ? steps - base / 2 : PAIRS;
-    for (int64_t i = 0; i < end; ++i) {
-      int32_t* row = out + (base / 2 + i) * WIDTH;
-      for (int j = 0; j < WIDTH; ++j) row[j] = pairs[j][i];
+  for (int64_t base = 0; base < steps; base += PAIRS) {
+    const int64_t end = steps - base < PAIRS ? steps - base : PAIRS;
+    for (int first = 0; first < WIDTH; first += 16) {
+      IntStrip pairs[16];
+      for (int j = 0; j < 16; ++j) {
+        const int code = first + j;
+        ShortStrip halves[2] = {};
+        for (int half = 0; half < 2; ++half) {
+          const int64_t d = 2 * base + half * STRIP;
+          if (d >= packing.dim) break;
+          const FloatStrip strip = inverse_norms == nullptr
+                                       ? packed_strip(codes[code], packing, d)
+                                       : unit_strip(codes[code], inverse_norms[code], packing, d);
+          const Rounded rounded = round_strip<true>(strip, factor);
+          halves[half] = rounded.values;
+          square_parts[code] += rounded.square;
+          residual_parts[code] += rounded.residual;
+        }
+        __builtin_memcpy(&pairs[j], halves, sizeof(halves));
+      }
+      transpose(pairs);
+      for (int64_t i = 0; i < end; ++i) __builtin_memcpy(out + (base + i) * WIDTH + first, &pairs[i], sizeof(IntStrip));
     }
   }
   float squares[WIDTH], residuals[WIDTH];

@@ -65,7 +65,7 @@ struct CoarsePass {
                      const double* inverse_norms,  // [WIDTH] for cosine, else null
                      const Packing& packing,
                      void* panel,        // [panel_words]
-                     CodeBound* bound);  // raised to hold for these codes too; NaN where an entry is not finite
+                     CodeBound* bound);  // raised to hold for these codes too
 
   // Packs one token. Its `bound.norm` is NaN or infinite where an entry is not finite, or the pass cannot take it.
   void (*pack_token)(const float* token,  // [D]

@@ -58,12 +58,6 @@ void hash_words(const uint64_t* words,  // [count]
 }
 
 template <class Word>
-inline Word packed_code(const float* row, const double* inverse_norm, const Packing& packing, int64_t d) {
-  if (inverse_norm != nullptr) return static_cast<Word>(static_cast<double>(row[d]) * *inverse_norm);
-  return (static_cast<Word>(row[d]) - static_cast<Word>(packing.centre[d])) * packing.scale * packing.scale2;
-}
-
-template <class Word>
 inline Word packed_token(const float* row, const Packing& packing, int64_t d) {
   return (static_cast<Word>(row[d]) - static_cast<Word>(packing.centre[d])) * packing.scale * packing.scale2;
 }
@@ -99,16 +93,22 @@ void pack_wide_panel(const float* const* codes,    // [WIDTH] of [D]
                      CodeBound* bound) {
   using Word = typename P::Word;
   constexpr int WIDTH = Scores<P>::WIDTH;
-  constexpr int STRIP = 16;  // dimensions at a time: one cache line of each row
   Word* out = static_cast<Word*>(panel);
   double squares[WIDTH] = {};
   Word strip[WIDTH][STRIP] = {};
   for (int64_t base = 0; base < packing.dim; base += STRIP) {
     const int64_t width = packing.dim - base < STRIP ? packing.dim - base : STRIP;
     for (int j = 0; j < WIDTH; ++j) {
-      const double* inverse_norm = inverse_norms == nullptr ? nullptr : inverse_norms + j;
-      for (int64_t i = 0; i < width; ++i) {
-        strip[j][i] = packed_code<Word>(codes[j], inverse_norm, packing, base + i);
+      const float* code = codes[j] + base;
+      const float* centre = packing.centre + base;
+      if (inverse_norms == nullptr) {
+        for (int64_t i = 0; i < width; ++i) {
+          strip[j][i] = (static_cast<Word>(code[i]) - static_cast<Word>(centre[i])) * packing.scale * packing.scale2;
+        }
+      } else {
+        for (int64_t i = 0; i < width; ++i) {
+          strip[j][i] = static_cast<Word>(static_cast<double>(code[i]) * inverse_norms[j]);
+        }
       }
     }
     for (int64_t i = 0; i < width; ++i) {
@@ -120,7 +120,7 @@ void pack_wide_panel(const float* const* codes,    // [WIDTH] of [D]
   double largest = bound->largest * bound->largest;
   for (int j = 0; j < WIDTH; ++j) {
     out[j] = packing.cosine ? Word(0) : static_cast<Word>(0.5 * squares[j]);
-    if (largest == largest && !(squares[j] <= largest)) largest = squares[j];  // NaN stays
+    largest = squares[j] > largest ? squares[j] : largest;
   }
   const double relative = relative_error<Word>(packing.dim);
   const double underflow = static_cast<double>(packing.dim) * Rounding<Word>::smallest;

@@ -18,7 +18,6 @@ namespace cpu {
 namespace {
 
 constexpr int64_t LARGEST_INT16_DIM = 8192;  // its error grows like the root of D, and so do the candidates
-constexpr int64_t FEW_TOKENS = 128;  // for which a codebook is packed whole only when it comes a second time
 
 // Power of two that brings the largest entry of a float64 row to [1, 2): directions survive any scale.
 void scale_direction(double* row, int64_t dim) {
@@ -102,35 +101,14 @@ const CoarsePass& choose_pass(const KernelTable& table, int64_t dim, bool exact)
 }
 
 template <class Element>
-std::shared_ptr<const PreparedCodebook> prepare(const KernelTable& table, const CoarsePass& pass,
-                                                const DenseCodebook<Element>& dense, bool cosine) {
+std::shared_ptr<PreparedCodebook> prepare(const KernelTable& table, const CoarsePass& pass,
+                                          const DenseCodebook<Element>& dense, bool cosine, Panels spare) {
   std::vector<double> inverse = cosine ? dense.inverse_norms(table) : std::vector<double>();
   const CodeRows codes{dense.rows, cosine ? inverse.data() : nullptr, dense.size, dense.dim};
   auto prepared = std::make_shared<PreparedCodebook>();
-  prepared->coarse = pack_coarse(table, pass, codes);
+  prepared->coarse = pack_coarse(table, pass, codes, std::move(spare));
   prepared->inverse_norm = std::move(inverse);
   return prepared;
-}
-
-// Few tokens meet each block of codes once: a codebook that may not come again is packed where it is searched.
-template <class Element>
-void search_late(const KernelTable& table, const DenseCodebook<Element>& dense, bool cosine, bool exact,
-                 const Tokens<const Element>& tokens, const Outputs& out, SearchReport* report) {
-  const std::vector<double> inverse = cosine ? dense.inverse_norms(table) : std::vector<double>();
-  const Book<float> book{&table, dense.rows, cosine ? inverse.data() : nullptr, dense.size, dense.dim, cosine, exact};
-  const CoarseBook coarse = plan_coarse(*table.float32, book.code_rows());
-  if (report != nullptr) report->pass = coarse.pass->name;
-  CoarseSearch<Element>(book, coarse, nullptr, tokens, out, report).run();
-}
-
-template <class Element>
-void search_prepared(const KernelTable& table, const DenseCodebook<Element>& dense, const PreparedCodebook& prepared,
-                     bool cosine, bool exact, const Tokens<const Element>& tokens, const Outputs& out,
-                     SearchReport* report) {
-  const double* inverse = cosine ? prepared.inverse_norm.data() : nullptr;
-  const Book<float> book{&table, dense.rows, inverse, dense.size, dense.dim, cosine, exact};
-  if (report != nullptr) report->pass = prepared.coarse.pass->name;
-  CoarseSearch<Element>(book, prepared.coarse, &prepared, tokens, out, report).run();
 }
 
 template <class Element>
@@ -146,22 +124,20 @@ void search(const Tensor& x, const Tensor& codebook, bool cosine, bool exact, co
     if (tokens.count() == 0) return check_codebook_finite(all_finite(dense.rows, dense.size * dense.dim));
     const CoarsePass& pass = choose_pass(table, dense.dim, exact);
     std::shared_ptr<const PreparedCodebook> prepared;
-    bool late = false;
     Stopwatch(report).time(Stage::PREPARE, [&] {
-      bool seen = false;
       const PreparedKey key{fingerprint_of(table, dense.rows, dense.size * dense.dim), &pass, dense.size, dense.dim, cosine};
-      prepared = find_prepared(key, &seen);
+      prepared = find_prepared(key);
       if (report != nullptr) report->from_cache = prepared != nullptr;
-      late = prepared == nullptr && !seen && tokens.count() <= FEW_TOKENS;
-      if (late || prepared != nullptr) return;
-      prepared = prepare(table, pass, dense, cosine);
-      keep_prepared(key, prepared);
+      if (prepared != nullptr) return;
+      const void* tensor = codebook.const_data_ptr();
+      const auto made = prepare(table, pass, dense, cosine, take_outdated(key, tensor));
+      keep_prepared(key, tensor, made);
+      prepared = made;
     });
-    if (late) {
-      search_late(table, dense, cosine, exact, tokens, out, report);
-    } else {
-      search_prepared(table, dense, *prepared, cosine, exact, tokens, out, report);
-    }
+    if (report != nullptr) report->pass = pass.name;
+    const double* inverse = cosine ? prepared->inverse_norm.data() : nullptr;
+    const Book<float> book{&table, dense.rows, inverse, dense.size, dense.dim, cosine, exact};
+    CoarseSearch<Element>(book, *prepared, tokens, out, report).run();
   }
 }
 

@@ -40,15 +40,14 @@ Fingerprint hash_values(const KernelTable& table, const float* values, int64_t c
 
 struct Entry {
   PreparedKey key;
-  std::shared_ptr<const PreparedCodebook> prepared;
-  int64_t bytes;
+  const void* tensor;  // its address, only to tell what is outdated
+  std::shared_ptr<PreparedCodebook> prepared;
 };
 
 // Most recently used first.
 struct Store {
   std::mutex mutex;
   std::list<Entry> entries;
-  PreparedKey asked{};
 };
 
 Store& store() {
@@ -72,34 +71,43 @@ Fingerprint fingerprint_of(const KernelTable& table, const float* rows, int64_t 
   return all;
 }
 
-std::shared_ptr<const PreparedCodebook> find_prepared(const PreparedKey& key, bool* seen) {
+std::shared_ptr<const PreparedCodebook> find_prepared(const PreparedKey& key) {
   Store& kept = store();
   const std::lock_guard<std::mutex> guard(kept.mutex);
   const auto found =
       std::find_if(kept.entries.begin(), kept.entries.end(), [&](const Entry& entry) { return entry.key == key; });
-  *seen = kept.asked == key;
-  if (found == kept.entries.end()) {
-    kept.asked = key;
-    return nullptr;
-  }
+  if (found == kept.entries.end()) return nullptr;
   kept.entries.splice(kept.entries.begin(), kept.entries, found);
   return found->prepared;
 }
 
-void keep_prepared(const PreparedKey& key, std::shared_ptr<const PreparedCodebook> prepared) {
-  const CoarseBook& book = prepared->coarse;
-  const int64_t panels = book.blocks.back().first_panel + book.blocks.back().count;
-  const int64_t bytes = panels * book.panel_bytes() + 8 * static_cast<int64_t>(book.order.size());
+Panels take_outdated(const PreparedKey& key, const void* tensor) {
+  Store& kept = store();
+  const std::lock_guard<std::mutex> guard(kept.mutex);
+  for (auto entry = kept.entries.begin(); entry != kept.entries.end(); ++entry) {
+    const PreparedKey& other = entry->key;
+    const bool same_place = entry->tensor == tensor && other.pass == key.pass && other.size == key.size &&
+                            other.dim == key.dim && other.cosine == key.cosine;
+    if (!same_place || entry->prepared.use_count() > 1) continue;
+    Panels panels = std::move(entry->prepared->coarse.panels);
+    kept.entries.erase(entry);
+    return panels;
+  }
+  return {};
+}
+
+void keep_prepared(const PreparedKey& key, const void* tensor, std::shared_ptr<PreparedCodebook> prepared) {
   Store& kept = store();
   std::list<Entry> dropped;  // freed after the lock
   const std::lock_guard<std::mutex> guard(kept.mutex);
-  kept.entries.push_front({key, std::move(prepared), bytes});
+  kept.entries.push_front({key, tensor, std::move(prepared)});
   int64_t total = 0, count = 0;
   for (auto entry = kept.entries.begin(); entry != kept.entries.end(); ++count) {
     const auto next = std::next(entry);
-    total += entry->bytes;
-    if (count > 0 && (count >= MOST_BOOKS || total > MOST_BYTES || entry->key == key)) {
-      total -= entry->bytes;
+    const int64_t bytes = entry->prepared->coarse.panels.bytes;
+    total += bytes;
+    if (count > 0 && (count >= MOST_BOOKS || total > MOST_BYTES)) {
+      total -= bytes;
       dropped.splice(dropped.begin(), kept.entries, entry);
     }
     entry = next;

@@ -41,11 +41,14 @@ struct PreparedKey {
   bool operator==(const PreparedKey&) const = default;
 };
 
-// Null where it is not there. `seen` says whether the last question without an answer was the same.
-std::shared_ptr<const PreparedCodebook> find_prepared(const PreparedKey& key, bool* seen);
+// Null where it is not there.
+std::shared_ptr<const PreparedCodebook> find_prepared(const PreparedKey& key);
+
+// Panels of what was prepared from this very tensor before it changed, if nobody searches with them.
+Panels take_outdated(const PreparedKey& key, const void* tensor);
 
 // Keeps it until newer ones need the room: 64 codebooks and 256 MiB, or one that is larger.
-void keep_prepared(const PreparedKey& key, std::shared_ptr<const PreparedCodebook> prepared);
+void keep_prepared(const PreparedKey& key, const void* tensor, std::shared_ptr<PreparedCodebook> prepared);
 
 }  // namespace cpu
 }  // namespace vqkernels

@@ -53,6 +53,39 @@ inline double sum_of(DoubleHalf v) {
   return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
 }
 
+// Rows to columns, 16 by 16: blocks of 8, 4, 2 and 1 change places across the diagonal.
+inline void exchange8(IntStrip& a, IntStrip& b) {
+  const IntStrip first = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  b = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  a = first;
+}
+inline void exchange4(IntStrip& a, IntStrip& b) {
+  const IntStrip first = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+  b = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  a = first;
+}
+inline void exchange2(IntStrip& a, IntStrip& b) {
+  const IntStrip first = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  b = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  a = first;
+}
+inline void exchange1(IntStrip& a, IntStrip& b) {
+  const IntStrip first = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+  b = __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  a = first;
+}
+
+inline void transpose(IntStrip (&rows)[16]) {
+  for (int i = 0; i < 8; ++i) exchange8(rows[i], rows[i + 8]);
+  for (int i = 0; i < 16; ++i) {
+    if ((i & 4) == 0) exchange4(rows[i], rows[i + 4]);
+  }
+  for (int i = 0; i < 16; ++i) {
+    if ((i & 2) == 0) exchange2(rows[i], rows[i + 2]);
+  }
+  for (int i = 0; i < 16; i += 2) exchange1(rows[i], rows[i + 1]);
+}
+
 }  // namespace
 }  // namespace cpu
 }  // namespace vqkernels
