@@ -44,6 +44,11 @@ extern "C" __attribute__((visibility("default"))) const char* vqkernels_instruct
   return vqkernels::cpu::instruction_set();
 }
 
+// For `explain`.
+extern "C" __attribute__((visibility("default"))) const char* vqkernels_coarse_pass(int64_t dim, int exact) {
+  return vqkernels::cpu::coarse_pass(dim, exact != 0);
+}
+
 // For benchmarks: what the core can do at most.
 extern "C" __attribute__((visibility("default"))) double vqkernels_peak_rate(const char* pass) {
   return vqkernels::cpu::peak_rate(pass);

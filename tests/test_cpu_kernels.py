@@ -13,7 +13,7 @@ from adversarial import Case, cases, true_nearest
 from requirements import skip_or_fail
 from torch import Tensor
 
-from vqkernels import _extension
+from vqkernels import _extension, explain
 from vqkernels.kernels import compiled
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
@@ -74,6 +74,101 @@ def test_work_split_over_tokens_or_codes_changes_nothing(instruction_set: str, n
         torch.set_num_threads(threads)
         for pieces in (1, 3):
             assert torch.equal(_search(x, codebook, "euclidean", pieces)[0], expected)
+
+
+@pytest.mark.parametrize("coarse_pass", ["int16", "float32"])
+@pytest.mark.parametrize(("n", "size", "dim"), [(60, 5000, 8), (40, 300, 33), (50, 2500, 96), (13, 70, 1)])
+def test_every_coarse_pass_and_granule_gives_the_same_codes(
+    instruction_set: str, monkeypatch: pytest.MonkeyPatch, coarse_pass: str, n: int, size: int, dim: int
+):
+    monkeypatch.setenv("VQKERNELS_CPU_PASS", coarse_pass)
+    x, codebook = _randn(n, dim, seed=31), _randn(size, dim, seed=32)
+    for metric in ("euclidean", "cosine"):
+        report = compiled.nearest_report(x[None], codebook, metric, "exact")
+        assert report.coarse_pass == (coarse_pass if instruction_set != "portable" else "float32")
+        assert torch.equal(report.codes[0], true_nearest(x, codebook, metric)[0])
+        assert report.scanned == n or report.candidates >= 1  # in one dimension every cosine is a tie
+
+
+def _pull(codebook: Tensor, code: Tensor, target: Tensor) -> None:
+    codebook[code] = target
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda codebook, code, target: _pull(codebook, code, target),
+        lambda codebook, code, target: _pull(codebook.data, code, target),  # the version counter does not see these two
+        lambda codebook, code, target: codebook.numpy().__setitem__(int(code), target.numpy()),
+    ],
+    ids=["in place", ".data", "numpy"],
+)
+def test_a_prepared_codebook_is_never_stale(instruction_set: str, write):
+    x, codebook = _randn(50, 24, seed=33), _randn(600, 24, seed=34)
+
+    def search() -> compiled.SearchReport:
+        return compiled.nearest_report(x[None], codebook, "euclidean", "exact")
+
+    before = search().codes[0]
+    assert search().prepared_from_cache
+    far = int((before != before[0]).nonzero()[0])  # a token with another code, which is about to lie on token 0
+    write(codebook, before[far], x[0])
+    report = search()
+    assert not report.prepared_from_cache
+    assert report.codes[0, 0] == before[far]
+    assert torch.equal(report.codes[0], true_nearest(x, codebook, "euclidean")[0])
+
+
+def test_a_codebook_written_back_and_forth_is_prepared_anew_each_time():
+    x, codebook = _randn(20, 5, seed=35), _randn(90, 5, seed=36)
+    for value in (0.0, 1.0, 0.0, 1.0):
+        codebook[3, 2] = value
+        report = compiled.nearest_report(x[None], codebook, "euclidean", "exact")
+        assert torch.equal(report.codes[0], true_nearest(x, codebook, "euclidean")[0])
+
+
+def _outlier(codebook: Tensor) -> Tensor:
+    codebook[7] *= 1e20
+    return codebook
+
+
+HARD = {
+    "all codes equal": lambda c: c[:1].expand_as(c).contiguous(),
+    "zero": torch.zeros_like,
+    "near-duplicates": lambda c: c[:4].repeat_interleave(len(c) // 4, 0) + 1e-6 * c,
+    "one far outlier": _outlier,
+    "mixed scales": lambda c: c * torch.logspace(-12, 12, len(c))[:, None],
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_codebooks_are_exact_and_few_tokens_scan_for_an_outlier(instruction_set: str, name: str):
+    x, codebook = _randn(90, 8, seed=37), HARD[name](_randn(2400, 8, seed=38))
+    report = compiled.nearest_report(x[None], codebook, "euclidean", "exact")
+    assert torch.equal(report.codes[0], true_nearest(x, codebook, "euclidean")[0])
+    if name == "one far outlier":
+        assert report.scanned == 0  # it has a scale of its own
+        assert report.candidates < 3
+
+
+def test_explain_names_the_coarse_pass(monkeypatch: pytest.MonkeyPatch, instruction_set: str):
+    x, codebook = _randn(4, 8, seed=39), _randn(9, 8, seed=40)
+    assert ("int16 pass" in explain("nearest", x, codebook)) == (instruction_set != "portable")
+    assert 'precision="fast"' in explain("nearest", x, codebook, "euclidean", "fast")
+    monkeypatch.setenv("VQKERNELS_CPU_PASS", "float32")
+    assert f"float32 pass ({instruction_set}): VQKERNELS_CPU_PASS=float32" in explain("nearest", x, codebook)
+
+
+def test_a_coarse_pass_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VQKERNELS_CPU_PASS", "int8")
+    with pytest.raises(RuntimeError, match="VQKERNELS_CPU_PASS: expected int16 or float32, got int8"):
+        compiled.nearest(_randn(4, 8, seed=39)[None], _randn(9, 8, seed=40), "euclidean", "exact")
+
+
+def test_peak_rates_are_measured():
+    one = compiled.peak_rates(1)
+    assert one["float32"] > 1e8
+    assert one["int16"] == 0 or one["int16"] > 1e8
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -103,16 +103,18 @@ def select(op: str, *args: Any) -> Callable[..., Any]:
     raise BackendError(f"{op}: {head}\n{_listing(candidates(op, *args))}")
 
 
-def _listing(rows: list[Candidate], chosen: str | None = None) -> str:
+def _listing(rows: list[Candidate], chosen: str | None = None, details: str | None = None) -> str:
     lines = []
     for row in rows:
         state = "runs here" if row.reason is None else f"no: {row.reason}"
         lines.append(f"  {row.backend:<10} {state}{'  <- chosen' if row.backend == chosen else ''}")
+        if row.backend == chosen and details is not None:
+            lines.append(f"             {details}")
     return "\n".join(lines)
 
 
 def explain(op: str, *args: Any) -> str:
-    """One line a backend: can it run ``op`` on these tensors, which one is chosen, and why.
+    """One line a backend: can it run ``op`` on these tensors, which one is chosen, and why; for ``nearest`` also how.
 
     Args:
         op: "nearest", "gather", "quantize_backward", "codebook_stats" or "ema_update_".
@@ -129,7 +131,9 @@ def explain(op: str, *args: Any) -> str:
     on_its_own = ORDER.get(_device_type(args), ("reference",))
     able = [r.backend for r in rows if r.reason is None and r.backend in ((wanted,) if wanted else on_its_own)]
     cause = f"requested: {wanted}" if wanted else "automatic: the first in this order that can"
-    return f"{op} ({cause})\n{_listing(rows, able[0] if able else None)}"
+    kernel = lookup_kernel(op, able[0]) if able else None
+    details = kernel.details(*args) if kernel is not None else None
+    return f"{op} ({cause})\n{_listing(rows, able[0] if able else None, details)}"
 
 
 class use_backend:

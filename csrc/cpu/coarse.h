@@ -47,6 +47,7 @@ struct CoarseBook {
 
   int64_t panel_bytes() const { return pass->panel_words(dim) * pass->word_bytes; }
   int64_t tile_bytes() const { return pass->tile_words(dim) * pass->word_bytes; }
+  int64_t row_bytes() const { return pass->steps(dim) * pass->word_bytes; }  // of a tile
   int64_t granules(const CoarseBlock& block) const {
     return group == 0 ? block.count * width : ceil_div(block.count, group) * pass->lanes;
   }

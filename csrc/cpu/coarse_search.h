@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <vector>
 
 #include "../checks.h"
@@ -34,6 +35,8 @@ constexpr int64_t MOST_TOKENS = 1024;        // in a block
 constexpr int64_t FEWEST_TOKENS = 96;        // enough uses of a codebook block brought into the cache
 constexpr int64_t CROWD = 4096;              // candidates that the float64 pass keeps of a token
 constexpr int MOST_ROWS = 16;                // of a tile
+constexpr float LARGEST_SQUARE = 0x1p80f;    // of a token's norm; the float64 pass takes larger ones
+constexpr double MIXED_NORMS = 4.0;          // the largest norm over the least, from which on tokens are sorted
 constexpr int64_t PREFETCHED = 3;            // tokens whose candidates are asked of the memory ahead of time
 constexpr int64_t PREFETCHED_BYTES = 1024;   // of each code
 constexpr int64_t CACHED_BYTES = 512 * 1024;  // of a codebook that needs no such help
@@ -51,7 +54,7 @@ inline double coarse_operations(const CoarseBook& coarse, int64_t count) {
 
 inline int64_t most_tokens(const CoarseBook& coarse) {
   const int64_t rows = coarse.pass->rows;
-  const int64_t fitting = TOKEN_BYTES / coarse.tile_bytes();
+  const int64_t fitting = TOKEN_BYTES / coarse.tile_bytes() * rows;
   return std::clamp(fitting, rows, MOST_TOKENS) / rows * rows;
 }
 
@@ -80,6 +83,7 @@ class CoarseSearch {
         coarse_(prepared.coarse),
         prepared_(prepared),
         pass_(*coarse_.pass),
+        table_(*book.table),
         split_(choose_split(coarse_, tokens.count())),
         tokens_(tokens),
         out_(out),
@@ -100,9 +104,11 @@ class CoarseSearch {
  private:
   struct Scratch {
     Buffer<float> rows;         // [tokens, D], as given, where they do not lie so already
-    Buffer<char> tiles;         // [tokens, tile_words]
+    Buffer<char> tiles;         // [tokens / tile, tile_words]
     Buffer<char> scores;        // [tile, granules of a block]
-    Buffer<TokenBound> bounds;  // [tokens]
+    Buffer<double> norms;       // [tokens], after centring and scaling
+    Buffer<int32_t> order;      // [tokens]: which token a row of the tiles holds
+    Buffer<TokenBound> bounds;  // [tokens], in that order
     Buffer<TokenState> states;  // [tokens]
     DecideScratch<float> decide;
     Stopwatch watch;
@@ -119,8 +125,10 @@ class CoarseSearch {
         items, coarse_operations(coarse_, tokens_.count()),
         [&] {
           return Scratch{Buffer<float>(split_.tokens * book_.dim),
-                         Buffer<char>(split_.tokens * coarse_.tile_bytes()),
+                         Buffer<char>(split_.tokens / pass_.rows * coarse_.tile_bytes()),
                          Buffer<char>(pass_.rows * most_granules * pass_.word_bytes),
+                         Buffer<double>(split_.tokens),
+                         Buffer<int32_t>(split_.tokens),
                          Buffer<TokenBound>(split_.tokens),
                          Buffer<TokenState>(split_.tokens),
                          DecideScratch<float>(),
@@ -175,29 +183,65 @@ class CoarseSearch {
 
   void pack_tokens(const CoarseScale& scale, Scratch& scratch) {
     scratch.watch.time(Stage::TOKENS, [&] {
-      const float* end = scratch.given[scratch.count - 1] + book_.dim;
-      Packing packing = coarse_.packing(scale, end);
-      for (int64_t i = 0; i < scratch.count; ++i) pack_token(scale.square, i, packing, scratch);
-      const int64_t whole = ceil_div(scratch.count, pass_.rows) * pass_.rows;
-      std::fill(scratch.tiles.get() + scratch.count * coarse_.tile_bytes(),
-                scratch.tiles.get() + whole * coarse_.tile_bytes(), char{0});
+      const Packing packing = coarse_.packing(scale, scratch.given[scratch.count - 1] + book_.dim);
+      measure_tokens(packing, scratch);
+      sort_tokens(0.5 * scale.reach, scratch);
+      for (int64_t base = 0; base < scratch.count; base += pass_.rows) {
+        pack_tile(scale, packing, base, std::min<int64_t>(pass_.rows, scratch.count - base), scratch);
+      }
     });
   }
 
-  void pack_token(double square, int64_t i, Packing& packing, Scratch& scratch) {
-    const float* row = scratch.given[i];
+  // Directions have a scale each.
+  Packing packing_of(const float* row, Packing packing) const {
     if (book_.cosine) {
       const ScalePair own = scale_pair(direction_exponent(row));
       packing.scale = own.first;
       packing.scale2 = own.second;
     }
-    TokenBound& bound = scratch.bounds[i];
-    pass_.pack_token(row, packing, scratch.tiles.get() + i * coarse_.tile_bytes(), &bound);
-    if (!book_.cosine) bound.unit *= square;
-    TokenState& state = scratch.states[i];
-    state.use_unit(bound.unit);
-    if (!std::isfinite(bound.norm)) {
-      state.road = all_finite(row, book_.dim) ? Road::SCAN : Road::INVALID;
+    return packing;
+  }
+
+  void measure_tokens(const Packing& packing, Scratch& scratch) {
+    for (int64_t i = 0; i < scratch.count; ++i) {
+      const float* row = scratch.given[i];
+      float square;
+      table_.measure_rows(row, 1, packing_of(row, packing), &square);
+      scratch.norms[i] = std::sqrt(static_cast<double>(square)) * (1.0 + 1e-4) + 0x1p-50;
+      if (square < LARGEST_SQUARE) continue;
+      scratch.norms[i] = 0.0;
+      scratch.states[i].road = all_finite(row, book_.dim) ? Road::SCAN : Road::INVALID;
+    }
+  }
+
+  // A tile's tokens share a scale, set by the longest: where norms differ much, like is put to like. Those below
+  // `short_norm` may have the same scale anyhow.
+  void sort_tokens(double short_norm, Scratch& scratch) const {
+    const double* norms = scratch.norms.get();
+    int32_t* order = scratch.order.get();
+    std::iota(order, order + scratch.count, 0);
+    const auto [least, most] = std::minmax_element(norms, norms + scratch.count);
+    if (book_.cosine || *most <= MIXED_NORMS * std::max(*least, short_norm)) return;
+    std::sort(order, order + scratch.count, [&](int32_t a, int32_t b) { return norms[a] < norms[b]; });
+  }
+
+  void pack_tile(const CoarseScale& scale, const Packing& packing, int64_t base, int64_t count, Scratch& scratch) {
+    char* tile = scratch.tiles.get() + base / pass_.rows * coarse_.tile_bytes();
+    if (count < pass_.rows) std::fill_n(tile, coarse_.tile_bytes(), char{0});
+    double largest = 0.0;
+    for (int64_t i = 0; i < count; ++i) largest = std::max(largest, scratch.norms[scratch.order[base + i]]);
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t token = scratch.order[base + i];
+      const float* row = scratch.given[token];
+      TokenBound& bound = scratch.bounds[base + i];
+      if (scratch.states[token].road == Road::COARSE) {
+        pass_.pack_token(row, packing_of(row, packing), scratch.norms[token], largest, static_cast<int>(i), tile, &bound);
+        if (!book_.cosine) bound.unit *= scale.square;
+        scratch.states[token].use_unit(bound.unit);
+      } else {
+        const int64_t bytes = coarse_.row_bytes();
+        std::fill_n(tile + i * bytes, bytes, char{0});
+      }
     }
   }
 
@@ -217,17 +261,15 @@ class CoarseSearch {
 
   void score(int32_t b, const CoarseBlock& block, const char* panels, int64_t base, Scratch& scratch) {
     const int64_t rows = std::min<int64_t>(pass_.rows, scratch.count - base);
-    if (std::none_of(&scratch.states[base], &scratch.states[base] + rows,
-                     [](const TokenState& state) { return state.road == Road::COARSE; })) {
-      return;
-    }
+    const int32_t* tokens = &scratch.order[base];
+    if (std::none_of(tokens, tokens + rows, [&](int32_t i) { return scratch.states[i].road == Road::COARSE; })) return;
     double least[MOST_ROWS];
-    pass_.score_panels(scratch.tiles.get() + base * coarse_.tile_bytes(), panels, block.count, book_.dim,
+    pass_.score_panels(scratch.tiles.get() + base / pass_.rows * coarse_.tile_bytes(), panels, block.count, book_.dim,
                        coarse_.group, scratch.scores.get(), least);
     const int64_t granules = coarse_.granules(block);
     const double reach = block.bound.largest;
     for (int64_t i = 0; i < rows; ++i) {
-      TokenState& state = scratch.states[base + i];
+      TokenState& state = scratch.states[tokens[i]];
       if (state.road != Road::COARSE) continue;
       const TokenBound& bound = scratch.bounds[base + i];
       const double error = book_.exact ? error_of(bound, block.bound) : 0.0;
@@ -315,18 +357,18 @@ class CoarseSearch {
     const CoarseBook& wide = wide_book();
     const CoarsePass& pass = *wide.pass;
     const int64_t count = static_cast<int64_t>(undecided.size());
-    const Buffer<char> tiles(ceil_div(count, pass.rows) * pass.rows * wide.tile_bytes());
+    const Buffer<char> tiles(ceil_div(count, pass.rows) * wide.tile_bytes());
     const Buffer<char> panels(wide.blocks[0].count * wide.panel_bytes());
     std::vector<TokenBound> bounds(count);
     std::vector<Crowd> crowds(count);
+    std::fill_n(tiles.get() + count / pass.rows * wide.tile_bytes(), count % pass.rows > 0 ? wide.tile_bytes() : 0, char{0});
     for (int64_t i = 0; i < count; ++i) {
       const float* row = scratch.given[undecided[i]];
       Packing packing = wide.packing(wide.scales[0], row + book_.dim);
       if (book_.cosine) packing.scale = packing.scale2 = 1.0f;
-      pass.pack_token(row, packing, tiles.get() + i * wide.tile_bytes(), &bounds[i]);
+      char* tile = tiles.get() + i / pass.rows * wide.tile_bytes();
+      pass.pack_token(row, packing, 0.0, 0.0, static_cast<int>(i % pass.rows), tile, &bounds[i]);
     }
-    std::fill(tiles.get() + count * wide.tile_bytes(),
-              tiles.get() + ceil_div(count, pass.rows) * pass.rows * wide.tile_bytes(), char{0});
     for (size_t b = 0; b < wide.blocks.size(); ++b) {
       CoarseBlock block = wide.blocks[b];
       block.bound = pack_block(wide, book_.code_rows(), block, panels.get());
@@ -370,7 +412,7 @@ class CoarseSearch {
     std::vector<double> scores(pass.rows * granules), values(granules);
     std::vector<int32_t> found(granules);
     double least[MOST_ROWS];
-    pass.score_panels(tiles + base * wide.tile_bytes(), panels, block.count, wide.dim, wide.group, scores.data(),
+    pass.score_panels(tiles + base / pass.rows * wide.tile_bytes(), panels, block.count, wide.dim, wide.group, scores.data(),
                       least);
     const int64_t rows = std::min<int64_t>(pass.rows, static_cast<int64_t>(bounds.size()) - base);
     for (int64_t i = 0; i < rows; ++i) {
@@ -402,6 +444,7 @@ class CoarseSearch {
   const CoarseBook& coarse_;
   const PreparedCodebook& prepared_;
   const CoarsePass& pass_;
+  const KernelTable& table_;
   const Split split_;
   const Tokens<const Element>& tokens_;
   const Outputs& out_;

@@ -141,12 +141,16 @@ template <class Row>
 Choice decide(const Book<Row>& book, const Token<Row>& token, const int64_t* codes, const double* values,
               int64_t count, std::vector<int64_t>& tied) {
   if (count == 0) return {-1, std::numeric_limits<double>::quiet_NaN()};  // every score overflowed
-  int64_t best = 0, near = 0;
-  for (int64_t i = 1; i < count; ++i) best = values[i] < values[best] ? i : best;
-  const double least = values[best];
+  double least = values[0];
+  for (int64_t i = 1; i < count; ++i) least = values[i] < least ? values[i] : least;
   const double limit = book.exact ? tie_limit(least, book.dim, book.cosine) : least;
-  for (int64_t i = 0; i < count; ++i) near += values[i] <= limit;  // no branch that could be mispredicted
-  if (near == 1) return {codes == nullptr ? best : codes[best], least};
+  int64_t near = 0, only = 0;  // summed, not branched on: which code it is cannot be predicted
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t is_near = values[i] <= limit;
+    near += is_near;
+    only += is_near * i;
+  }
+  if (near == 1) return {codes == nullptr ? only : codes[only], least};
   tied.clear();
   for (int64_t i = 0; i < count; ++i) {
     if (values[i] <= limit) tied.push_back(codes == nullptr ? i : codes[i]);

@@ -2,9 +2,9 @@
 // is measured.
 //
 // With b = target / (largest |c - mu|) a code becomes C = b (c - mu), rounded to integers c^; a token X = a (x - mu),
-// rounded to x^, where a brings |X| to target or less. |X|, |C| <= 2^15 keep x^.c^ and all its partial sums below 2^30. With
-// |C|^2/2 = 2^14 eta the score a b (h - x.c) is A eta - X.C, A = 2^14 a / b: one more product, of A <= 2^15 and eta,
-// both rounded to 15 bits. An even D leaves room for the fraction of eta, in 128ths, beside it.
+// rounded to x^, where a brings the norms of its tile to target or less. |X|, |C| <= 2^15 keep x^.c^ and all its partial
+// sums below 2^30. With |C|^2/2 = 2^14 eta the score a b (h - x.c) is A eta - X.C, A = 2^14 a / b: sums start at A eta,
+// the product of two pairs, A and A / 128 with eta and its fraction in 128ths, which is below 2^30 too.
 #pragma once
 
 #include "kernel_scores.h"
@@ -19,8 +19,6 @@ constexpr double BIAS_FRACTION = 128.0;
 constexpr double LARGEST_INT16 = 32767.0;
 constexpr double ROUNDING = 4 * 5.960464477539063e-8;  // float32's, of (x - mu) * scale * scale2 * a
 constexpr double SUM_SLACK = 1.0001;  // of squares summed in float32, in 16 parts, for D up to 16384
-
-inline int64_t int16_steps(int64_t dim) { return dim / 2 + 1; }
 
 // Sixteen numbers rounded, with what that costs.
 struct Rounded {
@@ -58,13 +56,13 @@ template <class P>
 void pack_int16_panel(const float* const* codes,    // [WIDTH] of [D]
                       const double* inverse_norms,  // [WIDTH] or null
                       const Packing& packing,
-                      void* panel,  // [steps, WIDTH] pairs
+                      void* panel,  // [1 + steps, WIDTH] pairs
                       CodeBound* bound) {
   constexpr int WIDTH = Scores<P>::WIDTH;
   constexpr int64_t PAIRS = STRIP;  // packed at a time, of two dimensions each
-  const int64_t steps = int16_steps(packing.dim);
+  const int64_t steps = P::steps(packing.dim);
   const float factor = static_cast<float>(packing.code_factor);
-  int32_t* out = static_cast<int32_t*>(panel);
+  int32_t* out = static_cast<int32_t*>(panel) + WIDTH;
   FloatStrip square_parts[WIDTH], residual_parts[WIDTH];
   for (int j = 0; j < WIDTH; ++j) square_parts[j] = residual_parts[j] = FloatStrip{};
   for (int64_t base = 0; base < steps; base += PAIRS) {
@@ -105,21 +103,16 @@ void pack_int16_panel(const float* const* codes,    // [WIDTH] of [D]
   const double left = __builtin_sqrt(static_cast<double>(most_left)) * SUM_SLACK + ROUNDING * norm + 0x1p-40;
   bound->largest = norm > bound->largest ? norm : bound->largest;
   bound->residual = left > bound->residual ? left : bound->residual;
-  if (packing.cosine) return;
-  int16_t* bias = reinterpret_cast<int16_t*>(out + packing.dim / 2 * WIDTH);
+  int16_t* bias = static_cast<int16_t*>(panel);
   for (int j = 0; j < WIDTH; ++j) {
-    const float eta = squares[j] * static_cast<float>(0.5 / BIAS_STEP);
-    if (packing.dim % 2 == 0) {
-      const int32_t whole = eta < 32767.0f ? static_cast<int32_t>(eta) : 32767;
-      bias[2 * j] = static_cast<int16_t>(whole);
-      bias[2 * j + 1] = static_cast<int16_t>((eta - static_cast<float>(whole)) * 128.0f + 0.5f);
-    } else {
-      bias[2 * j + 1] = static_cast<int16_t>(eta < 32766.0f ? eta + 0.5f : 32767.0f);
-    }
+    const float eta = packing.cosine ? 0.0f : squares[j] * static_cast<float>(0.5 / BIAS_STEP);
+    const int32_t whole = eta < 32767.0f ? static_cast<int32_t>(eta) : 32767;
+    bias[2 * j] = static_cast<int16_t>(whole);
+    bias[2 * j + 1] = static_cast<int16_t>((eta - static_cast<float>(whole)) * 128.0f + 0.5f);
   }
 }
 
-// How a token is scaled, and what its two bias words are.
+// How a token is scaled, and what the biases are multiplied with.
 struct TokenScale {
   double factor;     // a
   double bias;       // A
@@ -127,10 +120,10 @@ struct TokenScale {
   int32_t fraction;  // A / 128 rounded, for the fraction of eta
 };
 
-inline TokenScale scale_token(const Packing& packing, double norm) {
+inline TokenScale scale_token(const Packing& packing, double norm, double largest) {
   if (packing.cosine) return {norm > 0.0 ? packing.target / norm : 1.0, 0.0, 0, 0};
   const double to_bias = BIAS_STEP / packing.code_factor;
-  double most = norm > 0.0 ? packing.target / norm * to_bias : LARGEST_INT16;
+  double most = largest > 0.0 ? packing.target / largest * to_bias : LARGEST_INT16;
   most = most < LARGEST_INT16 ? most : LARGEST_INT16;
   const int32_t whole = static_cast<int32_t>(most);
   // an A that is an integer costs nothing and has no error; below 1 there is none
@@ -143,53 +136,34 @@ inline double bias_error(const Packing& packing, const TokenScale& scale) {
   if (packing.cosine) return 0.0;
   const double largest = LARGEST_INT16 + 1.0;
   const double sums = (static_cast<double>(packing.dim) / 16.0 + 48.0) * 1.1 * 5.960464477539063e-8;
-  double error = __builtin_fabs(scale.bias - scale.whole) * largest + sums * scale.bias * largest + 1.0;
-  if (packing.dim % 2 == 0) {
-    error += __builtin_fabs(scale.bias / BIAS_FRACTION - scale.fraction) * BIAS_FRACTION;
-    error += 0.5 * scale.fraction;
-  } else {
-    error += 0.5 * scale.whole;
-  }
-  return error;
+  return __builtin_fabs(scale.bias - scale.whole) * largest + sums * scale.bias * largest + 1.0 +
+         __builtin_fabs(scale.bias / BIAS_FRACTION - scale.fraction) * BIAS_FRACTION + 0.5 * scale.fraction;
 }
 
 template <class P>
 void pack_int16_token(const float* token,  // [D]
-                      const Packing& packing,
-                      void* tile,  // [steps] pairs
+                      const Packing& packing, double norm, double largest, int row,
+                      void* tile,  // [ROWS, steps] pairs and one
                       TokenBound* bound) {
-  const int64_t dim = packing.dim;
-  FloatStrip parts{};
-  for (int64_t d = 0; d < dim; d += STRIP) {
-    const FloatStrip strip = packed_strip(token, packing, d);
-    parts += strip * strip;
-  }
-  const float square = sum_of(parts);
-  if (!(square < 0x1p80f)) {
-    *bound = {1.0, __builtin_inf(), 0.0, 0.0};
-    return;
-  }
-  const double norm = __builtin_sqrt(static_cast<double>(square)) * SUM_SLACK + 0x1p-50;
-  const TokenScale scale = scale_token(packing, norm);
+  const int64_t dim = packing.dim, steps = P::steps(dim);
+  const TokenScale scale = scale_token(packing, norm, largest);
   const float factor = static_cast<float>(scale.factor);
-  int16_t* out = static_cast<int16_t*>(tile);
+  int16_t* out = static_cast<int16_t*>(tile) + row * 2 * steps;
   FloatStrip residuals{};
   for (int64_t d = 0; d < dim; d += STRIP) {
     const Rounded rounded = round_strip<false>(packed_strip(token, packing, d), factor);
     residuals += rounded.residual;
-    const int64_t width = dim - d < STRIP ? dim - d : STRIP;
+    const int64_t width = 2 * steps - d < STRIP ? 2 * steps - d : STRIP;
     if (width == STRIP) {
       __builtin_memcpy(out + d, &rounded.values, sizeof(rounded.values));
     } else {
       for (int64_t i = 0; i < width; ++i) out[d + i] = rounded.values[i];
     }
   }
-  const float residual = sum_of(residuals);
-  out[dim] = static_cast<int16_t>(scale.whole);
-  if (dim % 2 == 0) out[dim + 1] = static_cast<int16_t>(scale.fraction);
+  const int16_t shared[2] = {static_cast<int16_t>(scale.whole), static_cast<int16_t>(scale.fraction)};
+  __builtin_memcpy(static_cast<int32_t*>(tile) + P::ROWS * steps, shared, sizeof(shared));
   const double length = scale.factor * norm;
-  const double left =
-      __builtin_sqrt(static_cast<double>(residual)) * SUM_SLACK + ROUNDING * length + 0x1p-40;
+  const double left = __builtin_sqrt(static_cast<double>(sum_of(residuals))) * SUM_SLACK + ROUNDING * length + 0x1p-40;
   *bound = {scale.factor * packing.code_factor, length + left, left, bias_error(packing, scale)};
 }
 

@@ -2,9 +2,9 @@
 // namespace. Nothing from the standard library is instantiated here: a shared template compiled for AVX512 could
 // be the copy that the linker keeps for everyone.
 //
-// P: Word, Vector, ROWS, LANES, VECTORS, DEPTH (multiply-adds of a lane of accumulate), BIAS (whether a panel begins with a row of biases, where the sums start),
-// steps(dim) (rows of a panel after it), load, store, zero, broadcast, minimum, least(v), accumulate(acc, token, code),
-// limit_of(double) (no word above it stands for a score that is not above the limit), any_below(v, limit).
+// P: Word, Vector, ROWS, LANES, VECTORS, DEPTH (multiply-adds of a lane of accumulate), steps(dim), load, store,
+// broadcast, start(biases, shared) (where sums begin), accumulate(sum, token, code), minimum, least(v), limit_of(double)
+// (no word above it stands for a score that is not above the limit), any_below(v, limit).
 #pragma once
 
 #include "kernel_table.h"
@@ -19,8 +19,8 @@ struct Scores {
   using Vector = typename P::Vector;
   static constexpr int WIDTH = P::VECTORS * P::LANES;
 
-  static int64_t tile_words(int64_t dim) { return P::steps(dim); }
-  static int64_t panel_words(int64_t dim) { return (P::steps(dim) + (P::BIAS ? 1 : 0)) * WIDTH; }
+  static int64_t tile_words(int64_t dim) { return (P::ROWS * P::steps(dim) + 16) / 16 * 16; }  // whole cache lines
+  static int64_t panel_words(int64_t dim) { return (1 + P::steps(dim)) * WIDTH; }
 
   using Sums = Vector[P::ROWS][P::VECTORS];
 
@@ -42,20 +42,20 @@ struct Scores {
   // One tile against one panel: rows x vectors sums stay in registers. STEPS = 0: not known to the compiler.
   // FOLD: of every lane only the least.
   template <int STEPS, bool FOLD>
-  static inline __attribute__((always_inline)) void score_panel(const Word* tile,   // [ROWS, steps]
-                                                                const Word* panel,  // [BIAS + steps, WIDTH]
+  static inline __attribute__((always_inline)) void score_panel(const Word* tile,   // [ROWS, steps] and one
+                                                                const Word* panel,  // [1 + steps, WIDTH]
                                                                 int64_t run_time_steps, bool first,
                                                                 Word* granule_scores,  // [ROWS, stride]
                                                                 int64_t stride) {
+    const Vector shared = P::broadcast(tile[P::ROWS * (STEPS > 0 ? STEPS : run_time_steps)]);
     Sums sums;
-#pragma GCC unroll 16
-    for (int row = 0; row < P::ROWS; ++row) {
 #pragma GCC unroll 4
-      for (int v = 0; v < P::VECTORS; ++v) {
-        sums[row][v] = P::BIAS ? P::load(panel + v * P::LANES) : P::zero();
-      }
+    for (int v = 0; v < P::VECTORS; ++v) {
+      const Vector start = P::start(P::load(panel + v * P::LANES), shared);
+#pragma GCC unroll 16
+      for (int row = 0; row < P::ROWS; ++row) sums[row][v] = start;
     }
-    if (P::BIAS) panel += WIDTH;
+    panel += WIDTH;
     if constexpr (STEPS > 0) {
 #pragma GCC unroll 18
       for (int64_t step = 0; step < STEPS; ++step) add_step(tile + step, STEPS, panel + step * WIDTH, sums);
@@ -115,7 +115,7 @@ struct Scores {
     return static_cast<double>(P::least(P::minimum(P::minimum(best[0], best[1]), P::minimum(best[2], best[3]))));
   }
 
-  static void score_panels(const void* tile,    // [ROWS, steps]
+  static void score_panels(const void* tile,    // [tile_words]
                            const void* panels,  // [count, panel_words]
                            int64_t count, int64_t dim, int64_t group,
                            void* granule_scores,  // [ROWS, granules]
@@ -128,6 +128,9 @@ struct Scores {
       case -1:
         sweep_apart(tokens, codes, count, dim, out, granules);
         break;
+      case 1:
+        sweep<1>(tokens, codes, count, dim, group, out, granules);
+        break;
       case 2:
         sweep<2>(tokens, codes, count, dim, group, out, granules);
         break;
@@ -137,11 +140,8 @@ struct Scores {
       case 4:
         sweep<4>(tokens, codes, count, dim, group, out, granules);
         break;
-      case 5:
-        sweep<5>(tokens, codes, count, dim, group, out, granules);
-        break;
-      case 7:
-        sweep<7>(tokens, codes, count, dim, group, out, granules);
+      case 6:
+        sweep<6>(tokens, codes, count, dim, group, out, granules);
         break;
       case 8:
         sweep<8>(tokens, codes, count, dim, group, out, granules);
@@ -149,11 +149,8 @@ struct Scores {
       case 9:
         sweep<9>(tokens, codes, count, dim, group, out, granules);
         break;
-      case 10:
-        sweep<10>(tokens, codes, count, dim, group, out, granules);
-        break;
-      case 17:
-        sweep<17>(tokens, codes, count, dim, group, out, granules);
+      case 16:
+        sweep<16>(tokens, codes, count, dim, group, out, granules);
         break;
       default:
         sweep<0>(tokens, codes, count, dim, group, out, granules);
@@ -223,7 +220,7 @@ struct Scores {
                                         decltype(CoarsePass::pack_panel) pack_panel,
                                         decltype(CoarsePass::pack_token) pack_token) {
     return {name,       sizeof(Word), P::ROWS,      P::LANES,    P::VECTORS, largest_score,
-            tile_words, panel_words,  score_panels, find_scores, pack_panel, pack_token,
+            P::steps,   tile_words, panel_words,  score_panels, find_scores, pack_panel, pack_token,
             run_peak};
   }
 };

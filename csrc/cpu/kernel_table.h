@@ -32,10 +32,11 @@ struct CodeBound {
   double offset;
 };
 
-// One way to score tokens against codes at low precision. Tokens lie in rows of words, `tile_words(D)` each; a
-// *panel* is WIDTH = vectors * lanes codes stored [panel_words(D) / WIDTH, WIDTH]. A *granule* is one lane of
-// `group` neighbouring panels: vectors * group codes, or a single code where `group` is 0. The score of a token and a code stands for h - x.c with
-// h = |c|^2 / 2 (0 for cosine). Words are 32 bits wide, 64 in the float64 pass.
+// One way to score tokens against codes at low precision. A *tile* is `rows` tokens, [rows, steps] words and then one
+// more that they share; a *panel* is WIDTH = vectors * lanes codes, a row of biases and then their numbers transposed,
+// [1 + steps, WIDTH] words. A *granule* is one lane of `group` neighbouring panels: vectors * group codes, or a single
+// code where `group` is 0. The score of a token and a code stands for h - x.c with h = |c|^2 / 2 (0 for cosine). Words
+// are 32 bits wide, 64 in the float64 pass.
 struct CoarsePass {
   const char* name;
   int word_bytes;
@@ -43,11 +44,12 @@ struct CoarsePass {
   int lanes;
   int vectors;
   double largest_score;  // below which scores are sure not to overflow
+  int64_t (*steps)(int64_t dim);
   int64_t (*tile_words)(int64_t dim);
   int64_t (*panel_words)(int64_t dim);
 
   // Scores of `rows` tokens against panels; of every granule only the least is kept.
-  void (*score_panels)(const void* tile,    // [rows, tile_words]
+  void (*score_panels)(const void* tile,    // [tile_words]
                        const void* panels,  // [count, panel_words]
                        int64_t count, int64_t dim, int64_t group,
                        void* granule_scores,  // [rows, granules]
@@ -67,9 +69,12 @@ struct CoarsePass {
                      void* panel,        // [panel_words]
                      CodeBound* bound);  // raised to hold for these codes too
 
-  // Packs one token. Its `bound.norm` is NaN or infinite where an entry is not finite, or the pass cannot take it.
+  // Packs one token into its row of a tile, and the word that the tile's tokens share.
   void (*pack_token)(const float* token,  // [D]
                      const Packing& packing,
+                     double norm,     // of the token after centring and scaling, at least
+                     double largest,  // of the tile's norms
+                     int row,
                      void* tile,  // [tile_words]
                      TokenBound* bound);
 

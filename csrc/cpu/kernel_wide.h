@@ -131,12 +131,13 @@ void pack_wide_panel(const float* const* codes,    // [WIDTH] of [D]
 
 template <class P>
 void pack_wide_token(const float* token,  // [D]
-                     const Packing& packing,
-                     void* tile,  // [D]
+                     const Packing& packing, double /*norm*/, double /*largest*/, int row,
+                     void* tile,  // [ROWS, D] and one
                      TokenBound* bound) {
   using Word = typename P::Word;
   constexpr int CHAINS = 8;
-  Word* out = static_cast<Word*>(tile);
+  Word* out = static_cast<Word*>(tile) + row * packing.dim;
+  static_cast<Word*>(tile)[P::ROWS * packing.dim] = 0;
   double parts[CHAINS] = {}, square = 0.0;
   int64_t d = 0;
   for (; d + CHAINS <= packing.dim; d += CHAINS) {
@@ -169,23 +170,32 @@ inline DoubleHalf load_wide_part(const Code* p, int64_t width) {
   return __builtin_convertvector(load_part<Half>(p, width), DoubleHalf);
 }
 
-// sum_d (x - c)^2, or sum_d x * c.
-template <class Code, bool DIFFERENCE>
-inline double reduce_row(const Code* x, const Code* code, int64_t dim) {
+template <bool DIFFERENCE>
+inline DoubleHalf term(DoubleHalf x, DoubleHalf c) {
+  const DoubleHalf difference = x - c;
+  return DIFFERENCE ? difference * difference : x * c;
+}
+
+// sum_d (x - c)^2, or sum_d x * c, of COUNT codes side by side.
+template <class Code, bool DIFFERENCE, int COUNT>
+inline void reduce_together(const Code* x, const Code* const (&codes)[COUNT], int64_t dim, double* out) {
   constexpr int64_t HALF = 8;
-  DoubleHalf sum{};
+  DoubleHalf sums[COUNT];
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT; ++i) sums[i] = DoubleHalf{};
   int64_t d = 0;
   for (; d + HALF <= dim; d += HALF) {
-    const DoubleHalf token = load_wide(x + d), c = load_wide(code + d);
-    const DoubleHalf difference = token - c;
-    sum += DIFFERENCE ? difference * difference : token * c;
+    const DoubleHalf token = load_wide(x + d);
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; ++i) sums[i] += term<DIFFERENCE>(token, load_wide(codes[i] + d));
   }
   if (d < dim) {
-    const DoubleHalf token = load_wide_part(x + d, dim - d), c = load_wide_part(code + d, dim - d);
-    const DoubleHalf difference = token - c;
-    sum += DIFFERENCE ? difference * difference : token * c;
+    const DoubleHalf token = load_wide_part(x + d, dim - d);
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; ++i) sums[i] += term<DIFFERENCE>(token, load_wide_part(codes[i] + d, dim - d));
   }
-  return sum_of(sum);
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT; ++i) out[i] = sum_of(sums[i]);
 }
 
 template <class Code, bool DIFFERENCE>
@@ -194,9 +204,15 @@ void reduce_rows(const Code* x,          // [D]
                  const int64_t* chosen,  // [count], or null for the first `count`
                  int64_t count, int64_t dim,
                  double* out) {  // [count]
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t k = chosen == nullptr ? i : chosen[i];
-    out[i] = reduce_row<Code, DIFFERENCE>(x, rows + k * dim, dim);
+  const auto row = [&](int64_t i) { return rows + (chosen == nullptr ? i : chosen[i]) * dim; };
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    const Code* const codes[4] = {row(i), row(i + 1), row(i + 2), row(i + 3)};
+    reduce_together<Code, DIFFERENCE, 4>(x, codes, dim, out + i);
+  }
+  for (; i < count; ++i) {
+    const Code* const code[1] = {row(i)};
+    reduce_together<Code, DIFFERENCE, 1>(x, code, dim, out + i);
   }
 }
 

@@ -27,12 +27,11 @@ struct Float32 {
   using Word = float;
   using Vector = __m256;
   static constexpr int ROWS = 6, VECTORS = 2, LANES = 8, DEPTH = 1;
-  static constexpr bool BIAS = true;
   static int64_t steps(int64_t dim) { return dim; }
   static Vector load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
-  static Vector zero() { return _mm256_setzero_ps(); }
   static Vector broadcast(float value) { return _mm256_set1_ps(value); }
+  static Vector start(Vector biases, Vector /*shared*/) { return biases; }
   static Vector minimum(Vector a, Vector b) { return _mm256_min_ps(a, b); }
   static Word least(Vector v) {
     Word lanes[LANES];
@@ -50,12 +49,11 @@ struct Float64 {
   using Word = double;
   using Vector = __m256d;
   static constexpr int ROWS = 6, VECTORS = 2, LANES = 4, DEPTH = 1;
-  static constexpr bool BIAS = true;
   static int64_t steps(int64_t dim) { return dim; }
   static Vector load(const double* p) { return _mm256_loadu_pd(p); }
   static void store(double* p, Vector v) { _mm256_storeu_pd(p, v); }
-  static Vector zero() { return _mm256_setzero_pd(); }
   static Vector broadcast(double value) { return _mm256_set1_pd(value); }
+  static Vector start(Vector biases, Vector /*shared*/) { return biases; }
   static Vector minimum(Vector a, Vector b) { return _mm256_min_pd(a, b); }
   static Word least(Vector v) {
     Word lanes[LANES];
@@ -73,12 +71,11 @@ struct Int16 {
   using Word = int32_t;
   using Vector = __m256i;
   static constexpr int ROWS = 6, VECTORS = 2, LANES = 8, DEPTH = 2;
-  static constexpr bool BIAS = false;
-  static int64_t steps(int64_t dim) { return dim / 2 + 1; }
+  static int64_t steps(int64_t dim) { return (dim + 1) / 2; }
   static Vector load(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(int32_t* p, Vector v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-  static Vector zero() { return _mm256_setzero_si256(); }
   static Vector broadcast(int32_t value) { return _mm256_set1_epi32(value); }
+  static Vector start(Vector biases, Vector shared) { return _mm256_madd_epi16(biases, shared); }
   static Vector minimum(Vector a, Vector b) { return _mm256_min_epi32(a, b); }
   static Word least(Vector v) {
     Word lanes[LANES];

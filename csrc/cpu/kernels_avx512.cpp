@@ -20,12 +20,11 @@ struct Float32 {
   using Word = float;
   using Vector = __m512;
   static constexpr int ROWS = 6, VECTORS = 4, LANES = 16, DEPTH = 1;
-  static constexpr bool BIAS = true;
   static int64_t steps(int64_t dim) { return dim; }
   static Vector load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
-  static Vector zero() { return _mm512_setzero_ps(); }
   static Vector broadcast(float value) { return _mm512_set1_ps(value); }
+  static Vector start(Vector biases, Vector /*shared*/) { return biases; }
   static Vector minimum(Vector a, Vector b) { return _mm512_min_ps(a, b); }
   static float least(Vector v) { return _mm512_reduce_min_ps(v); }
   static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm512_fnmadd_ps(a, b, sum); }
@@ -39,12 +38,11 @@ struct Float64 {
   using Word = double;
   using Vector = __m512d;
   static constexpr int ROWS = 6, VECTORS = 4, LANES = 8, DEPTH = 1;
-  static constexpr bool BIAS = true;
   static int64_t steps(int64_t dim) { return dim; }
   static Vector load(const double* p) { return _mm512_loadu_pd(p); }
   static void store(double* p, Vector v) { _mm512_storeu_pd(p, v); }
-  static Vector zero() { return _mm512_setzero_pd(); }
   static Vector broadcast(double value) { return _mm512_set1_pd(value); }
+  static Vector start(Vector biases, Vector /*shared*/) { return biases; }
   static Vector minimum(Vector a, Vector b) { return _mm512_min_pd(a, b); }
   static double least(Vector v) { return _mm512_reduce_min_pd(v); }
   static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm512_fnmadd_pd(a, b, sum); }

@@ -21,12 +21,11 @@ struct Int16 {
   using Word = int32_t;
   using Vector = __m512i;
   static constexpr int ROWS = 6, VECTORS = 4, LANES = 16, DEPTH = 2;
-  static constexpr bool BIAS = false;
-  static int64_t steps(int64_t dim) { return dim / 2 + 1; }
+  static int64_t steps(int64_t dim) { return (dim + 1) / 2; }
   static Vector load(const int32_t* p) { return _mm512_loadu_si512(p); }
   static void store(int32_t* p, Vector v) { _mm512_storeu_si512(p, v); }
-  static Vector zero() { return _mm512_setzero_si512(); }
   static Vector broadcast(int32_t value) { return _mm512_set1_epi32(value); }
+  static Vector start(Vector biases, Vector shared) { return _mm512_madd_epi16(biases, shared); }
   static Vector minimum(Vector a, Vector b) { return _mm512_min_epi32(a, b); }
   static int32_t least(Vector v) { return _mm512_reduce_min_epi32(v); }
   // the intrinsic makes GCC 12 move and spill the sums

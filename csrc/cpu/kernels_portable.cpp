@@ -10,7 +10,6 @@ struct Portable {
   using Word = T;
   typedef T Vector __attribute__((vector_size(16)));
   static constexpr int ROWS = 4, VECTORS = 2, LANES = 16 / sizeof(T), DEPTH = 1;
-  static constexpr bool BIAS = true;
   static int64_t steps(int64_t dim) { return dim; }
   static Vector load(const T* p) {
     Vector v;
@@ -18,8 +17,8 @@ struct Portable {
     return v;
   }
   static void store(T* p, Vector v) { __builtin_memcpy(p, &v, sizeof(v)); }
-  static Vector zero() { return Vector{}; }
   static Vector broadcast(T value) { return Vector{} + value; }
+  static Vector start(Vector biases, Vector /*shared*/) { return biases; }
   static Vector minimum(Vector a, Vector b) { return a < b ? a : b; }
   static T least(Vector v) {
     T least = v[0];

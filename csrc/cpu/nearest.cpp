@@ -1,4 +1,5 @@
 // Nearest-code search: float64 inputs token by token, all others by way of a coarse pass (coarse_search.h).
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -183,6 +184,14 @@ std::tuple<Tensor, Tensor, Tensor> nearest_report(Tensor x, Tensor codebook, boo
     if (std::strcmp(report.pass, names[i]) == 0) out[STAGES + 5] = static_cast<double>(i);
   }
   return {result.codes, result.distance, numbers};
+}
+
+const char* coarse_pass(int64_t dim, bool exact) noexcept {
+  try {
+    return choose_pass(kernels(), dim, exact).name;
+  } catch (const std::runtime_error&) {
+    return "?";
+  }
 }
 
 double peak_rate(const char* pass) noexcept {

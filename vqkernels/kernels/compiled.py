@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -78,7 +79,9 @@ def nearest_report(
         instruction_set=_extension.instruction_set() or "?",
         threads=threads,
         # the codebook is prepared by all threads at once, seen from the one that waits for them
-        seconds={name: spent / (1 if name == "prepare" else threads) for name, spent in zip(STAGES, seconds, strict=True)},
+        seconds={
+            name: spent / (1 if name == "prepare" else threads) for name, spent in zip(STAGES, seconds, strict=True)
+        },
         tokens=tokens,
         certified=int(certified),
         candidates=candidates / max(1, tokens - int(scanned)),
@@ -158,7 +161,31 @@ def _supports(first: Tensor, *_rest: object) -> str | None:
     return f"runs on cpu and cuda, not on {first.device.type}"
 
 
-register("nearest", "compiled", nearest, supports=_supports)
+def _nearest_details(x: Tensor, _codebook: Tensor, _metric: str, precision: str) -> str | None:
+    """Which coarse pass the CPU takes, and why."""
+    if x.device.type != "cpu":
+        return None
+    isa, forced = _extension.instruction_set(), os.environ.get("VQKERNELS_CPU_PASS")
+    name = "float64" if x.dtype == torch.float64 else _coarse_pass(x.shape[-1], precision == "exact")
+    reason = {
+        "int16": "its products are exact and twice as many as float32's",
+        "float32": f"{isa} has no faster int16 products, or D is beyond 8192",
+        "float64": "as precise as the input",
+    }.get(name, "not known")
+    if precision == "fast" and name == "float32":
+        reason = 'precision="fast" is one pass in float32'
+    elif forced and name != "float64":
+        reason = f"VQKERNELS_CPU_PASS={forced}"
+    return f"{name} pass ({isa}): {reason}"
+
+
+def _coarse_pass(dim: int, exact: bool) -> str:
+    function = ctypes.CDLL(str(_extension.cpu_library_path())).vqkernels_coarse_pass
+    function.argtypes, function.restype = [ctypes.c_int64, ctypes.c_int], ctypes.c_char_p
+    return function(dim, exact).decode()
+
+
+register("nearest", "compiled", nearest, supports=_supports, details=_nearest_details)
 register("gather", "compiled", gather, supports=_supports)
 register("quantize_backward", "compiled", quantize_backward, supports=_supports)
 register("codebook_stats", "compiled", codebook_stats, supports=_supports)

@@ -20,6 +20,7 @@ class Kernel:
     backend: str
     fn: Callable[..., Any]
     supports: Callable[..., str | None]  # called with fn's positional arguments: None, or why not
+    details: Callable[..., str | None]  # likewise: what it will do with them, in one line
 
 
 _TABLE: dict[tuple[str, str], Kernel] = {}
@@ -29,13 +30,19 @@ def _anything(*_args: Any) -> None:
     return None
 
 
-def register(op: str, backend: str, fn: Callable[..., Any], supports: Callable[..., str | None] = _anything) -> None:
+def register(
+    op: str,
+    backend: str,
+    fn: Callable[..., Any],
+    supports: Callable[..., str | None] = _anything,
+    details: Callable[..., str | None] = _anything,
+) -> None:
     """Enter ``fn`` as ``backend``'s implementation of ``op``; entering a pair twice is an error."""
     if op not in OPS:
         raise ValueError(f"op: expected one of {OPS}, got {op!r}")
     if (op, backend) in _TABLE:
         raise ValueError(f"{op!r} is already registered for backend {backend!r}")
-    _TABLE[op, backend] = Kernel(op, backend, fn, supports)
+    _TABLE[op, backend] = Kernel(op, backend, fn, supports, details)
 
 
 def lookup_kernel(op: str, backend: str) -> Kernel | None:
