@@ -60,7 +60,7 @@ def compare_search(
     reasons = {p.name: p.unavailable(problem) for p in providers}
     calls: dict[str, Call] = {p.name: p.prepare(problem) for p in providers if reasons[p.name] is None}
     gate = SearchGate(problem, check_rows)
-    verdicts = {name: gate.check(call(), lowest_on_ties=name == OURS) for name, call in calls.items()}
+    verdicts = {name: _verdict(gate, name, call) for name, call in calls.items()}
     timings = measure(calls, seconds=seconds, device=problem.x.device.type, min_rounds=3)
     peaks = peak_memory(list(calls), problem, threads=torch.get_num_threads())
     return [
@@ -69,6 +69,12 @@ def compare_search(
         else SearchRow(label, None, None, None, None, None, reasons[name])
         for name, label in CONTESTANTS.items()
     ]
+
+
+def _verdict(gate: SearchGate, name: str, call: Call) -> Verdict:
+    codes = call()
+    assert codes is not None
+    return gate.check(codes, lowest_on_ties=name == OURS)
 
 
 def _problem(x: Tensor, codebook: Tensor) -> Problem:  # x [..., D], codebook [K, D]

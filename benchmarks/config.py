@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
 from .shapes import parse_shape
 
-Operation = Literal["search", "quantize-train-step", "ema"]
+Operation = Literal["search", "quantize", "ema", "train-step"]
+Data = Literal[
+    "normal",
+    "kmeans",
+    "unit",
+    "init",
+    "offset",
+    "near-duplicates",
+    "mixed-scales",
+    "same",
+    "near-ties",
+    "outlier",
+]
 OPERATIONS: tuple[str, ...] = get_args(Operation)
 DEFAULT_SHAPES = ("4096,1024,256", "4096,16384,32", "512,262144,18")
 
@@ -19,7 +29,8 @@ class BenchConfig:
     """One benchmark: an operation, its shapes, and who takes part."""
 
     operation: Operation = field(default="search", metadata={"positional": True})
-    """what to measure: search | quantize-train-step (forward, backward and EMA) | ema (statistics and update)"""
+    """what to measure: search | quantize (search, lookup, errors: what inference does) | ema (statistics and update) |
+    train-step (forward, backward and EMA)"""
     shape: list[str] = field(default_factory=list)
     """N,K,D or a model's name (vqgan-1024, llamagen, open-magvit2, encodec ...); repeat for more"""
     provider: list[str] = field(default_factory=list)
@@ -32,8 +43,12 @@ class BenchConfig:
     """cpu | cuda"""
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
     """float32 | float16 | bfloat16 | float64"""
-    data: Literal["normal", "unit", "offset", "init"] = "normal"
-    """normal N(0,1) | unit vectors | offset (mean of 10 sigma) | init (codebook uniform in +-1/K)"""
+    data: Data = "normal"
+    """normal N(0,1) | kmeans (tokens of a mixture, its k-means codebook) | unit vectors | init (codebook uniform in
+    +-1/K) | offset (mean of 100 sigma) | near-duplicates (codes in groups 1e-4 apart) | mixed-scales (1e-3 to 1e3); to
+    do harm: same (all codes equal) | near-ties (four heaps 1e-6 wide) | outlier (one code 1e6 times longer)"""
+    codebook: Literal["fixed", "changing"] = "fixed"
+    """fixed: prepared once where a provider can | changing: one element is written before every call"""
     gradient: Literal["rotation", "straight_through"] = "rotation"
     """how the training step sends gradients past the codes: rotation | straight_through"""
     measure: Literal["time", "memory", "both"] = "time"
@@ -47,7 +62,7 @@ class BenchConfig:
     json: str | None = None
     """write the whole result to this file"""
     preset: str | None = None
-    """a named set of benchmarks instead of the options above (cpu)"""
+    """a named set of benchmarks instead of the options above: cpu | avx2 | worst | h200"""
 
     def __post_init__(self) -> None:
         for name, allowed in _choices().items():
@@ -60,6 +75,10 @@ class BenchConfig:
             raise ValueError(f"threads: expected positive integers, got {self.threads}")
         if self.device.split(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"device: expected cpu or cuda, got {self.device!r}")
+        if self.codebook == "changing" and self.operation not in ("search", "quantize"):
+            raise ValueError(
+                f"codebook: expected fixed for {self.operation}, which changes it by itself; got 'changing'"
+            )
         for text in self.shape:
             parse_shape(text)
 
@@ -71,29 +90,3 @@ def _choices() -> dict[str, tuple[str, ...]]:
 
 def _is_literal(kind: Any) -> bool:
     return getattr(kind, "__origin__", None) is Literal
-
-
-def _settings(entry: dataclasses.Field[Any], kind: Any) -> dict[str, Any]:
-    """What argparse has to know of one field."""
-    if kind in (list[str], list[int]):
-        return {"action": "append", "default": [], "type": get_args(kind)[0]}
-    known = {"choices": get_args(kind)} if _is_literal(kind) else {"type": kind if kind in (int, float) else str}
-    return {"default": entry.default, **known, **({"nargs": "?"} if entry.metadata.get("positional") else {})}
-
-
-def parse_arguments(words: list[str], prog: str = "vqkernels bench") -> BenchConfig:
-    """A command line as a config.
-
-    Raises:
-        ValueError: a value that the config refuses.
-        SystemExit: after --help, or argparse's own complaint.
-    """
-    from docstring_parser import parse_from_object
-
-    parser = argparse.ArgumentParser(prog=prog, description="Time the operators of this package beside others.")
-    texts = {each.arg_name: each.description for each in parse_from_object(BenchConfig).params}
-    kinds = get_type_hints(BenchConfig)
-    for entry in dataclasses.fields(BenchConfig):
-        name = entry.name if entry.metadata.get("positional") else f"--{entry.name}"
-        parser.add_argument(name, help=texts[entry.name], **_settings(entry, kinds[entry.name]))
-    return BenchConfig(**vars(parser.parse_args(words)))

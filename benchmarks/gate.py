@@ -1,29 +1,27 @@
 """Correctness first: what a provider returned, held against the truth, before its time means anything.
 
-The truth of a search is ``vqkernels.nearest`` on the reference backend with float64 inputs, for a bounded number of
-tokens. A code at exactly the same distance counts as right for others; ours must be the lowest index as promised.
+The truth of a search is that of ``vqkernels.testing``, over the real numbers, for a bounded number of tokens. A code at
+exactly the same distance counts as right for others; ours must be the lowest index as promised.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from vqkernels.backends import use_backend
-from vqkernels.ops import nearest
+from vqkernels.testing import true_codes, wrong_codes
 
 from .problem import EMA_DECAY, Problem, initial_state
+from .providers import Lookup
 
-SURELY_APART = 1e-12  # relative; far above the rounding of a float64 distance, so below it fractions decide
 UNIT = 2.0**-24  # float32 unit roundoff
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How many of the checked results are wrong (codes, or codebook rows for ``ema``)."""
+    """How many of the checked results are wrong (tokens, or codebook rows for ``ema``)."""
 
     checked: int
     wrong: int
@@ -38,45 +36,34 @@ def check_rows(tokens: int, limit: int) -> Tensor:  # int64 [min(tokens, limit)]
     return torch.linspace(0, tokens - 1, min(tokens, limit), dtype=torch.float64).round().long()
 
 
-def _same_distance(token: Tensor, code: Tensor, other: Tensor) -> bool:  # each [D], float64
-    """Whether |token - code| equals |token - other| over the rationals."""
-
-    def squared(vector: Tensor) -> Fraction:
-        pairs = zip(token.tolist(), vector.tolist(), strict=True)
-        return sum(((Fraction(a) - Fraction(b)) ** 2 for a, b in pairs), Fraction(0))
-
-    return squared(code) == squared(other)
-
-
 class SearchGate:
     """True codes of some tokens of a problem."""
 
     def __init__(self, problem: Problem, limit: int) -> None:
         self.rows = check_rows(problem.shape.tokens, limit)
-        self._x = problem.x.detach().cpu().double()[self.rows]  # [R, D]
-        self._codebook = problem.codebook.detach().cpu().double()  # [K, D]
-        with use_backend("reference"):
-            self.codes = nearest(self._x, self._codebook)[0]  # [R]
+        self._x = problem.x.detach().cpu()[self.rows]  # [R, D]
+        codebook = problem.codebook.detach().cpu()
+        self._codebook = codebook.clone() if problem.changing else codebook  # [K, D]
+        self.codes = true_codes(self._x, self._codebook)  # [R]
 
     def check(
         self,
-        codes: Tensor,  # int64 [N]
+        result: Tensor | Lookup,  # codes int64 [N], or a Lookup
         *,
         lowest_on_ties: bool,
     ) -> Verdict:
-        """Compare a provider's codes of all tokens with the truth."""
-        given = codes.detach().cpu().reshape(-1)[self.rows]
-        differing = (given != self.codes).nonzero().flatten().tolist()
-        if lowest_on_ties:
-            return Verdict(len(self.rows), len(differing))
-        return Verdict(len(self.rows), sum(not self._tie(row, int(given[row])) for row in differing))
-
-    def _tie(self, row: int, code: int) -> bool:
-        if not 0 <= code < len(self._codebook):
-            return False
-        token, best, other = self._x[row], self._codebook[self.codes[row]], self._codebook[code]
-        near, far = (token - best).square().sum(), (token - other).square().sum()
-        return bool(far - near <= SURELY_APART * near) and _same_distance(token, best, other)
+        """Compare a provider's codes of all tokens with the truth, and its quantized rows with its codes' rows."""
+        lookup = result if isinstance(result, Lookup) else None
+        codes = result.codes if isinstance(result, Lookup) else result
+        given = codes.detach().cpu().reshape(-1)[self.rows].long()
+        wrong = given != self.codes
+        if not lowest_on_ties and wrong.any():  # ties are sought among the few that differ
+            wrong[wrong.clone()] = wrong_codes(given[wrong], self._x[wrong], self._codebook)
+        if lookup is not None:
+            quantized = lookup.quantized.detach().cpu().reshape(-1, self._x.shape[1])[self.rows]
+            row = self._codebook[given.clamp(0, len(self._codebook) - 1)]
+            wrong |= (quantized != row).any(dim=1)
+        return Verdict(len(self.rows), int(wrong.sum()))
 
 
 class EmaGate:
@@ -97,11 +84,12 @@ class EmaGate:
 
     def check(
         self,
-        codebook: Tensor,  # [K, D]
+        codebook: Tensor | Lookup,  # [K, D]
         *,
         lowest_on_ties: bool,
     ) -> Verdict:
         """Compare a provider's updated codebook row by row; there are no ties here."""
+        assert isinstance(codebook, Tensor)
         apart = (codebook.detach().cpu().double() - self.codebook).abs() > self.tolerance
         return Verdict(len(self.codebook), int(apart.any(dim=1).sum()))
 

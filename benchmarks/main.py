@@ -14,11 +14,13 @@ from vqkernels.backends import BackendError
 
 from .config import DEFAULT_SHAPES, BenchConfig
 from .gate import EmaGate, SearchGate, make_gate
+from .goals import goal_table, judge_goal
 from .machine import fixed_threads
 from .memory import peak_memory
+from .peaks import SGEMM, Peaks
 from .presets import PRESETS, preset_configs
-from .problem import Problem, make_problem
-from .providers import Call, Provider, Unavailable, choose
+from .problem import Problem, Touch, make_problem
+from .providers import Call, Provider, Result, Unavailable, choose
 from .report import (
     add_peak,
     add_ratio,
@@ -27,17 +29,14 @@ from .report import (
     case_remarks,
     case_table,
     case_title,
-    goal_table,
-    judge_goal,
     new_case,
     new_document,
     new_entry,
     write_json,
 )
-from .runner import Timing, measure, peak_probe
+from .runner import Timing, measure
 from .shapes import Shape, parse_shape
 
-PEAK = "sgemm"  # the probe's name among the contestants
 FAVOURITE_BASELINES = ("faiss", "vector-quantize-pytorch", "torch-index-add")
 
 
@@ -75,7 +74,10 @@ def _admit(
         first = (str(error).splitlines() or [""])[0]
         entry["status"], entry["reason"] = "failed", f"{type(error).__name__}: {first}"
         return None
-    add_verdict(entry, gate.check(result, lowest_on_ties=provider.ours))
+    if result is not None:
+        add_verdict(entry, gate.check(result, lowest_on_ties=provider.ours))
+    if provider.explain is not None:
+        entry["search"] = provider.explain(problem)
     return None if entry["status"] == "refused" else call
 
 
@@ -87,17 +89,33 @@ def _baselines(config: BenchConfig, providers: list[Provider], timings: dict[str
     return [name for name in FAVOURITE_BASELINES if name in peers][:1] or peers[:1]
 
 
+def _touching(call: Call, touch: Touch) -> Call:
+    """The call after one element of the codebook was written."""
+
+    def run() -> Result:
+        touch()
+        return call()
+
+    return run
+
+
 def _time(config: BenchConfig, case: dict[str, Any], problem: Problem, calls: dict[str, Call]) -> dict[str, Timing]:
-    """Everybody's timing, the probe among them."""
+    """Everybody's timing, the peaks in the same rounds."""
     if not calls:
         return {}
-    probe, flops = peak_probe(config.device)
-    timings = measure({PEAK: probe, **calls}, seconds=config.seconds, device=config.device, seed=config.seed)
-    peak = flops / min(timings.pop(PEAK).samples)
-    case["peak_gflops"] = peak / 1e9
+    if problem.changing:
+        touch = Touch(problem.codebook)
+        calls = {name: _touching(call, touch) for name, call in calls.items()}
+    peaks = Peaks(config.device, case["threads"])
+    contestants = {SGEMM: peaks.sgemm, **calls}
+    timings = measure(
+        contestants, seconds=config.seconds, device=config.device, seed=config.seed, each_round=peaks.measure_round
+    )
+    peaks.add_sgemm(timings.pop(SGEMM))
+    case["peak_gflops"] = {name: rate / 1e9 for name, rate in peaks.medians().items()}
     for entry in case["entries"]:
         if entry["provider"] in timings:
-            add_timing(entry, timings[entry["provider"]], problem, peak)
+            add_timing(entry, timings[entry["provider"]], problem, peaks)
     return timings
 
 
@@ -108,36 +126,50 @@ def _add_ratios(case: dict[str, Any], timings: dict[str, Timing]) -> None:
                 add_ratio(entry, name, timings[name], timings[entry["provider"]])
 
 
-def run_case(config: BenchConfig, shape: Shape, threads: int | None) -> dict[str, Any]:
-    """One shape at one thread count: every provider gated, then timed together, then measured for memory."""
-    providers = choose(config.operation, config.provider)
+def run_shape(config: BenchConfig, shape: Shape) -> Iterator[dict[str, Any]]:
+    """One shape: a case for each thread count, on the same inputs and held against the same truth."""
+    providers = choose(config.operation, config.provider, config.device)
     for package in filter(None, (p.package for p in providers)):
         with contextlib.suppress(ImportError):
             importlib.import_module(package)  # so that its thread pool exists when the threads are fixed
-    with _full_precision(), fixed_threads(threads) as count:
-        problem = make_problem(
-            config.operation,
-            shape,
-            data=config.data,
-            seed=config.seed,
-            dtype=config.dtype,
-            device=config.device,
-            gradient=config.gradient,
-        )
-        case, gate = new_case(config, problem, count), make_gate(problem, config.check_rows)
-        calls: dict[str, Call] = {}
-        for provider in providers:
-            entry = new_entry(provider)
-            case["entries"].append(entry)
-            call = _admit(provider, problem, gate, entry)
-            if call is not None:
-                calls[provider.name] = call
-        timings = _time(config, case, problem, calls) if config.measure != "memory" else {}
-        case["baselines"] = _baselines(config, providers, timings)
-        _add_ratios(case, timings)
-        if config.measure != "time":
-            _measure_memory(case, problem, list(calls), count)
-    return case
+    problem = make_problem(
+        config.operation,
+        shape,
+        data=config.data,
+        seed=config.seed,
+        dtype=config.dtype,
+        device=config.device,
+        gradient=config.gradient,
+        changing=config.codebook == "changing",
+    )
+    gate = make_gate(problem, config.check_rows)
+    for threads in config.threads or (None,):
+        with _full_precision(), fixed_threads(threads) as count:
+            case = new_case(config, problem, count)
+            _fill(config, case, problem, gate, providers)
+        yield case
+
+
+def _fill(
+    config: BenchConfig,
+    case: dict[str, Any],
+    problem: Problem,
+    gate: SearchGate | EmaGate,
+    providers: list[Provider],
+) -> None:
+    """Every provider gated, then timed together, then measured for memory."""
+    calls: dict[str, Call] = {}
+    for provider in providers:
+        entry = new_entry(provider)
+        case["entries"].append(entry)
+        call = _admit(provider, problem, gate, entry)
+        if call is not None:
+            calls[provider.name] = call
+    timings = _time(config, case, problem, calls) if config.measure != "memory" else {}
+    case["baselines"] = _baselines(config, providers, timings)
+    _add_ratios(case, timings)
+    if config.measure != "time":
+        _measure_memory(case, problem, list(calls), case["threads"])
 
 
 def _measure_memory(case: dict[str, Any], problem: Problem, names: list[str], threads: int) -> None:
@@ -153,8 +185,7 @@ def _check_config(config: BenchConfig) -> None:
         raise ValueError("device: cuda was asked for, but torch sees no CUDA device")
     if config.device.startswith("cuda") and config.threads:
         raise ValueError("threads: CPU threads have no meaning on cuda")
-    choose(config.operation, config.provider)
-    names = [provider.name for provider in choose(config.operation, config.provider)]
+    names = [provider.name for provider in choose(config.operation, config.provider, config.device)]
     for name in config.baseline:
         if name not in names:
             raise ValueError(f"baseline: expected one of the providers {', '.join(names)}; got {name!r}")
@@ -181,8 +212,7 @@ def run_bench(config: BenchConfig, console: Console | None = None) -> dict[str, 
     console.print(_headline(document), highlight=False, soft_wrap=True)
     for each in configs:
         for shape in map(parse_shape, each.shape or DEFAULT_SHAPES):
-            for threads in each.threads or (None,):
-                case = run_case(each, shape, threads)
+            for case in run_shape(each, shape):
                 document["cases"].append(case)
                 _print_case(console, case)
                 if config.json is not None:
@@ -198,7 +228,7 @@ def run_bench(config: BenchConfig, console: Console | None = None) -> dict[str, 
 
 def _print_case(console: Console, case: dict[str, Any]) -> None:
     console.print(f"\n[bold]{case_title(case)}[/bold]", highlight=False, soft_wrap=True)
-    if any(entry["checked"] is not None for entry in case["entries"]):
+    if any(entry["checked"] is not None or entry["median_ms"] is not None for entry in case["entries"]):
         console.print(case_table(case))
     console.print(case_remarks(case), markup=False, highlight=False, soft_wrap=True)
 

@@ -116,6 +116,7 @@ def peak_memory(names: list[str], problem: Problem, *, threads: int | None = Non
             "inputs": str(path),
             "operation": problem.operation,
             "gradient": problem.gradient,
+            "changing": problem.changing,
             "threads": threads or torch.get_num_threads(),
         }
         answer = _in_child(spec)
@@ -131,8 +132,9 @@ def _load_problem(spec: dict[str, Any]) -> tuple[Problem, Problem]:
     dtype = str(x.dtype).removeprefix("torch.")
     tiny = make_problem(spec["operation"], TRIAL_SHAPE, dtype=dtype, gradient=spec["gradient"])
     shape = replace(TRIAL_SHAPE, tokens=x.shape[0], codes=codebook.shape[0], dim=x.shape[1])
-    dquantized = torch.randn_like(x) if spec["operation"] == "quantize-train-step" else None
-    return Problem(spec["operation"], shape, x, codebook, dquantized, inputs["codes"], spec["gradient"]), tiny
+    dquantized = torch.randn_like(x) if spec["operation"] == "train-step" else None
+    rest = (dquantized, inputs["codes"], spec["gradient"], spec["changing"])
+    return Problem(spec["operation"], shape, x, codebook, *rest), tiny
 
 
 def _child() -> None:

@@ -1,22 +1,11 @@
-"""Named sets of benchmarks with the ratios that they are expected to reach."""
+"""Named sets of benchmarks with what they are expected to reach."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .config import BenchConfig
-
-
-@dataclass(frozen=True)
-class Goal:
-    """``provider`` is at least ``at_least`` times as fast as ``baseline``, or stays under ``max_bytes``."""
-
-    operation: str
-    shape: str
-    provider: str = "vqkernels-compiled"
-    baseline: str | None = None
-    at_least: float = 1.0
-    max_bytes: int | None = None
+from .config import BenchConfig, Data
+from .goals import Goal
 
 
 @dataclass(frozen=True)
@@ -27,50 +16,134 @@ class Preset:
     goals: tuple[Goal, ...]
 
 
-_SEARCH = BenchConfig(
-    operation="search",
+OURS = "vqkernels-compiled"
+TIMES_FAISS = {  # at its best setting
+    "4096,1024,256": 1.7,
+    "1024,16384,256": 2.2,
+    "4096,8192,64": 2.7,
+    "4096,16384,32": 2.2,
+    "4096,16384,8": 1.4,
+    "512,262144,18": 3.8,
+    "64,262144,256": 1.5,
+    "16384,512,64": 1.5,
+}
+LARGE = ("1024,16384,256", "4096,8192,64", "64,262144,256")  # D >= 64 and K >= 4096
+PERCENT_OF_INT16 = 85.0
+STEP, LONG_STEP = "4096,16384,8", "131072,16384,8"
+
+
+def _beside_faiss(data: Data) -> BenchConfig:
+    return BenchConfig(
+        shape=[*TIMES_FAISS, "300,200,8"], provider=[OURS, "faiss"], threads=[1, 2], data=data, seconds=6.0
+    )
+
+
+_CHANGING = BenchConfig(
+    shape=list(TIMES_FAISS), provider=[OURS, "faiss"], threads=[1, 2], codebook="changing", seconds=3.0, check_rows=256
+)
+_EVERYBODY = BenchConfig(
     shape=["4096,1024,256", "4096,16384,32", "512,262144,18"],
-    provider=["vqkernels-compiled", "faiss", "torch-cdist", "torch-addmm", "torch-chunked", "sklearn"],
+    provider=[
+        OURS,
+        "faiss",
+        "torch-cdist",
+        "torch-expanded",
+        "torch-addmm",
+        "torch-chunked",
+        "torch-compile",
+        "sklearn",
+    ],
     baseline=["faiss", "torch-cdist"],
+    threads=[1, 2],
+    seconds=15.0,
+)
+_QUANTIZE = BenchConfig(
+    operation="quantize",
+    shape=["4096,1024,256", STEP],
+    provider=[OURS, "faiss", "torch-addmm", "vector-quantize-pytorch"],
+    baseline=["faiss", "vector-quantize-pytorch"],
+    threads=[1, 2],
+    seconds=10.0,
+)
+_STEP = BenchConfig(
+    operation="train-step",
+    shape=[STEP],
+    provider=[OURS, "vector-quantize-pytorch", "torch-index-add"],
+    baseline=["vector-quantize-pytorch", "torch-index-add"],
     threads=[1, 2],
     seconds=30.0,
 )
-_MORE = BenchConfig(  # where the margin is thin, or negative
-    operation="search",
-    shape=["1024,16384,256", "16384,512,64", "64,262144,256", "4096,16384,8", "300,200,8"],
-    provider=["vqkernels-compiled", "faiss", "torch-cdist"],
-    baseline=["faiss", "torch-cdist"],
-    threads=[1, 2],
-    seconds=8.0,
-)
-_STEP = BenchConfig(
-    operation="quantize-train-step",
-    shape=["4096,16384,8"],
-    provider=["vqkernels-compiled", "vector-quantize-pytorch", "torch-index-add"],
-    baseline=["vector-quantize-pytorch", "torch-index-add"],
-    threads=[1, 2],
-    seconds=60.0,
-)
 _MEMORY = BenchConfig(
-    operation="quantize-train-step",
-    shape=["131072,16384,8"],
-    provider=["vqkernels-compiled", "vector-quantize-pytorch"],
+    operation="train-step",
+    shape=[LONG_STEP],
+    provider=[OURS, "vector-quantize-pytorch"],
     threads=[2],
     measure="memory",
     check_rows=256,  # the reference scans them against all codes in float64
 )
-
-PRESETS = {
-    "cpu": Preset(
-        configs=(_SEARCH, _MORE, _STEP, _MEMORY),
-        goals=(
-            *(Goal("search", shape, baseline="faiss") for shape in _SEARCH.shape),
-            *(Goal("search", shape, baseline="torch-cdist", at_least=3.0) for shape in _SEARCH.shape[1:]),
-            Goal("quantize-train-step", "4096,16384,8", baseline="vector-quantize-pytorch", at_least=5.0),
-            Goal("quantize-train-step", "131072,16384,8", max_bytes=64_000_000),
-        ),
+_CPU = Preset(
+    configs=(_beside_faiss("normal"), _CHANGING, _beside_faiss("kmeans"), _EVERYBODY, _QUANTIZE, _STEP, _MEMORY),
+    goals=(
+        *(Goal("search", shape, baseline="faiss", at_least=times) for shape, times in TIMES_FAISS.items()),
+        *(Goal("search", shape, percent_of="int16", at_least=PERCENT_OF_INT16) for shape in LARGE),
+        *(Goal("search", shape, baseline="torch-cdist", at_least=3.0) for shape in _EVERYBODY.shape[1:]),
+        Goal("train-step", STEP, baseline="vector-quantize-pytorch", at_least=5.0),
+        Goal("train-step", LONG_STEP, max_bytes=64_000_000),
     ),
+)
+
+AVX2 = "vqkernels-compiled-avx2"
+_AVX2 = Preset(
+    configs=tuple(
+        BenchConfig(
+            shape=["512,262144,18"],
+            provider=[AVX2, "vqkernels-compiled-portable", "faiss"],
+            baseline=["faiss"],
+            threads=[1, 2],
+            data=data,
+            seconds=10.0,
+        )
+        for data in ("normal", "kmeans")
+    ),
+    goals=(Goal("search", "512,262144,18", AVX2, baseline="faiss", at_least=1.3),),
+)
+
+WORST_SHAPES = ("1024,8192,64", "1024,16384,8", "4096,1024,256")
+PLAIN = "vqkernels-compiled-plain"
+_WORST = Preset(
+    configs=tuple(
+        BenchConfig(
+            shape=list(WORST_SHAPES),
+            provider=[OURS, "vqkernels-compiled-float32", "vqkernels-compiled-fast", PLAIN, "faiss"],
+            baseline=[PLAIN, "faiss"],
+            threads=[1, 2],
+            data=data,
+            seconds=5.0,
+            check_rows=32,  # the reference decides thousands of ties for each
+        )
+        for data in ("same", "near-ties", "outlier")
+    ),
+    goals=tuple(Goal("search", shape, baseline=PLAIN, at_least=1 / 3) for shape in WORST_SHAPES),
+)
+
+_ON_GPU = (
+    *("vqkernels-triton", "vqkernels-compiled", "flash-kmeans", "faiss-gpu-stand-in", "cuvs-hopper-stand-in"),
+    *("cuvs-blackwell-stand-in", "torch-cdist", "torch-addmm", "torch-chunked", "torch-compile", "cublas-fp16-gemm"),
+)
+MICROSECONDS_H200 = {
+    "16384,1024,256": 20,
+    "16384,16384,256": 260,
+    "16384,16384,8": 35,
+    "65536,16384,32": 150,
+    "8192,262144,18": 300,
+    "4096,262144,256": 1000,
 }
+_H200 = Preset(
+    configs=(BenchConfig(shape=list(MICROSECONDS_H200), provider=["vqkernels", *_ON_GPU], device="cuda", seconds=6.0),),
+    goals=tuple(Goal("search", shape, "vqkernels", max_ms=most / 1e3) for shape, most in MICROSECONDS_H200.items()),
+)
+
+PRESETS = {"cpu": _CPU, "avx2": _AVX2, "worst": _WORST, "h200": _H200}
 
 
 def preset_configs(name: str, base: BenchConfig) -> list[BenchConfig]:
@@ -81,8 +154,9 @@ def preset_configs(name: str, base: BenchConfig) -> list[BenchConfig]:
     """
     if name not in PRESETS:
         raise ValueError(f"preset: expected one of {', '.join(PRESETS)}; got {name!r}")
-    on_cpu = base.device == "cpu"
-    return [
-        replace(config, threads=base.threads or config.threads * on_cpu, device=base.device, seed=base.seed)
-        for config in PRESETS[name].configs
-    ]
+    configs = []
+    for config in PRESETS[name].configs:
+        device = config.device if base.device == "cpu" else base.device
+        threads = base.threads or (config.threads if device == "cpu" else [])
+        configs.append(replace(config, threads=threads, device=device, seed=base.seed))
+    return configs

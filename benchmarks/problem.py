@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .data import make_inputs, normal_rows
 from .shapes import Shape
 
 EMA_DECAY = 0.8  # vector-quantize-pytorch's default, so that its training step runs as its users run it
 EMA_EPS = 1e-5
 COMMITMENT_WEIGHT = 1.0  # likewise
-OFFSET_SIGMAS = 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,9 +23,10 @@ class Problem:
     shape: Shape
     x: Tensor  # [N, D]
     codebook: Tensor  # [K, D]
-    dquantized: Tensor | None = None  # [N, D]; quantize-train-step
+    dquantized: Tensor | None = None  # [N, D]; train-step
     codes: Tensor | None = None  # [N] int64; ema
     gradient: str = "rotation"
+    changing: bool = False  # the codebook is written to before every call
 
     @property
     def scores(self) -> int:
@@ -41,37 +42,41 @@ class Problem:
     def bytes(self) -> int:
         """The least that has to be read and written: ``BYTES_FORMULA``."""
         n, k, d, size = self.shape.tokens, self.shape.codes, self.shape.dim, self.x.element_size()
-        if self.operation == "search":
-            return size * (n * d + k * d) + 12 * n
-        if self.operation == "ema":
-            return size * n * d + 8 * n + 20 * k * d
-        return 6 * size * n * d + 24 * n + 24 * k * d
+        return {
+            "search": size * (n * d + k * d) + 12 * n,
+            "quantize": size * (2 * n * d + k * d) + 12 * n,
+            "ema": size * n * d + 8 * n + 20 * k * d,
+            "train-step": 6 * size * n * d + 24 * n + 24 * k * d,
+        }[self.operation]
 
 
-FLOPS_FORMULA = {"search": "2*N*K*D", "quantize-train-step": "2*N*K*D (the search)", "ema": None}
+FLOPS_FORMULA = {
+    "search": "2*N*K*D",
+    "quantize": "2*N*K*D (the search)",
+    "ema": None,
+    "train-step": "2*N*K*D (the search)",
+}
 BYTES_FORMULA = {
     "search": "s*(N*D + K*D) + 12*N, s = bytes of a number: read x and codebook, write codes and distance",
-    "quantize-train-step": "6*s*N*D + 24*N + 24*K*D: read x and write quantized; read x, quantized, dquantized and"
-    " write dx; statistics and EMA",
+    "quantize": "s*(2*N*D + K*D) + 12*N: read x and codebook, write quantized, codes and errors",
     "ema": "s*N*D + 8*N + 20*K*D: read x and codes; write and read sums, update embed_sum, write the codebook",
+    "train-step": "6*s*N*D + 24*N + 24*K*D: read x and write quantized; read x, quantized, dquantized and"
+    " write dx; statistics and EMA",
 }
 
 
-def _normal(rows: int, dim: int, seed: int) -> Tensor:  # [rows, dim] float32
-    return torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
+class Touch:
+    """Writes one element of a codebook in place: one rounding up, the next time down again."""
 
+    def __init__(self, codebook: Tensor) -> None:  # [K, D]
+        self._element = codebook[0, 0]
+        before = self._element.clone()
+        self._values = (before, torch.nextafter(before, torch.full_like(before, torch.inf)))
+        self._turn = 0
 
-def make_inputs(shape: Shape, data: str, seed: int) -> tuple[Tensor, Tensor]:  # x [N, D], codebook [K, D], float32
-    """Tokens and codes of a distribution: normal | unit | offset | init."""
-    x, codebook = _normal(shape.tokens, shape.dim, 2 * seed), _normal(shape.codes, shape.dim, 2 * seed + 1)
-    if data == "unit":
-        return torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(codebook, dim=1)
-    if data == "offset":
-        return x + OFFSET_SIGMAS, codebook + OFFSET_SIGMAS
-    if data == "init":
-        generator = torch.Generator().manual_seed(2 * seed + 1)
-        return x, (torch.rand(codebook.shape, generator=generator) * 2 - 1) / shape.codes
-    return x, codebook
+    def __call__(self) -> None:
+        self._turn = 1 - self._turn
+        self._element.copy_(self._values[self._turn])
 
 
 def make_problem(
@@ -83,16 +88,19 @@ def make_problem(
     dtype: str = "float32",
     device: str = "cpu",
     gradient: str = "rotation",
+    changing: bool = False,
 ) -> Problem:
-    """The inputs of ``operation`` at ``shape``; the same seed gives the same inputs on every machine."""
+    """The inputs of ``operation`` at ``shape``; see ``data`` for where they come from."""
     x, codebook = (tensor.to(device, getattr(torch, dtype)) for tensor in make_inputs(shape, data, seed))
+    if changing:
+        codebook = codebook.clone()
     dquantized = codes = None
-    if operation == "quantize-train-step":
-        dquantized = _normal(shape.tokens, shape.dim, 2 * seed + 7).to(x)
+    if operation == "train-step":
+        dquantized = normal_rows(shape.tokens, shape.dim, 2 * seed + 7).to(x)
     if operation == "ema":
         generator = torch.Generator().manual_seed(2 * seed + 5)
         codes = torch.randint(shape.codes, (shape.tokens,), generator=generator).to(device)
-    return Problem(operation, shape, x, codebook, dquantized, codes, gradient)
+    return Problem(operation, shape, x, codebook, dquantized, codes, gradient, changing)
 
 
 @dataclass(eq=False)

@@ -1,8 +1,7 @@
 """The registry: who can run an operation, how, and why not.
 
 A provider is one function from a Problem to the call that is timed; what it does before returning (building an
-index, compiling) is not. ``register`` it with ``@provider(name, operation)``; tests, the command line and
-pytest-benchmark iterate the table.
+index, compiling) is not. ``register`` enters it; tests, the command line and pytest-benchmark iterate the table.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,7 +18,19 @@ from .machine import available_memory
 from .problem import Problem, make_problem
 from .shapes import Shape
 
-Call = Callable[[], Tensor]  # the timed call: codes [N], or for "ema" the updated codebook [K, D]
+
+class Lookup(NamedTuple):
+    """What the operation "quantize" returns."""
+
+    quantized: Tensor  # [N, D]
+    codes: Tensor  # [N]
+    errors: Tensor  # [N] |x - quantized|^2; or a peer's loss
+
+
+# codes [N] ("search", "train-step"), a Lookup ("quantize"), the updated codebook [K, D] ("ema"); None: nothing to check
+Result = Tensor | Lookup | None
+Call = Callable[[], Result]  # what is timed
+PROVIDER_MODULES = ("search_providers", "gpu_providers", "quantize_providers", "ema_providers", "step_providers")
 MEMORY_SHARE = 0.7  # of what is free, that a provider may take for its N x K intermediates
 TRIAL_SHAPE = Shape(4, 3, 2)
 
@@ -35,6 +47,7 @@ class Provider:
     operation: str
     prepare: Callable[[Problem], Call]
     ours: bool = False  # held to zero wrong codes: no time is shown otherwise
+    yardstick: bool = False  # a bound to compare with, not an answer: ours may be wrong then, and is printed as such
     optional: bool = False  # takes part only when asked for by name
     package: str | None = None  # the import that it needs
     install: str | None = None  # what to pip install for it
@@ -42,6 +55,7 @@ class Provider:
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16", "float64")
     bytes_per_score: float = 0.0  # transient memory per entry of N x K, for fp32
     note: str = ""
+    explain: Callable[[Problem], dict[str, Any] | None] | None = None  # how the call went, for the report
 
     def unavailable(self, problem: Problem) -> str | None:
         """None where the provider can take ``problem``, otherwise the reason in one line."""
@@ -65,8 +79,10 @@ class Provider:
         trial = make_problem(self.operation, TRIAL_SHAPE, dtype=dtype, device=str(problem.x.device))
         try:
             self.prepare(trial)()
+        except Unavailable as error:
+            return str(error)
         except BackendError as error:
-            backend = self.name.removeprefix("vqkernels-")
+            backend = self.name.split("-")[1] if "-" in self.name else self.name
             lines = [line.split("no: ")[1] for line in str(error).splitlines() if backend in line and "no: " in line]
             return lines[0] if lines else str(error)
         return None
@@ -88,7 +104,7 @@ def _load() -> None:
     global _LOADED
     if not _LOADED:
         _LOADED = True
-        for module in ("search_providers", "step_providers", "ema_providers"):
+        for module in PROVIDER_MODULES:
             importlib.import_module(f".{module}", __package__)
 
 
@@ -98,8 +114,8 @@ def providers_of(operation: str) -> list[Provider]:
     return [entry for entry in _TABLE.values() if entry.operation == operation]
 
 
-def choose(operation: str, names: list[str]) -> list[Provider]:
-    """The named providers, or all that are not optional.
+def choose(operation: str, names: list[str], device: str = "") -> list[Provider]:
+    """The named providers, or all that are not optional and run on ``device`` (cpu | cuda; any when left out).
 
     Raises:
         ValueError: a name that the operation does not have.
@@ -108,4 +124,7 @@ def choose(operation: str, names: list[str]) -> list[Provider]:
     for name in names:
         if name not in known:
             raise ValueError(f"provider: expected one of {', '.join(known)} for {operation}; got {name!r}")
-    return [known[name] for name in dict.fromkeys(names)] or [e for e in known.values() if not e.optional]
+    kind = device.split(":")[0]
+    return [known[name] for name in dict.fromkeys(names)] or [
+        entry for entry in known.values() if not entry.optional and (not kind or kind in entry.devices)
+    ]

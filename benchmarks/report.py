@@ -17,14 +17,14 @@ from .config import BenchConfig
 from .gate import Verdict
 from .machine import describe_machine, describe_versions, git_commit
 from .memory import Peak
-from .presets import Goal
+from .peaks import Peaks
 from .problem import BYTES_FORMULA, FLOPS_FORMULA, Problem
 from .providers import Provider
 from .runner import Timing, quartiles, ratios
-from .shapes import parse_shape
 
-SCHEMA = 1
+SCHEMA = 2
 # what became of a provider: right and measured; wrong codes but measured; ours with wrong codes, so no time; the rest
+PEAKS_SHOWN = {"int16": "int16", "float32": "fp32", "sgemm": "sgemm"}
 STATES = ("measured", "wrong", "refused", "unavailable", "failed")
 
 
@@ -33,6 +33,7 @@ def new_entry(provider: Provider) -> dict[str, Any]:
     return {
         "provider": provider.name,
         "ours": provider.ours,
+        "yardstick": provider.yardstick,
         "note": provider.note,
         "status": "measured",
         "reason": None,
@@ -46,7 +47,8 @@ def new_entry(provider: Provider) -> dict[str, Any]:
         "calls_per_round": None,
         "times_as_fast_as": {},
         "gflops": None,
-        "percent_of_peak": None,
+        "percent_of_peak": {},
+        "search": None,
         "gbytes_per_second": None,
         "peak_extra_bytes": None,
         "peak_extra_method": None,
@@ -54,16 +56,17 @@ def new_entry(provider: Provider) -> dict[str, Any]:
 
 
 def add_verdict(entry: dict[str, Any], verdict: Verdict) -> None:
-    """Ours with a wrong code is refused; anybody else is marked."""
+    """Ours with a wrong code is refused, unless it is a yardstick; anybody else is marked."""
     entry["checked"], entry["wrong"] = verdict.checked, verdict.wrong
     if verdict.wrong:
-        entry["status"] = "refused" if entry["ours"] else "wrong"
+        refused = entry["ours"] and not entry["yardstick"]
+        entry["status"] = "refused" if refused else "wrong"
         rate = f"{verdict.wrong} of {verdict.checked} wrong ({100 * verdict.error_rate:.2g} %)"
-        entry["reason"] = f"{rate}; no time is shown" if entry["ours"] else rate
+        entry["reason"] = f"{rate}; no time is shown" if refused else rate
 
 
-def add_timing(entry: dict[str, Any], timing: Timing, problem: Problem, peak_flops: float) -> None:
-    """Median, spread and rates of one provider."""
+def add_timing(entry: dict[str, Any], timing: Timing, problem: Problem, peaks: Peaks) -> None:
+    """Median, spread and rates of one provider; the int16 peak is only for those whose coarse pass is of int16."""
     low, high = timing.quartiles()
     entry["median_ms"], entry["min_ms"] = timing.median * 1e3, min(timing.samples) * 1e3
     entry["p25_ms"], entry["p75_ms"] = low * 1e3, high * 1e3
@@ -71,7 +74,9 @@ def add_timing(entry: dict[str, Any], timing: Timing, problem: Problem, peak_flo
     entry["gbytes_per_second"] = problem.bytes / timing.median / 1e9
     if problem.flops is not None:
         entry["gflops"] = problem.flops / timing.median / 1e9
-        entry["percent_of_peak"] = 100 * problem.flops / timing.median / peak_flops
+        coarse = (entry["search"] or {}).get("coarse_pass")
+        names = [name for name in peaks.rates if name in ("sgemm", "float32", coarse)]
+        entry["percent_of_peak"] = {name: peaks.percent(name, problem.flops, timing) for name in names}
 
 
 def add_ratio(entry: dict[str, Any], baseline: str, baseline_timing: Timing, timing: Timing) -> None:
@@ -96,13 +101,14 @@ def new_case(config: BenchConfig, problem: Problem, threads: int) -> dict[str, A
         "device": config.device,
         "dtype": config.dtype,
         "data": config.data,
-        "gradient": config.gradient if problem.operation == "quantize-train-step" else None,
+        "codebook": config.codebook,
+        "gradient": config.gradient if problem.operation == "train-step" else None,
         "seed": config.seed,
         "flops": problem.flops,
         "flops_formula": FLOPS_FORMULA[problem.operation],
         "bytes": problem.bytes,
         "bytes_formula": BYTES_FORMULA[problem.operation],
-        "peak_gflops": None,
+        "peak_gflops": {},
         "baselines": [],
         "entries": [],
     }
@@ -160,7 +166,8 @@ def _row(entry: dict[str, Any], baselines: list[str]) -> list[str]:
         _wrong_cell(entry),
         *_time_cells(entry),
         *(_number(ratio_of[b]["median"], ".2f") if b in ratio_of else "" for b in baselines),
-        _number(entry["percent_of_peak"], ".0f"),
+        *(_number(entry["percent_of_peak"].get(name), ".0f") for name in PEAKS_SHOWN),
+        _number(None if entry["percent_of_peak"] else entry["gbytes_per_second"], ".1f"),
         _number(None if peak is None else peak / 1e6, ".1f"),
     ]
 
@@ -174,7 +181,8 @@ def case_title(case: dict[str, Any]) -> str:
     """What was run, in one line."""
     shape = case["shape"]
     name = f" ({shape['name']})" if shape["name"] else ""
-    how = f"{case['dtype']}, {case['data']}, {case['device']}, {case['threads']} thread(s)"
+    changing = ", changing codebook" if case["codebook"] == "changing" else ""
+    how = f"{case['dtype']}, {case['data']}{changing}, {case['device']}, {case['threads']} thread(s)"
     return f"{case['operation']}  N={shape['N']} K={shape['K']} D={shape['D']}{name}  {how}"
 
 
@@ -182,22 +190,32 @@ def case_table(case: dict[str, Any]) -> Table:
     """One case for the terminal, fastest first; columns that nobody fills are left out, and JSON has more."""
     shown = sorted(filter(_is_shown, case["entries"]), key=lambda entry: entry["median_ms"] or 0.0)
     rows = [_row(entry, case["baselines"]) for entry in shown]
-    against = ["vs\n" + name.replace("-", "-\n") for name in case["baselines"]]
-    headings = ["", "wrong", "ms", "spread", *against, "%\nsgemm", "MB"]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    against = ["vs\n" + name.removeprefix("vqkernels-").replace("-", "-\n") for name in case["baselines"]]
+    headings = ["", "wrong", "ms", "spread", *against, *(f"%\n{short}" for short in PEAKS_SHOWN.values()), "GB/s", "MB"]
     filled = [i for i in range(len(headings)) if i == 0 or any(row[i] for row in rows)]
-    for i in filled:
-        table.add_column(headings[i], justify="right" if i else "left", no_wrap=True)
+    return narrow_table([headings[i] for i in filled], [[row[i] for i in filled] for row in rows], folding=0)
+
+
+def narrow_table(headings: list[str], rows: list[list[str]], *, folding: int) -> Table:
+    """A table of which only the column ``folding`` gives way to a narrow terminal; numbers stay whole."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for i, heading in enumerate(headings):
+        widths = [len(line) for cell in [heading, *(row[i] for row in rows)] for line in cell.split("\n")]
+        right = i > 0 and all(row[i][:1] in ("", *"0123456789") for row in rows)
+        least = None if i == folding else max(widths)
+        table.add_column(heading, justify="right" if right else "left", min_width=least, overflow="fold")
     for row in rows:
-        table.add_row(*(row[i] for i in filled))
+        table.add_row(*row)
     return table
 
 
 def case_remarks(case: dict[str, Any]) -> str:
     """What the table cannot say: the peak of the run, who is wrong, who could not take part and why."""
-    lines = []
+    lines = [_work(case)]
     if case["peak_gflops"] and case["flops"]:
-        lines.append(f"sgemm of this run: {case['peak_gflops']:.0f} GFLOP/s")
+        peaks = ", ".join(f"{name} {rate:.0f}" for name, rate in case["peak_gflops"].items())
+        lines.append(f"peaks of this run, GFLOP/s: {peaks}; a percentage is the median over rounds")
+    lines += [f"{e['provider']}: {_search_line(e['search'])}" for e in case["entries"] if e["search"]]
     if case["baselines"]:
         lines.append("vs: how many times as fast; the median over rounds of its time over theirs")
     lines += [f"! {e['provider']}: {e['reason']}" for e in case["entries"] if e["status"] == "wrong"]
@@ -206,50 +224,13 @@ def case_remarks(case: dict[str, Any]) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def judge_goal(goal: Goal, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One verdict for each case that the goal speaks of."""
-    shape = parse_shape(goal.shape)
-    wanted = {"N": shape.tokens, "K": shape.codes, "D": shape.dim}
-    verdicts = []
-    for case in cases:
-        if case["operation"] != goal.operation or any(case["shape"][key] != wanted[key] for key in wanted):
-            continue
-        entry = next((e for e in case["entries"] if e["provider"] == goal.provider), None)
-        if entry is not None:
-            verdicts.append(_judge_entry(goal, case, entry))
-    return verdicts
+def _work(case: dict[str, Any]) -> str:
+    """Bytes and FLOPs by formula."""
+    flops = f"{case['flops'] / 1e9:.3g} GFLOP = {case['flops_formula']}; " if case["flops"] else ""
+    return f"{flops}{case['bytes'] / 1e6:.3g} MB = {case['bytes_formula']}"
 
 
-def _judge_entry(goal: Goal, case: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
-    """Without a number (not run, refused) a goal is not met."""
-    if goal.max_bytes is not None:
-        value = entry["peak_extra_bytes"]
-        met = value is not None and value < goal.max_bytes
-    else:
-        ratio = entry["times_as_fast_as"].get(goal.baseline)
-        value = None if ratio is None else ratio["median"]
-        met = value is not None and value >= goal.at_least
-    return {
-        **dataclasses.asdict(goal),
-        "threads": case["threads"],
-        "value": value,
-        "met": met and entry["status"] == "measured",
-    }
-
-
-def goal_table(verdicts: list[dict[str, Any]]) -> Table:
-    """Every goal with what was measured."""
-    table = Table(title="goals", title_justify="left")
-    for heading in ("operation", "shape", "threads", "goal", "measured", ""):
-        table.add_column(heading)
-    for verdict in verdicts:
-        if verdict["max_bytes"] is not None:
-            goal, form, scale = f"< {verdict['max_bytes'] / 1e6:.0f} MB", ".1f", 1e-6
-        else:
-            goal, form, scale = f">= {verdict['at_least']:g} x {verdict['baseline']}", ".2f", 1.0
-        value = None if verdict["value"] is None else verdict["value"] * scale
-        state = "[green]met[/green]" if verdict["met"] else "[red]missed[/red]"
-        table.add_row(
-            verdict["operation"], verdict["shape"], str(verdict["threads"]), goal, _number(value, form) or "none", state
-        )
-    return table
+def _search_line(search: dict[str, Any]) -> str:
+    where = f"{search['coarse_pass']} coarse pass on {search['instruction_set']}"
+    left = f"{search['candidates']:.3g} granules left a token, {search['scanned']} tokens scanned in float64"
+    return f"{where}: {search['certified_percent']:.1f} % certified, {left}"

@@ -20,8 +20,6 @@ SHORT_CALL_SECONDS = 0.05  # shorter calls get an untimed one before each sample
 MAX_CALLS = 1000
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 PAUSE_SECONDS = 0.008
-PEAK_SIZE = 1024  # the sgemm that stands for the machine's peak: large enough for it, short enough for every round
-PEAK_SIZE_CUDA = 8192
 
 Action = Callable[[], object]
 
@@ -97,23 +95,18 @@ def measure(
     device: str = "cpu",
     seed: int = 0,
     min_rounds: int = MIN_ROUNDS,
+    each_round: Action | None = None,
 ) -> dict[str, Timing]:
-    """Time the actions in turns until the budget is spent, ``min_rounds`` at least."""
+    """Time the actions in turns until the budget is spent, ``min_rounds`` at least; ``each_round`` runs untimed."""
     watches = {name: Stopwatch(action, device) for name, action in actions.items()}
     samples: dict[str, list[float]] = {name: [] for name in actions}
     order, shuffle = list(actions), random.Random(seed)
     deadline, rounds = time.perf_counter() + seconds, 0
     while rounds < min_rounds or (rounds < MAX_ROUNDS and time.perf_counter() < deadline):
         shuffle.shuffle(order)
+        if each_round is not None:
+            each_round()
         for name in order:
             samples[name].append(watches[name].sample())
         rounds += 1
     return {name: Timing(samples[name], watches[name].calls) for name in actions}
-
-
-def peak_probe(device: str) -> tuple[Action, int]:
-    """A square fp32 matrix product without TF32, and its FLOPs; its best sample is the peak of the run."""
-    size = PEAK_SIZE_CUDA if device.startswith("cuda") else PEAK_SIZE
-    a, b = torch.randn(size, size, device=device), torch.randn(size, size, device=device)
-    out = torch.empty_like(a)
-    return lambda: torch.mm(a, b, out=out), 2 * size**3

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,22 +11,72 @@ import torch
 from torch import Tensor
 
 from vqkernels.backends import use_backend
+from vqkernels.kernels import compiled
 from vqkernels.ops import nearest
 
-from .problem import Problem
+from .machine import environment
+from .problem import Problem, make_problem
 from .providers import Call, Provider, Unavailable, register
 
 CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 1 << 20, 1 << 26  # scores held at once by torch-chunked: L2 of a core; a few waves
+# distance_compute_blas_threshold, _query_bs, _database_bs: 1, because batches below the threshold take a slow path;
+# block sizes other than the default 4096 x 1024 won by a few percent at some shapes
+FAISS_SETTINGS = ((1, 4096, 1024), (1, 1024, 1024), (1, 256, 4096))
+WIDE = ("float32", "float64")
 
 
-def search_with(backend: str | None, problem: Problem) -> Call:
-    """``vqkernels.nearest`` on one backend, or on the one that it picks by itself."""
+def search_with(
+    backend: str | None,
+    problem: Problem,
+    *,
+    precision: str = "exact",
+    switches: dict[str, str] | None = None,
+) -> Call:
+    """``vqkernels.nearest`` on one backend, or on the one that it picks by itself, under environment variables."""
 
     def run() -> Tensor:
         with use_backend(backend):
-            return nearest(problem.x, problem.codebook)[0]
+            return nearest(problem.x, problem.codebook, precision=precision)[0]
+
+    if not switches:
+        return run
+
+    def run_switched() -> Tensor:
+        try:
+            with environment(switches):
+                return run()
+        except RuntimeError as error:
+            if str(error).startswith("VQKERNELS_"):  # this CPU lacks what the variable asks for
+                raise Unavailable(str(error)) from error
+            raise
+
+    return run_switched
+
+
+def plain_kernel(problem: Problem) -> Call:
+    """The C++ kernel without its certificate, on ordinary numbers of the problem's shape: nothing delays it."""
+    ordinary = make_problem("search", problem.shape, dtype=str(problem.x.dtype).removeprefix("torch."))
+    search = search_with("compiled", ordinary, precision="fast")
+
+    def run() -> None:
+        search()
 
     return run
+
+
+def compiled_report(problem: Problem, *, switches: dict[str, str] | None = None) -> dict[str, Any] | None:
+    """Which coarse pass ran and what it left to do, as ``nearest_report`` tells it; None on CUDA."""
+    if problem.x.is_cuda:
+        return None
+    with environment(switches or {}):
+        report = compiled.nearest_report(problem.x[None], problem.codebook, "euclidean", "exact")
+    return {
+        "coarse_pass": report.coarse_pass,
+        "instruction_set": report.instruction_set,
+        "certified_percent": 100 * report.certified / report.tokens,
+        "candidates": report.candidates,
+        "scanned": report.scanned,
+    }
 
 
 def half_squares(codebook: Tensor) -> Tensor:  # codebook [K, D] -> [K]
@@ -80,13 +132,13 @@ def torch_chunked(problem: Problem) -> Call:
     return run
 
 
-def torch_compiled(problem: Problem) -> Call:
-    """``torch.compile`` of ``addmm`` and ``argmin``; compiling is not timed."""
+def compiled_by_torch(function: Callable[..., Any], problem: Problem) -> Callable[[], Any]:
+    """``torch.compile`` of a function of x and codebook; compiling is not timed."""
     torch._dynamo.reset()
     options: dict[str, Any] = {}
     if not problem.x.is_cuda:
         options["cpp.threads"] = torch.get_num_threads()  # otherwise those of the first compilation stay
-    search = torch.compile(lambda x, codebook: addmm_scores(x, codebook).argmin(dim=1), options=options)
+    search = torch.compile(function, options=options)
     try:
         search(problem.x, problem.codebook)
     except Exception as error:
@@ -94,16 +146,43 @@ def torch_compiled(problem: Problem) -> Call:
     return lambda: search(problem.x, problem.codebook)
 
 
-def faiss_flat(problem: Problem) -> Call:
-    """faiss ``IndexFlatL2``, k = 1, at its best setting: without the threshold its small batches take a slow path."""
+def torch_compiled(problem: Problem) -> Call:
+    """``torch.compile`` of ``addmm`` and ``argmin``."""
+    return compiled_by_torch(lambda x, codebook: addmm_scores(x, codebook).argmin(dim=1), problem)
+
+
+def _set_faiss(settings: tuple[int, int, int]) -> None:
     import faiss
 
-    faiss.cvar.distance_compute_blas_threshold = 1
+    variables = faiss.cvar
+    variables.distance_compute_blas_threshold, variables.distance_compute_blas_query_bs = settings[:2]
+    variables.distance_compute_blas_database_bs = settings[2]
+
+
+def faiss_flat(problem: Problem) -> Call:
+    """faiss ``IndexFlatL2``, k = 1, at the quickest of ``FAISS_SETTINGS``; ``knn`` where the codebook changes."""
+    import faiss
+
     faiss.omp_set_num_threads(torch.get_num_threads())
+    tokens, codebook = problem.x.contiguous().numpy(), problem.codebook.contiguous().numpy()
     index = faiss.IndexFlatL2(problem.shape.dim)
-    index.add(problem.codebook.contiguous().numpy())  # a copy of the codebook, outside the timing
-    tokens = problem.x.contiguous().numpy()
-    return lambda: torch.from_numpy(index.search(tokens, 1)[1][:, 0])
+    if not problem.changing:
+        index.add(codebook)  # a copy of the codebook, outside the timing
+
+    def search(settings: tuple[int, int, int]) -> Any:  # int64 [N, 1]
+        _set_faiss(settings)
+        return (faiss.knn(tokens, codebook, 1) if problem.changing else index.search(tokens, 1))[1]
+
+    def seconds(settings: tuple[int, int, int]) -> float:
+        samples = []
+        for _ in range(3):
+            start = time.perf_counter()
+            search(settings)
+            samples.append(time.perf_counter() - start)
+        return min(samples)
+
+    best = min(FAISS_SETTINGS, key=seconds)
+    return lambda: torch.from_numpy(search(best)[:, 0])
 
 
 def sklearn_argmin(problem: Problem) -> Call:
@@ -116,14 +195,59 @@ def sklearn_argmin(problem: Problem) -> Call:
 
 def _register_ours() -> None:
     for backend in ("compiled", "triton", "reference"):
-        register(Provider(f"vqkernels-{backend}", "search", partial(search_with, backend), ours=True))
+        explain = compiled_report if backend == "compiled" else None
+        prepare = partial(search_with, backend)
+        register(Provider(f"vqkernels-{backend}", "search", prepare, ours=True, explain=explain))
     automatic = "the backend that vqkernels picks by itself"
     register(Provider("vqkernels", "search", partial(search_with, None), ours=True, optional=True, note=automatic))
 
 
+def _register_switched() -> None:
+    """The C++ kernels held to one instruction set or pass, and without their certificate."""
+    for word, switches in (
+        ("avx2", {"VQKERNELS_CPU_ISA": "avx2"}),
+        ("portable", {"VQKERNELS_CPU_ISA": "portable"}),
+        ("float32", {"VQKERNELS_CPU_PASS": "float32"}),
+    ):
+        register(
+            Provider(
+                f"vqkernels-compiled-{word}",
+                "search",
+                partial(search_with, "compiled", switches=switches),
+                ours=True,
+                optional=True,
+                devices=("cpu",),
+                note=" ".join(f"{name}={value}" for name, value in switches.items()),
+                explain=partial(compiled_report, switches=switches),
+            )
+        )
+    register(
+        Provider(
+            "vqkernels-compiled-fast",
+            "search",
+            partial(search_with, "compiled", precision="fast"),
+            ours=True,
+            yardstick=True,
+            optional=True,
+            note='precision="fast": one pass in fp32, inexact',
+        )
+    )
+    register(
+        Provider(
+            "vqkernels-compiled-plain",
+            "search",
+            plain_kernel,
+            ours=True,
+            yardstick=True,
+            optional=True,
+            devices=("cpu",),
+            note='precision="fast" on N(0,1) numbers of the same shape, whatever the data',
+        )
+    )
+
+
 def _register_torch() -> None:
-    wide = ("float32", "float64")
-    register(Provider("torch-cdist", "search", torch_cdist, dtypes=wide, bytes_per_score=4, note="cdist + argmin"))
+    register(Provider("torch-cdist", "search", torch_cdist, dtypes=WIDE, bytes_per_score=4, note="cdist + argmin"))
     register(Provider("torch-expanded", "search", torch_expanded, bytes_per_score=12, note="x^2 + c^2 - 2xc"))
     register(
         Provider(
@@ -152,7 +276,7 @@ def _register_libraries() -> None:
             install="faiss-cpu",
             devices=("cpu",),
             dtypes=("float32",),
-            note="IndexFlatL2, distance_compute_blas_threshold=1",
+            note="IndexFlatL2 (knn where the codebook changes), the quickest of three settings",
         )
     )
     register(
@@ -163,12 +287,13 @@ def _register_libraries() -> None:
             package="sklearn",
             install="scikit-learn",
             devices=("cpu",),
-            dtypes=("float32", "float64"),
+            dtypes=WIDE,
             note="pairwise_distances_argmin",
         )
     )
 
 
 _register_ours()
+_register_switched()
 _register_torch()
 _register_libraries()

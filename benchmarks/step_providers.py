@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from vqkernels.backends import use_backend
 
 from .problem import COMMITMENT_WEIGHT, EMA_DECAY, EMA_EPS, Problem, initial_state
-from .providers import Call, Provider, register
+from .providers import Call, Provider, Result, register
 from .search_providers import addmm_scores
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]  # x -> quantized, codes, loss
@@ -58,7 +58,7 @@ def ours(backend: str, problem: Problem) -> Call:
         layer.cluster_size.fill_(1.0)
     step = training_step(problem, lambda x: tuple(layer(x)))
 
-    def run() -> Tensor:
+    def run() -> Result:
         with use_backend(backend):
             codes = step()
             layer.update_codebook()  # otherwise left to the next forward; a whole step has it inside
@@ -132,7 +132,7 @@ def one_hot_statistics(x: Tensor, codes: Tensor, codebook_size: int) -> tuple[Te
     return one_hot.sum(dim=0), one_hot.t() @ x
 
 
-OPERATION = "quantize-train-step"
+OPERATION = "train-step"
 for _backend in ("compiled", "triton", "reference"):
     register(Provider(f"vqkernels-{_backend}", OPERATION, partial(ours, _backend), ours=True, dtypes=("float32",)))
 register(

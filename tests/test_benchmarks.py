@@ -4,37 +4,50 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 from rich.console import Console
 from vqkernels.benchmarks import main as bench_main
+from vqkernels.benchmarks import presets, search_providers
 from vqkernels.benchmarks import providers as registry
-from vqkernels.benchmarks.__main__ import main
 from vqkernels.benchmarks.compare import compare_search
-from vqkernels.benchmarks.config import OPERATIONS, BenchConfig, parse_arguments
+from vqkernels.benchmarks.config import OPERATIONS, BenchConfig
+from vqkernels.benchmarks.data import KINDS
 from vqkernels.benchmarks.gate import EmaGate, SearchGate, check_rows, make_gate
+from vqkernels.benchmarks.goals import Goal, goal_table, judge_goal
+from vqkernels.benchmarks.machine import fixed_threads
 from vqkernels.benchmarks.main import exit_code, run_bench
 from vqkernels.benchmarks.memory import peak_memory
-from vqkernels.benchmarks.presets import PRESETS, Goal, preset_configs
+from vqkernels.benchmarks.peaks import SGEMM_SIZE
+from vqkernels.benchmarks.presets import PRESETS, preset_configs
 from vqkernels.benchmarks.problem import Problem, make_problem
-from vqkernels.benchmarks.providers import Provider, Unavailable, choose, providers_of
-from vqkernels.benchmarks.report import STATES, judge_goal
-from vqkernels.benchmarks.runner import PEAK_SIZE, Timing, measure, ratios
-from vqkernels.benchmarks.shapes import NAMED, Shape, parse_shape
+from vqkernels.benchmarks.providers import Lookup, Provider, Unavailable, choose, providers_of
+from vqkernels.benchmarks.report import STATES
+from vqkernels.benchmarks.runner import Timing, measure, ratios
+from vqkernels.benchmarks.shapes import Shape, parse_shape
+
+from vqkernels import _extension
+from vqkernels.cli.main import main
+from vqkernels.kernels import compiled
 
 TINY = "96,64,8"
+COMPILED = _extension.cpu_library()  # None where the C++ kernels run
 EVERYBODY = [pytest.param(op, p.name, id=f"{op}-{p.name}") for op in OPERATIONS for p in providers_of(op)]
 
 
 @pytest.fixture(autouse=True)
 def _small_probe(monkeypatch):
-    """The sgemm of a tiny benchmark may be tiny too."""
-    assert PEAK_SIZE >= 1024
-    monkeypatch.setattr("vqkernels.benchmarks.runner.PEAK_SIZE", 128)
+    """The sgemm of a tiny benchmark may be tiny too, and its samples short."""
+    assert SGEMM_SIZE >= 1024
+    monkeypatch.setattr("vqkernels.benchmarks.peaks.SGEMM_SIZE", 128)
+    monkeypatch.setattr("vqkernels.benchmarks.runner.MAX_CALLS", 20)
 
 
 @pytest.fixture
@@ -71,21 +84,25 @@ def test_every_provider_is_right_or_says_why_it_cannot_run(operation, name):
     if reason is None:
         try:
             call = provider.prepare(problem)
+            result = call()
         except Unavailable as error:
             reason = str(error)
     if reason is not None:
         assert len(reason) > 10
         assert name not in ("vqkernels-reference", "torch-addmm", "torch-index-add")
         return
-    verdict = make_gate(problem, 50).check(call(), lowest_on_ties=provider.ours)
+    if result is None:
+        assert provider.yardstick
+        return
+    verdict = make_gate(problem, 50).check(result, lowest_on_ties=provider.ours)
     assert verdict.checked >= 50
-    assert verdict.wrong == 0 or "bf16" in name
+    assert verdict.wrong == 0 or "bf16" in name or provider.yardstick
     call()  # a second step goes on from the first
 
 
 @pytest.mark.parametrize("gradient", ["rotation", "straight_through"])
 def test_training_steps_of_all_providers_send_back_the_same_gradient(gradient, monkeypatch):
-    problem = make_problem("quantize-train-step", parse_shape(TINY), gradient=gradient)
+    problem = make_problem("train-step", parse_shape(TINY), gradient=gradient)
     seen = {}
 
     def recording_step(problem, forward, *, batched=False):
@@ -165,6 +182,77 @@ def test_a_code_farther_by_less_than_float64_sees_is_wrong():
     assert gate.check(torch.tensor([1]), lowest_on_ties=False).wrong == 1
 
 
+def test_quantize_gate_sees_a_wrong_row_under_a_right_code():
+    problem = make_problem("quantize", Shape(60, 16, 4))
+    gate = make_gate(problem, 60)
+    lookup = Lookup(problem.codebook[gate.codes], gate.codes, torch.zeros(60))
+    assert gate.check(lookup, lowest_on_ties=True).wrong == 0
+    lookup.quantized[7, 2] += 1e-6
+    lookup.codes[9] = (lookup.codes[9] + 1) % 16
+    assert gate.check(lookup, lowest_on_ties=False).wrong == 2
+
+
+@pytest.mark.parametrize("data", KINDS)
+def test_ours_is_right_on_every_distribution(data):
+    names = ["vqkernels-reference", *(["vqkernels-compiled"] if COMPILED is None else [])]
+    document, _ = run_quietly(quick(data=data, shape=["100,72,5"], provider=names, check_rows=100, seconds=0.01))
+    for name in names:
+        assert (entry_of(document, name)["status"], entry_of(document, name)["wrong"]) == ("measured", 0)
+
+
+def test_a_changing_codebook_is_written_to_before_every_call(add_provider):
+    seen = []
+
+    def watch(problem):
+        def run():
+            seen.append((problem.codebook[0, 0].item(), problem.codebook._version))
+            return torch.cdist(problem.x, problem.codebook).argmin(dim=1)
+
+        return run
+
+    add_provider(Provider("watch", "search", watch))
+    run_quietly(quick(provider=["watch"], codebook="changing"))
+    values, versions = zip(*seen[1:], strict=True)  # the first call is the gate's
+    assert len(set(versions)) == len(versions) > 5
+    assert len(set(values)) == 2
+    assert all(a != b for a, b in pairwise(values))
+    seen.clear()
+    run_quietly(quick(provider=["watch"]))
+    assert len(set(seen)) == 1
+
+
+@pytest.mark.parametrize("operation", OPERATIONS[:2])
+def test_everybody_sees_a_codebook_that_changed_since_the_last_call(operation):
+    problem = make_problem(operation, parse_shape(TINY), changing=True)
+    for provider in choose(operation, [], "cpu"):
+        if provider.name != "vqkernels-triton" and provider.unavailable(problem) is None:
+            call = provider.prepare(problem)
+            call()
+            problem.codebook[:] = problem.codebook.roll(1, dims=0)
+            verdict = make_gate(problem, 96).check(call(), lowest_on_ties=provider.ours)
+            assert verdict.wrong == 0 or "bf16" in provider.name, provider.name
+
+
+def test_switches_hold_for_the_call_alone(monkeypatch):
+    seen = []
+
+    def record(*_, precision):
+        seen.append(os.environ.get("VQKERNELS_CPU_ISA"))
+        return (precision,)
+
+    monkeypatch.setattr(search_providers, "nearest", record)
+    monkeypatch.setenv("VQKERNELS_CPU_ISA", "avx512")
+    search_providers.search_with("reference", _two_by_two(), switches={"VQKERNELS_CPU_ISA": "avx2"})()
+    assert (seen, os.environ["VQKERNELS_CPU_ISA"]) == (["avx2"], "avx512")
+    monkeypatch.delenv("VQKERNELS_CPU_ISA")
+    search_providers.search_with("reference", _two_by_two(), switches={"VQKERNELS_CPU_ISA": "portable"})()
+    assert "VQKERNELS_CPU_ISA" not in os.environ
+
+
+def _two_by_two() -> Problem:
+    return make_problem("search", Shape(2, 2, 2))
+
+
 def test_ema_gate_sees_one_wrong_row():
     problem = make_problem("ema", Shape(500, 40, 8))
     gate = EmaGate(problem)
@@ -190,20 +278,21 @@ def test_checked_rows_are_bounded_and_reach_both_ends():
 
 
 ENTRY_KEYS = {
-    *("provider", "ours", "note", "status", "reason", "checked", "wrong", "median_ms", "p25_ms", "p75_ms", "min_ms"),
-    *("rounds", "calls_per_round", "times_as_fast_as", "gflops", "percent_of_peak", "gbytes_per_second"),
-    *("peak_extra_bytes", "peak_extra_method"),
+    *("provider", "ours", "yardstick", "note", "search", "status", "reason", "checked", "wrong"),
+    *("median_ms", "p25_ms", "p75_ms", "min_ms", "rounds", "calls_per_round", "times_as_fast_as"),
+    *("gflops", "percent_of_peak", "gbytes_per_second", "peak_extra_bytes", "peak_extra_method"),
 }
 CASE_KEYS = {
-    *("operation", "shape", "threads", "device", "dtype", "data", "gradient", "seed", "flops", "flops_formula"),
-    *("bytes", "bytes_formula", "peak_gflops", "baselines", "entries"),
+    *("operation", "shape", "threads", "device", "dtype", "data", "codebook", "gradient", "seed", "flops"),
+    *("flops_formula", "bytes", "bytes_formula", "peak_gflops", "baselines", "entries"),
 }
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_json_holds_machine_versions_formulas_and_every_number(operation, tmp_path):
     path = tmp_path / "deep" / "result.json"
-    names = [p.name for p in providers_of(operation) if p.name not in ("torch-compile", "vqkernels")]
+    slow = ("torch-compile", "vqkernels-triton")  # compiled, interpreted: once each above is enough
+    names = [p.name for p in choose(operation, [], "cpu") if p.name not in slow]
     run_quietly(quick(operation=operation, provider=names, json=str(path)))
     document = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     assert set(document) == {"schema", "date", "commit", "machine", "versions", "configs", "cases", "goals"}
@@ -220,6 +309,28 @@ def test_json_holds_machine_versions_formulas_and_every_number(operation, tmp_pa
         assert (entry["status"] in ("measured", "wrong")) == (entry["median_ms"] is not None)
         assert entry["status"] == "measured" or entry["reason"]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_yardstick_of_ours_may_be_wrong_and_one_without_codes_is_timed(add_provider):
+    add_provider(Provider("fast", "search", zeros_search, ours=True, yardstick=True))
+    add_provider(Provider("product", "search", lambda problem: lambda: None, yardstick=True))
+    document, text = run_quietly(quick(provider=["fast", "product", "torch-addmm"], baseline=["fast"]))
+    fast, product = entry_of(document, "fast"), entry_of(document, "product")
+    assert (fast["status"], product["status"], product["checked"]) == ("wrong", "measured", None)
+    assert min(fast["median_ms"], product["median_ms"]) > 0
+    assert "fast" in entry_of(document, "torch-addmm")["times_as_fast_as"]
+    assert "! fast: " in text
+    assert exit_code(document) == 0
+
+
+def test_the_peaks_are_measured_in_every_round(monkeypatch):
+    monkeypatch.setattr(_extension, "cpu_library", lambda: None)
+    monkeypatch.setattr(compiled, "peak_rates", lambda threads: {"int16": 2e9 * threads, "float32": 0.0})
+    document, text = run_quietly(quick(threads=[1]))
+    assert document["cases"][0]["peak_gflops"]["int16"] == 2.0
+    assert set(document["cases"][0]["peak_gflops"]) == {"int16", "sgemm"}
+    assert "int16 2, sgemm" in text
+    assert "2*N*K*D" in text
 
 
 def test_losses_to_the_baseline_are_printed():
@@ -260,20 +371,13 @@ def test_a_provider_that_would_not_fit_in_memory_says_so():
 
 def test_compare_search_puts_ours_first_and_counts_wrong_codes():
     x, codebook = torch.randn(8, 25, 16) * 0.1 + 1, torch.randn(300, 16) * 0.1 + 1
-    rows = compare_search(x, codebook, seconds=0.1, check_rows=200)
+    with fixed_threads(1):
+        rows = compare_search(x, codebook, seconds=0.1, check_rows=200)
     assert rows[0].name == "vqkernels.nearest"
     assert len(rows) == 4
     assert (rows[0].wrong, rows[0].times_slower) == (0, 1.0)
     assert rows[-1].wrong > 0
     assert all(row.checked == 200 and row.milliseconds > 0 and row.peak_extra_bytes is not None for row in rows)
-
-
-def test_shapes_by_number_and_by_name():
-    assert parse_shape("4096,1024,256") == Shape(4096, 1024, 256)
-    assert parse_shape("llamagen") == NAMED["llamagen"]
-    for text in ("1,2", "0,1,2", "a,b,c", "vqgan"):
-        with pytest.raises(ValueError, match="expected N,K,D"):
-            parse_shape(text)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +388,8 @@ def test_shapes_by_number_and_by_name():
         ({"seconds": 0}, "seconds: expected a positive"),
         ({"threads": [0]}, "threads: expected positive"),
         ({"device": "tpu"}, "device: expected cpu or cuda"),
+        ({"data": "uniform"}, "data: expected one of normal, kmeans"),
+        ({"operation": "ema", "codebook": "changing"}, "codebook: expected fixed for ema"),
         ({"provider": ["nobody"]}, "provider: expected one of vqkernels-compiled"),
         ({"baseline": ["faiss"]}, "baseline: expected one of the providers torch-addmm"),
         ({"preset": "all"}, "preset: expected one of cpu"),
@@ -296,34 +402,59 @@ def test_bad_options_are_named(changes, message):
 
 def test_command_line(tmp_path, capsys):
     path = tmp_path / "r.json"
-    words = f"search --shape 40,30,4 --shape 20,10,2 --threads 1 --provider torch-addmm --seconds 0.05 --json {path}"
+    words = (
+        f"bench search --shape 40,30,4 --shape 20,10,2 --threads 1 --provider torch-addmm --seconds 0.05 --json {path}"
+    )
     assert main(words.split()) == 0
     assert [case["shape"]["N"] for case in json.loads(path.read_text())["cases"]] == [40, 20]
-    assert main(["search", "--shape", "1,2"]) == 2
+    assert main(["bench", "search", "--shape", "1,2"]) == 2
     assert "shape: expected N,K,D" in capsys.readouterr().err
 
 
-def test_parsing_needs_no_torch():
-    code = "from vqkernels.benchmarks.config import parse_arguments; parse_arguments([])"
-    code = f"import sys; {code}; assert 'torch' not in sys.modules"
+def test_the_module_is_another_name_of_the_command(tmp_path):
+    path = tmp_path / "r.json"
+    words = ["search", "--shape", "9,7,3", "--threads", "1", "--provider", "torch-cdist", "--seconds", "0.01", "--json"]
+    command = [sys.executable, "-m", "vqkernels.benchmarks"]
+    done = subprocess.run([*command, *words, str(path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(path.read_text())["cases"][0]["shape"] == {"name": None, "N": 9, "K": 7, "D": 3}
+    done = subprocess.run([*command, "sort"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "operation: expected one of search" in done.stderr) == (2, True)
+
+
+def test_every_option_has_a_help_text_and_none_needs_torch(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in ("shape", "threads", "provider", "json", "data", "codebook", "preset"))
+    code = "import sys, vqkernels.benchmarks.config; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_every_option_has_a_help_text(capsys):
-    with pytest.raises(SystemExit):
-        parse_arguments(["--help"])
-    assert "None" not in capsys.readouterr().out
-
-
-def test_preset_speaks_of_what_it_measures(monkeypatch):
+def test_presets_speak_of_what_they_measure():
     for name, preset in PRESETS.items():
         for config in preset_configs(name, BenchConfig(threads=[1])):
             assert config.threads == [1]
-            bench_main._check_config(config)
+            bench_main._check_config(replace(config, device="cpu", threads=[]))
         for goal in preset.goals:
-            able = [c for c in preset.configs if c.operation == goal.operation and goal.shape in c.shape]
-            assert any(goal.provider in c.provider for c in able)
-            assert goal.baseline is None or any(goal.baseline in c.baseline for c in able)
+            same = [c for c in preset.configs if (c.operation, c.codebook) == (goal.operation, goal.codebook)]
+            able = [c for c in same if goal.shape in c.shape and goal.provider in c.provider]
+            assert able, goal
+            assert goal.baseline is None or any(goal.baseline in (c.baseline or ["faiss"]) for c in able), goal
+
+
+def test_the_cpu_preset_asks_for_what_was_promised():
+    cpu = PRESETS["cpu"]
+    assert presets.TIMES_FAISS["512,262144,18"] == 3.8
+    for shape in presets.TIMES_FAISS:
+        same = [c for c in cpu.configs if c.operation == "search" and shape in c.shape and "faiss" in c.provider]
+        assert {(c.data, c.codebook) for c in same} >= {
+            ("normal", "fixed"),
+            ("kmeans", "fixed"),
+            ("normal", "changing"),
+        }
+        assert all(c.threads == [1, 2] for c in same)
+    assert sum(c.seconds * len(c.shape) * len(c.threads) for c in cpu.configs if c.measure != "memory") < 600
 
 
 def test_goals_are_met_missed_or_missed_for_want_of_a_number():
@@ -332,6 +463,13 @@ def test_goals_are_met_missed_or_missed_for_want_of_a_number():
     (won,) = judge_goal(Goal(**ask, baseline="torch-addmm", at_least=1e-9), document["cases"])
     (lost,) = judge_goal(Goal(**ask, baseline="torch-addmm", at_least=1e9), document["cases"])
     (unknown,) = judge_goal(Goal(**ask, max_bytes=10**9), document["cases"])
+    limits = [judge_goal(Goal(**ask, max_ms=limit), document["cases"])[0]["met"] for limit in (1e6, 1e-6)]
+    assert limits == [True, False]
+    assert len(goal_table([won, lost, unknown]).rows) == 3
     assert (won["met"], lost["met"], unknown["met"]) == (True, False, False)
+    assert judge_goal(Goal(**ask, data="kmeans", max_bytes=1), document["cases"]) == []
+    document["cases"][0]["entries"][0]["percent_of_peak"] = {"int16": 85.5}
+    percents = [judge_goal(Goal(**ask, percent_of="int16", at_least=p), document["cases"])[0] for p in (85, 86)]
+    assert [verdict["met"] for verdict in percents] == [True, False]
     document["goals"] = [lost]
     assert exit_code(document) == 1
