@@ -12,6 +12,7 @@ PACKAGES = {
     "vqkernels.ops": "vqkernels/ops",
     "vqkernels.nn": "vqkernels/nn",
     "vqkernels.cli": "vqkernels/cli",
+    "vqkernels.profiling": "vqkernels/profiling",
     "vqkernels.models": "models",
     "vqkernels.models.configs": "models/configs",
     "vqkernels.benchmarks": "benchmarks",

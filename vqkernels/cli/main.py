@@ -44,6 +44,14 @@ COMMANDS = {
     "encode": Command("turn a folder of images into an .npy file of codes", "cli.options:EncodeConfig"),
     "decode": Command("turn a folder of codes back into images", "cli.options:DecodeConfig"),
     "bench": Command("time the operators of this package beside others", "benchmarks.config:BenchConfig"),
+    "profile": Command(
+        "show where the time and memory of a search or a training step go, as one HTML page and as JSON",
+        "cli.profile_options:ProfileConfig",
+    ),
+    "audit": Command(
+        "count the codes that bf16, TF32 and fp32 formulas get wrong on your own latents, and what that costs",
+        "cli.options:AuditConfig",
+    ),
     "build": Command("compile the C++ (and CUDA) kernels ahead of time", "cli.options:BuildConfig"),
     "info": Command("show versions, hardware and which backend runs which operator, and why", "cli.options:InfoConfig"),
 }

@@ -81,6 +81,35 @@ class DecodeConfig:
 
 
 @dataclass
+class AuditConfig:
+    """Options"""
+
+    source: str = field(metadata=WORD)
+    """folder with a model (runs/NAME, or hf://OWNER/NAME) and --images; or latents (.npy, .pt, .safetensors) and
+    --codebook; or any file with a codebook, such as a checkpoint of another project, and --latents"""
+    images: list[str] = field(default_factory=list)
+    """image files or folders whose latents the model makes; repeat for more"""
+    codebook: str | None = None
+    """file with the codebook [K, D]: .npy, .safetensors, .pt, .pth, .ckpt or .bin"""
+    latents: str | None = None
+    """file with the latents, .npy or as above"""
+    key: str | None = None
+    """name of the codebook in its file, where more than one tensor there could be it"""
+    latents_key: str | None = None
+    """name of the latents in their file, where there is more than one tensor in it"""
+    channels: Literal["last", "first"] = "last"
+    """layout of the latents: last [..., D] | first [B, D, ...]"""
+    metric: Literal["auto", "euclidean", "cosine"] = "auto"
+    """auto takes the model's own, and euclidean where there is no model"""
+    tokens: int | None = None
+    """look at so many tokens at most, spread evenly over all"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to run; auto takes the GPU where there is one"""
+    json: str | None = None
+    """write the whole result to this file"""
+
+
+@dataclass
 class BuildConfig:
     """Options"""
 

@@ -1,7 +1,8 @@
 """From the words of a command line, and YAML files, to a config dataclass; strict, and without torch.
 
 A config is a plain dataclass. The string below a field is its help; `field(metadata=...)` may add
-`positional=True` (a word without a dash, or a list of them) and `short="-o"`.
+`positional=True` (a word without a dash, or a list of them), `short="-o"`, and `takes_config=True`: -c / --config is
+then another name of this option, and no file of options.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def _add_marked(parser: ArgumentParser, entry: dataclasses.Field[Any], text: str
     """A field with metadata, by hand, because add_class_arguments makes long options only."""
     required = entry.default is dataclasses.MISSING
     if not entry.metadata.get("positional"):
-        parser.add_argument(entry.metadata["short"], f"--{entry.name}", type=str, help=text, default=entry.default)
+        names = [entry.metadata["short"], f"--{entry.name}"]
+        names += ["-c", "--config"] if entry.metadata.get("takes_config") else []
+        parser.add_argument(*names, type=str, help=text, default=entry.default)
     elif str(entry.type).startswith("list"):
         parser.add_argument(entry.name, type=str, help=text, nargs="+")
     elif required:
@@ -44,11 +47,17 @@ def _add_marked(parser: ArgumentParser, entry: dataclasses.Field[Any], text: str
         parser.add_argument(entry.name, type=str, help=text, nargs="?", default=entry.default)
 
 
+def _takes_config(config: type) -> bool:
+    """Whether the dataclass has a field of its own that --config stands for."""
+    return any(entry.metadata.get("takes_config") for entry in dataclasses.fields(config))
+
+
 def build_parser(config: type, prog: str, description: str) -> ArgumentParser:
     """A strict parser for one dataclass, whose errors are exceptions."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("-c", "--config", action="config", help="YAML file with any of the options below")
+    if not _takes_config(config):
+        parser.add_argument("-c", "--config", action="config", help="YAML file with any of the options below")
     texts = {entry.arg_name: entry.description for entry in docstring_parser.parse_from_object(config).params}
     marked = [entry for entry in dataclasses.fields(config) if entry.metadata]
     for entry in marked:
@@ -164,6 +173,6 @@ def parse_config(
     try:
         values: dict[str, Any] = parser.instantiate(parser.parse_args(words)).as_dict()
     except Exception as error:  # argparse's, yaml's, or a TypeError, after jsonargparse's version
-        raise ValueError(explain_error(str(error), parser, words)) from error
+        raise ValueError(explain_error(str(error), parser, [] if _takes_config(config) else words)) from error
     values.pop("config", None)
     return config(**values)
