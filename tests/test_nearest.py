@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from adversarial import Case, cases, ragged_cases, true_nearest
+from adversarial import Case, cases, large_cases, ragged_cases, true_nearest
+from requirements import skip_or_fail
 
 import vqkernels as vq
+from vqkernels._extension import cpu_library, instruction_set
+from vqkernels.kernels.compiled import nearest_report
 
 HALF = (torch.float16, torch.bfloat16)
 ALL = [(metric, case) for metric in ("euclidean", "cosine") for case in cases(metric)]
@@ -34,6 +38,28 @@ def test_codes_and_distances_are_the_true_ones(backend, metric: str, case: Case)
             assert torch.equal(torch.cat(parts).cpu(), true)
     absolute = 2.0**-46 if metric == "cosine" else 0.0  # 1 - cos cancels: float64's error of a cosine stays
     torch.testing.assert_close(distance.cpu(), true_distance, rtol=2.0**-22, atol=absolute, equal_nan=True)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("case", large_cases(), ids=str)
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_thousands_of_codes_on_every_instruction_set(monkeypatch, isa: str, case: Case, metric: str):
+    """What is too large for an interpreter: compiled only, each coarse pass, one and two threads, in pieces."""
+    if (reason := cpu_library()) is not None:
+        skip_or_fail("compiled", reason)
+    monkeypatch.setenv("VQKERNELS_CPU_ISA", isa)
+    if instruction_set() != isa:
+        skip_or_fail(isa, f"this CPU has no {isa}")
+    true, true_distance = true_nearest(case.x, case.codebook, metric)
+    absolute = 2.0**-46 if metric == "cosine" else 0.0
+    for coarse_pass, threads, pieces in (("int16", 1, 1), ("float32", 2, 1), ("int16", 2, 3), ("float32", 1, 3)):
+        monkeypatch.setenv("VQKERNELS_CPU_PASS", coarse_pass)
+        torch.set_num_threads(threads)
+        with vq.use_backend("compiled"):
+            parts = [vq.nearest(x, case.codebook, metric=metric) for x in case.x.tensor_split(pieces)]
+        assert torch.equal(torch.cat([codes for codes, _ in parts]), true)
+        distance = torch.cat([distance for _, distance in parts])
+        torch.testing.assert_close(distance, true_distance, rtol=2.0**-23, atol=absolute, equal_nan=True)
 
 
 def test_codes_do_not_depend_on_threads_or_batch_split(backend):
@@ -124,6 +150,34 @@ def test_a_diverged_codebook_is_reported_however_large(metric: str, columns: sli
         torch.set_num_threads(threads)
         with pytest.raises(ValueError, match="codebook: expected finite values"):
             vq.nearest(torch.randn(4, 64), codebook, metric=metric)
+
+
+@pytest.mark.parametrize(("size", "dim"), [(40, 7), (33, 5), (300, 257)])
+def test_no_change_of_a_kept_codebook_goes_unseen(size: int, dim: int):
+    """The C++ kernels keep a prepared codebook until its numbers change: any bit of any of them, or their order."""
+    if (reason := cpu_library()) is not None:
+        skip_or_fail("compiled", reason)
+    x, codebook = torch.randn(1, 2, dim), torch.randn(size, dim)
+    bits = codebook.view(-1).view(torch.int32).numpy()  # torch's version counter does not see writes to it
+
+    def kept() -> bool:
+        return nearest_report(x, codebook, "euclidean", "exact").prepared_from_cache
+
+    def check(places: list[int], values: np.ndarray) -> None:
+        assert [kept(), kept(), kept()][2]  # the codebook as it was
+        before = bits[places]
+        bits[places] = values
+        assert not kept(), (places, before, values)
+        bits[places] = before
+
+    masks = np.array([1, 2, 1 << 23, -(2**31)], dtype=np.int32)  # of mantissa, exponent and sign
+    for i in torch.randperm(bits.size - 32, generator=torch.Generator().manual_seed(0))[:50].tolist():
+        for mask in masks:
+            check([i], bits[[i]] ^ mask)
+        for other in (i + 1, i + 2, i + 16, i + 31):  # neighbours, and what a vector holds in one lane
+            check([i, other], bits[[other, i]])
+            check([i, other], bits[[i, other]] + np.array([1, -1], dtype=np.int32))  # their sum stays
+    check([bits.size - 1], bits[-1:] ^ masks[:1])
 
 
 BAD = {
