@@ -20,8 +20,8 @@ struct Candidate {
 struct TokenState {
   static constexpr int CAPACITY = 16;  // granules kept; a token with more takes the other road
 
-  double upper;  // the least real score is not above this
-  double unit;   // of `ceiling`
+  double upper;    // the least real score is not above this
+  double unit;     // of `ceiling`
   double ceiling;  // upper * unit, in the score units of the scale at hand
   int32_t count;
   Road road;

@@ -12,16 +12,19 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
-constexpr int64_t BLOCK_BYTES = 384 * 1024;  // of the L2 cache: on a Zen 5 core 128 to 512 KiB make no difference
-constexpr int64_t BLOCK_PANELS = 256;        // bounds the granule scores that a tile leaves per block
-constexpr int64_t SAMPLE = 64;               // codes looked at to choose centre and scale
-constexpr int64_t SMALL_DIM = 48;  // up to here granules take several panels: minima would cost as much as products
+constexpr int64_t BLOCK_BYTES =
+    384 * 1024;                        // of the L2 cache: on a Zen 5 core 128 to 512 KiB make no difference
+constexpr int64_t BLOCK_PANELS = 256;  // bounds the granule scores that a tile leaves per block
+constexpr int64_t SAMPLE = 64;         // codes looked at to choose centre and scale
+constexpr int64_t SMALL_DIM =
+    48;  // up to here granules take several panels: minima would cost as much as products
 constexpr int64_t PANELS_A_GRANULE = 4;
 constexpr int64_t LARGE_DIM = 96;    // from here on, and for few codes, it pays to keep every code's score:
 constexpr int64_t FEW_CODES = 2048;  // there is less to rerank
-constexpr double SAME_SCALE = 8.0;     // norms this far apart may share a scale
-constexpr int64_t FEW_SMALL = 64;      // codes that are smaller still share it, too
-constexpr int SMALLEST_SCALES = 12;    // factors of SAME_SCALE below the middle norm that get a scale of their own
+constexpr double SAME_SCALE = 8.0;   // norms this far apart may share a scale
+constexpr int64_t FEW_SMALL = 64;    // codes that are smaller still share it, too
+constexpr int SMALLEST_SCALES =
+    12;  // factors of SAME_SCALE below the middle norm that get a scale of their own
 
 double squared_norm(const float* row, const std::vector<float>& centre, int64_t dim) {
   double square = 0.0;
@@ -48,8 +51,8 @@ std::vector<float> mean_of(const CodeRows& codes, const std::vector<int64_t>& sa
   return mean;
 }
 
-// Any centre and scale give right codes; good ones only make the error bound small. Codes that lie far from the
-// first mean are left out of the second.
+// Any centre and scale give right codes; good ones only make the error bound small. Codes that lie far from
+// the first mean are left out of the second.
 struct Centre {
   std::vector<float> value;  // [D]
   double square;             // a middling |c - centre|^2
@@ -60,9 +63,11 @@ Centre choose_centre(const CodeRows& codes) {
   for (int64_t k = 0; k < codes.size; k += ceil_div(codes.size, SAMPLE)) sample.push_back(k);
   Centre centre;
   for (int round = 0; round < 3; ++round) {
-    centre.value = codes.inverse_norm == nullptr ? mean_of(codes, sample) : std::vector<float>(codes.dim, 0.0f);
+    centre.value =
+        codes.inverse_norm == nullptr ? mean_of(codes, sample) : std::vector<float>(codes.dim, 0.0f);
     std::vector<double> squares;
-    for (const int64_t k : sample) squares.push_back(squared_norm(codes.rows + k * codes.dim, centre.value, codes.dim));
+    for (const int64_t k : sample)
+      squares.push_back(squared_norm(codes.rows + k * codes.dim, centre.value, codes.dim));
     centre.square = codes.inverse_norm == nullptr ? middle_of(squares) : 1.0;
     if (codes.inverse_norm != nullptr) break;
     std::vector<int64_t> near;
@@ -84,7 +89,8 @@ int exponent_for(double square) {
 }
 
 // |c - centre|^2 of every code, not scaled; throws where one is not finite.
-std::vector<double> measure(const KernelTable& table, const CoarseBook& book, const CodeRows& codes, int exponent) {
+std::vector<double> measure(const KernelTable& table, const CoarseBook& book, const CodeRows& codes,
+                            int exponent) {
   std::vector<double> squares(codes.size);
   std::atomic<bool> finite{true};
   const Packing packing = book.packing({exponent, 0.0, 0.0}, codes.rows + codes.size * codes.dim);
@@ -153,7 +159,8 @@ void plan_one_scale(CoarseBook& book, double norm) {
 void plan_scales(CoarseBook& book, const std::vector<double>& squares, const std::vector<int32_t>& scale_of) {
   std::vector<int64_t> codes(book.size);
   std::iota(codes.begin(), codes.end(), int64_t{0});
-  std::stable_sort(codes.begin(), codes.end(), [&](int64_t a, int64_t b) { return scale_of[a] < scale_of[b]; });
+  std::stable_sort(codes.begin(), codes.end(),
+                   [&](int64_t a, int64_t b) { return scale_of[a] < scale_of[b]; });
   for (int64_t begin = 0; begin < book.size;) {
     int64_t end = begin;
     double largest = 0.0;
@@ -175,8 +182,8 @@ CoarseBook start_book(const CoarsePass& pass, const CodeRows& codes, std::vector
   const int64_t width = pass.vectors * pass.lanes;
   const bool apart = codes.dim >= LARGE_DIM || codes.size <= FEW_CODES;
   const int64_t group = apart ? 0 : codes.dim <= SMALL_DIM ? PANELS_A_GRANULE : 1;
-  return {&pass, codes.size, codes.dim, codes.inverse_norm != nullptr, width, group, std::move(centre), {}, {}, {},
-          Panels()};
+  return {&pass, codes.size, codes.dim, codes.inverse_norm != nullptr, width, group, std::move(centre), {},
+          {},    {},         Panels()};
 }
 
 }  // namespace
@@ -217,8 +224,8 @@ CodeBound pack_block(const CoarseBook& book, const CodeRows& codes, const Coarse
       rows[j] = codes.rows + k * codes.dim;
       if (book.cosine) inverse_norms[j] = codes.inverse_norm[k];
     }
-    book.pass->pack_panel(rows, book.cosine ? inverse_norms : nullptr, packing, panels + i * book.panel_bytes(),
-                          &bound);
+    book.pass->pack_panel(rows, book.cosine ? inverse_norms : nullptr, packing,
+                          panels + i * book.panel_bytes(), &bound);
   }
   return bound;
 }
@@ -240,7 +247,8 @@ void restrict_codes(CoarseBook& book, const std::vector<int64_t>& codes) {
   cut_blocks(book, 0, 0, book.size);
 }
 
-CoarseBook pack_coarse(const KernelTable& table, const CoarsePass& pass, const CodeRows& codes, Panels spare) {
+CoarseBook pack_coarse(const KernelTable& table, const CoarsePass& pass, const CodeRows& codes,
+                       Panels spare) {
   const Centre centre = choose_centre(codes);
   CoarseBook book = start_book(pass, codes, centre.value);
   if (book.cosine) {
@@ -259,10 +267,12 @@ CoarseBook pack_coarse(const KernelTable& table, const CoarsePass& pass, const C
   const CoarseBlock& last = book.blocks.back();
   const int64_t bytes = (last.first_panel + last.count) * book.panel_bytes();
   book.panels = spare.bytes == bytes ? std::move(spare) : Panels{bytes, Buffer<char>(bytes)};
-  for_each_range(static_cast<int64_t>(book.blocks.size()), 1, 8.0 * book.size * book.dim, [&](int64_t i, int64_t) {
-    CoarseBlock& block = book.blocks[i];
-    block.bound = pack_block(book, codes, block, book.panels.memory.get() + block.first_panel * book.panel_bytes());
-  });
+  for_each_range(
+      static_cast<int64_t>(book.blocks.size()), 1, 8.0 * book.size * book.dim, [&](int64_t i, int64_t) {
+        CoarseBlock& block = book.blocks[i];
+        block.bound =
+            pack_block(book, codes, block, book.panels.memory.get() + block.first_panel * book.panel_bytes());
+      });
   return book;
 }
 

@@ -1,5 +1,5 @@
-// The codebook prepared for a coarse pass: centred, scaled, packed in panels, with the norms that bound the pass's
-// error.
+// The codebook prepared for a coarse pass: centred, scaled, packed in panels, with the norms that bound the
+// pass's error.
 #pragma once
 
 #include <cstdint>

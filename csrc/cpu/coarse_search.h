@@ -1,4 +1,5 @@
-// The search of float32 and the 16-bit types: a coarse pass over the packed codebook, then a decision per token.
+// The search of float32 and the 16-bit types: a coarse pass over the packed codebook, then a decision per
+// token.
 //
 //   tokens   read, centred, scaled and packed for the pass
 //   coarse   S, within E of the real score s; of every granule of codes the least is kept, so that
@@ -36,9 +37,9 @@ constexpr int64_t FEWEST_TOKENS = 96;        // enough uses of a codebook block 
 constexpr int64_t CROWD = 4096;              // candidates that the float64 pass keeps of a token
 constexpr int MOST_ROWS = 16;                // of a tile
 constexpr float LARGEST_SQUARE = 0x1p80f;    // of a token's norm; the float64 pass takes larger ones
-constexpr double MIXED_NORMS = 4.0;          // the largest norm over the least, from which on tokens are sorted
-constexpr int64_t PREFETCHED = 3;            // tokens whose candidates are asked of the memory ahead of time
-constexpr int64_t PREFETCHED_BYTES = 1024;   // of each code
+constexpr double MIXED_NORMS = 4.0;  // the largest norm over the least, from which on tokens are sorted
+constexpr int64_t PREFETCHED = 3;    // tokens whose candidates are asked of the memory ahead of time
+constexpr int64_t PREFETCHED_BYTES = 1024;    // of each code
 constexpr int64_t CACHED_BYTES = 512 * 1024;  // of a codebook that needs no such help
 
 // How tokens and codes are cut into pieces of work.
@@ -49,7 +50,8 @@ struct Split {
 };
 
 inline double coarse_operations(const CoarseBook& coarse, int64_t count) {
-  return 2.0 * static_cast<double>(count) * static_cast<double>(coarse.size) * static_cast<double>(coarse.dim);
+  return 2.0 * static_cast<double>(count) * static_cast<double>(coarse.size) *
+         static_cast<double>(coarse.dim);
 }
 
 inline int64_t most_tokens(const CoarseBook& coarse) {
@@ -69,7 +71,8 @@ inline Split choose_split(const CoarseBook& coarse, int64_t count) {
   return {tokens, token_blocks, enough ? 1 : std::min(blocks, ceil_div(2 * threads, token_blocks))};
 }
 
-// The error of a token's scores against a block of codes, in score units; NaN or infinite where nothing is known.
+// The error of a token's scores against a block of codes, in score units; NaN or infinite where nothing is
+// known.
 inline double error_of(const TokenBound& token, const CodeBound& code) {
   return token.residual * code.largest + token.norm * code.residual + token.offset + code.offset;
 }
@@ -120,7 +123,8 @@ class CoarseSearch {
   template <class Work>
   void each(int64_t items, const Work& work) {
     int64_t most_granules = 0;
-    for (const CoarseBlock& block : coarse_.blocks) most_granules = std::max(most_granules, coarse_.granules(block));
+    for (const CoarseBlock& block : coarse_.blocks)
+      most_granules = std::max(most_granules, coarse_.granules(block));
     for_each_item<Scratch>(
         items, coarse_operations(coarse_, tokens_.count()),
         [&] {
@@ -144,7 +148,8 @@ class CoarseSearch {
       const int64_t chunk = item % split_.chunks;
       load(item / split_.chunks, scratch);
       search_block(chunk, scratch);
-      std::copy_n(scratch.states.get(), scratch.count, states.get() + chunk * tokens_.count() + scratch.first);
+      std::copy_n(scratch.states.get(), scratch.count,
+                  states.get() + chunk * tokens_.count() + scratch.first);
     });
     each(split_.token_blocks, [&](int64_t item, Scratch& scratch) {
       load(item, scratch);
@@ -214,8 +219,8 @@ class CoarseSearch {
     }
   }
 
-  // A tile's tokens share a scale, set by the longest: where norms differ much, like is put to like. Those below
-  // `short_norm` may have the same scale anyhow.
+  // A tile's tokens share a scale, set by the longest: where norms differ much, like is put to like. Those
+  // below `short_norm` may have the same scale anyhow.
   void sort_tokens(double short_norm, Scratch& scratch) const {
     const double* norms = scratch.norms.get();
     int32_t* order = scratch.order.get();
@@ -225,7 +230,8 @@ class CoarseSearch {
     std::sort(order, order + scratch.count, [&](int32_t a, int32_t b) { return norms[a] < norms[b]; });
   }
 
-  void pack_tile(const CoarseScale& scale, const Packing& packing, int64_t base, int64_t count, Scratch& scratch) {
+  void pack_tile(const CoarseScale& scale, const Packing& packing, int64_t base, int64_t count,
+                 Scratch& scratch) {
     char* tile = scratch.tiles.get() + base / pass_.rows * coarse_.tile_bytes();
     if (count < pass_.rows) std::fill_n(tile, coarse_.tile_bytes(), char{0});
     double largest = 0.0;
@@ -235,7 +241,8 @@ class CoarseSearch {
       const float* row = scratch.given[token];
       TokenBound& bound = scratch.bounds[base + i];
       if (scratch.states[token].road == Road::COARSE) {
-        pass_.pack_token(row, packing_of(row, packing), scratch.norms[token], largest, static_cast<int>(i), tile, &bound);
+        pass_.pack_token(row, packing_of(row, packing), scratch.norms[token], largest, static_cast<int>(i),
+                         tile, &bound);
         if (!book_.cosine) bound.unit *= scale.square;
         scratch.states[token].use_unit(bound.unit);
       } else {
@@ -262,10 +269,12 @@ class CoarseSearch {
   void score(int32_t b, const CoarseBlock& block, const char* panels, int64_t base, Scratch& scratch) {
     const int64_t rows = std::min<int64_t>(pass_.rows, scratch.count - base);
     const int32_t* tokens = &scratch.order[base];
-    if (std::none_of(tokens, tokens + rows, [&](int32_t i) { return scratch.states[i].road == Road::COARSE; })) return;
+    if (std::none_of(tokens, tokens + rows,
+                     [&](int32_t i) { return scratch.states[i].road == Road::COARSE; }))
+      return;
     double least[MOST_ROWS];
-    pass_.score_panels(scratch.tiles.get() + base / pass_.rows * coarse_.tile_bytes(), panels, block.count, book_.dim,
-                       coarse_.group, scratch.scores.get(), least);
+    pass_.score_panels(scratch.tiles.get() + base / pass_.rows * coarse_.tile_bytes(), panels, block.count,
+                       book_.dim, coarse_.group, scratch.scores.get(), least);
     const int64_t granules = coarse_.granules(block);
     const double reach = block.bound.largest;
     for (int64_t i = 0; i < rows; ++i) {
@@ -278,13 +287,16 @@ class CoarseSearch {
         continue;
       }
       if (least[i] + error < state.ceiling) state.lower_to(least[i] + error);
-      const double limit = state.ceiling + error + std::fabs(state.ceiling) * 0x1p-48;  // for the changes of unit
+      const double limit =
+          state.ceiling + error + std::fabs(state.ceiling) * 0x1p-48;  // for the changes of unit
       if (!(least[i] <= limit)) continue;
-      collect(b, block, scratch.scores.get() + i * granules * pass_.word_bytes, granules, error, limit, state);
+      collect(b, block, scratch.scores.get() + i * granules * pass_.word_bytes, granules, error, limit,
+              state);
     }
   }
 
-  void collect(int32_t b, const CoarseBlock& block, const char* scores, int64_t granules, double error, double limit, TokenState& state) {
+  void collect(int32_t b, const CoarseBlock& block, const char* scores, int64_t granules, double error,
+               double limit, TokenState& state) {
     int32_t found[FOUND];
     double values[FOUND];
     const int64_t number = pass_.find_scores(scores, granules, limit, found, values, FOUND);
@@ -361,7 +373,8 @@ class CoarseSearch {
     const Buffer<char> panels(wide.blocks[0].count * wide.panel_bytes());
     std::vector<TokenBound> bounds(count);
     std::vector<Crowd> crowds(count);
-    std::fill_n(tiles.get() + count / pass.rows * wide.tile_bytes(), count % pass.rows > 0 ? wide.tile_bytes() : 0, char{0});
+    std::fill_n(tiles.get() + count / pass.rows * wide.tile_bytes(),
+                count % pass.rows > 0 ? wide.tile_bytes() : 0, char{0});
     for (int64_t i = 0; i < count; ++i) {
       const float* row = scratch.given[undecided[i]];
       Packing packing = wide.packing(wide.scales[0], row + book_.dim);
@@ -387,7 +400,8 @@ class CoarseSearch {
       codes.clear();
       crowds[i].drop_beaten();
       for (const Candidate& candidate : crowds[i].candidates) {
-        wide.for_codes(wide.blocks[candidate.block], candidate.granule, [&](int64_t k) { codes.push_back(k); });
+        wide.for_codes(wide.blocks[candidate.block], candidate.granule,
+                       [&](int64_t k) { codes.push_back(k); });
       }
       decide_token(book_, row, scratch.decide, out_, n);
     }
@@ -412,8 +426,8 @@ class CoarseSearch {
     std::vector<double> scores(pass.rows * granules), values(granules);
     std::vector<int32_t> found(granules);
     double least[MOST_ROWS];
-    pass.score_panels(tiles + base / pass.rows * wide.tile_bytes(), panels, block.count, wide.dim, wide.group, scores.data(),
-                      least);
+    pass.score_panels(tiles + base / pass.rows * wide.tile_bytes(), panels, block.count, wide.dim, wide.group,
+                      scores.data(), least);
     const int64_t rows = std::min<int64_t>(pass.rows, static_cast<int64_t>(bounds.size()) - base);
     for (int64_t i = 0; i < rows; ++i) {
       Crowd& crowd = crowds[base + i];
@@ -422,8 +436,9 @@ class CoarseSearch {
       if (crowd.overfull) continue;
       crowd.upper = std::min(crowd.upper, least[i] + error);
       const double limit = crowd.upper + error;
-      const int64_t number = pass.find_scores(&scores[i * granules], granules, limit + std::fabs(limit) * 0x1p-50,
-                                              found.data(), values.data(), granules);
+      const int64_t number =
+          pass.find_scores(&scores[i * granules], granules, limit + std::fabs(limit) * 0x1p-50, found.data(),
+                           values.data(), granules);
       for (int64_t j = 0; j < number; ++j) crowd.candidates.push_back({values[j] - error, b, found[j]});
       if (static_cast<int64_t>(crowd.candidates.size()) > CROWD) crowd.drop_beaten();
       crowd.overfull = static_cast<int64_t>(crowd.candidates.size()) > CROWD;

@@ -52,12 +52,12 @@ struct Choice {
   double value;
 };
 
-inline void squared_distances(const KernelTable& table, const float* x, const float* rows, const int64_t* chosen,
-                              int64_t count, int64_t dim, double* out) {
+inline void squared_distances(const KernelTable& table, const float* x, const float* rows,
+                              const int64_t* chosen, int64_t count, int64_t dim, double* out) {
   table.squared_distances_float(x, rows, chosen, count, dim, out);
 }
-inline void squared_distances(const KernelTable& table, const double* x, const double* rows, const int64_t* chosen,
-                              int64_t count, int64_t dim, double* out) {
+inline void squared_distances(const KernelTable& table, const double* x, const double* rows,
+                              const int64_t* chosen, int64_t count, int64_t dim, double* out) {
   table.squared_distances_double(x, rows, chosen, count, dim, out);
 }
 inline void dot_products(const KernelTable& table, const float* x, const float* rows, const int64_t* chosen,
@@ -73,7 +73,8 @@ inline void dot_products(const KernelTable& table, const double* x, const double
 template <class Row>
 void values_of(const Book<Row>& book, const Token<Row>& token, const int64_t* chosen, int64_t count,
                double* values) {  // [count]
-  if (!book.cosine) return squared_distances(*book.table, token.row, book.rows, chosen, count, book.dim, values);
+  if (!book.cosine)
+    return squared_distances(*book.table, token.row, book.rows, chosen, count, book.dim, values);
   dot_products(*book.table, token.row, book.rows, chosen, count, book.dim, values);
   for (int64_t i = 0; i < count; ++i) {
     values[i] *= -token.inverse_norm * book.inverse_norm[chosen == nullptr ? i : chosen[i]];
@@ -211,7 +212,8 @@ Token<Row> make_token(const Book<Row>& book, const Row* row) {
 
 // The token's code among scratch.codes.
 template <class Row>
-void decide_token(const Book<Row>& book, const Row* row, DecideScratch<Row>& scratch, const Outputs& out, int64_t n) {
+void decide_token(const Book<Row>& book, const Row* row, DecideScratch<Row>& scratch, const Outputs& out,
+                  int64_t n) {
   const Token<Row> token = make_token(book, row);
   if (book.cosine && token.inverse_norm == 0.0) return write(out, n, book, {0, 0.0});  // every cosine is 0
   const int64_t count = static_cast<int64_t>(scratch.codes.size());
@@ -229,7 +231,8 @@ void scan(const Book<Row>& book, const Row* row, DecideScratch<Row>& scratch, co
   scratch.values.resize(book.size);
   values_of(book, token, nullptr, book.size, scratch.values.data());
   write(out, n, book,
-        decide(book, token, static_cast<const int64_t*>(nullptr), scratch.values.data(), book.size, scratch.tied));
+        decide(book, token, static_cast<const int64_t*>(nullptr), scratch.values.data(), book.size,
+               scratch.tied));
 }
 
 }  // namespace cpu

@@ -1,10 +1,11 @@
-// Packing for the int16 pass: products of integers are exact, so all of its error is what rounding leaves, and that
-// is measured.
+// Packing for the int16 pass: products of integers are exact, so all of its error is what rounding leaves,
+// and that is measured.
 //
-// With b = target / (largest |c - mu|) a code becomes C = b (c - mu), rounded to integers c^; a token X = a (x - mu),
-// rounded to x^, where a brings the norms of its tile to target or less. |X|, |C| <= 2^15 keep x^.c^ and all its partial
-// sums below 2^30. With |C|^2/2 = 2^14 eta the score a b (h - x.c) is A eta - X.C, A = 2^14 a / b: sums start at A eta,
-// the product of two pairs, A and A / 128 with eta and its fraction in 128ths, which is below 2^30 too.
+// With b = target / (largest |c - mu|) a code becomes C = b (c - mu), rounded to integers c^; a token X = a
+// (x - mu), rounded to x^, where a brings the norms of its tile to target or less. |X|, |C| <= 2^15 keep
+// x^.c^ and all its partial sums below 2^30. With |C|^2/2 = 2^14 eta the score a b (h - x.c) is A eta - X.C,
+// A = 2^14 a / b: sums start at A eta, the product of two pairs, A and A / 128 with eta and its fraction in
+// 128ths, which is below 2^30 too.
 #pragma once
 
 #include "kernel_scores.h"
@@ -48,7 +49,8 @@ inline FloatStrip packed_strip(const float* row, const Packing& packing, int64_t
 inline FloatStrip unit_strip(const float* row, double inverse_norm, const Packing& packing, int64_t base) {
   float values[STRIP] = {};
   const int64_t width = packing.dim - base < STRIP ? packing.dim - base : STRIP;
-  for (int64_t i = 0; i < width; ++i) values[i] = static_cast<float>(static_cast<double>(row[base + i]) * inverse_norm);
+  for (int64_t i = 0; i < width; ++i)
+    values[i] = static_cast<float>(static_cast<double>(row[base + i]) * inverse_norm);
   return load_vector<FloatStrip>(values);
 }
 
@@ -86,7 +88,8 @@ void pack_int16_panel(const float* const* codes,    // [WIDTH] of [D]
         __builtin_memcpy(&pairs[j], halves, sizeof(halves));
       }
       transpose(pairs);
-      for (int64_t i = 0; i < end; ++i) __builtin_memcpy(out + (base + i) * WIDTH + first, &pairs[i], sizeof(IntStrip));
+      for (int64_t i = 0; i < end; ++i)
+        __builtin_memcpy(out + (base + i) * WIDTH + first, &pairs[i], sizeof(IntStrip));
     }
   }
   float squares[WIDTH], residuals[WIDTH];
@@ -163,7 +166,8 @@ void pack_int16_token(const float* token,  // [D]
   const int16_t shared[2] = {static_cast<int16_t>(scale.whole), static_cast<int16_t>(scale.fraction)};
   __builtin_memcpy(static_cast<int32_t*>(tile) + P::ROWS * steps, shared, sizeof(shared));
   const double length = scale.factor * norm;
-  const double left = __builtin_sqrt(static_cast<double>(sum_of(residuals))) * SUM_SLACK + ROUNDING * length + 0x1p-40;
+  const double left =
+      __builtin_sqrt(static_cast<double>(sum_of(residuals))) * SUM_SLACK + ROUNDING * length + 0x1p-40;
   *bound = {scale.factor * packing.code_factor, length + left, left, bias_error(packing, scale)};
 }
 

@@ -1,10 +1,11 @@
 // Scores of tokens against panels, written once over a pass P that the including unit defines in an anonymous
-// namespace. Nothing from the standard library is instantiated here: a shared template compiled for AVX512 could
-// be the copy that the linker keeps for everyone.
+// namespace. Nothing from the standard library is instantiated here: a shared template compiled for AVX512
+// could be the copy that the linker keeps for everyone.
 //
-// P: Word, Vector, ROWS, LANES, VECTORS, DEPTH (multiply-adds of a lane of accumulate), steps(dim), load, store,
-// broadcast, start(biases, shared) (where sums begin), accumulate(sum, token, code), minimum, least(v), limit_of(double)
-// (no word above it stands for a score that is not above the limit), any_below(v, limit).
+// P: Word, Vector, ROWS, LANES, VECTORS, DEPTH (multiply-adds of a lane of accumulate), steps(dim), load,
+// store, broadcast, start(biases, shared) (where sums begin), accumulate(sum, token, code), minimum,
+// least(v), limit_of(double) (no word above it stands for a score that is not above the limit), any_below(v,
+// limit).
 #pragma once
 
 #include "kernel_table.h"
@@ -19,15 +20,18 @@ struct Scores {
   using Vector = typename P::Vector;
   static constexpr int WIDTH = P::VECTORS * P::LANES;
 
-  static int64_t tile_words(int64_t dim) { return (P::ROWS * P::steps(dim) + 16) / 16 * 16; }  // whole cache lines
+  static int64_t tile_words(int64_t dim) {
+    return (P::ROWS * P::steps(dim) + 16) / 16 * 16;
+  }  // whole cache lines
   static int64_t panel_words(int64_t dim) { return (1 + P::steps(dim)) * WIDTH; }
 
   using Sums = Vector[P::ROWS][P::VECTORS];
 
-  static inline __attribute__((always_inline)) void add_step(const Word* tile,  // [ROWS, steps], at its column
-                                                             int64_t steps,
-                                                             const Word* panel,  // [WIDTH]
-                                                             Sums& sums) {
+  static inline __attribute__((always_inline)) void add_step(
+      const Word* tile,  // [ROWS, steps], at its column
+      int64_t steps,
+      const Word* panel,  // [WIDTH]
+      Sums& sums) {
     Vector codes[P::VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < P::VECTORS; ++v) codes[v] = P::load(panel + v * P::LANES);
@@ -57,7 +61,7 @@ struct Scores {
     }
     panel += WIDTH;
     if constexpr (STEPS > 0) {
-#pragma GCC unroll 18
+#pragma GCC unroll 32
       for (int64_t step = 0; step < STEPS; ++step) add_step(tile + step, STEPS, panel + step * WIDTH, sums);
     } else {
 #pragma GCC unroll 1
@@ -112,7 +116,8 @@ struct Scores {
       for (int j = 0; j < CHAINS; ++j) best[j] = P::minimum(best[j], P::load(scores + i + j * P::LANES));
     }
     for (; i < count; i += P::LANES) best[0] = P::minimum(best[0], P::load(scores + i));
-    return static_cast<double>(P::least(P::minimum(P::minimum(best[0], best[1]), P::minimum(best[2], best[3]))));
+    return static_cast<double>(
+        P::least(P::minimum(P::minimum(best[0], best[1]), P::minimum(best[2], best[3]))));
   }
 
   static void score_panels(const void* tile,    // [tile_words]
@@ -124,7 +129,8 @@ struct Scores {
     const Word* codes = static_cast<const Word*>(panels);
     Word* out = static_cast<Word*>(granule_scores);
     const int64_t granules = group == 0 ? count * WIDTH : (count + group - 1) / group * P::LANES;
-    switch (group == 0 ? -1 : P::steps(dim)) {  // with few steps the loop itself would cost as much as its body
+    switch (group == 0 ? -1
+                       : P::steps(dim)) {  // with few steps the loop itself would cost as much as its body
       case -1:
         sweep_apart(tokens, codes, count, dim, out, granules);
         break;
@@ -152,6 +158,9 @@ struct Scores {
       case 16:
         sweep<16>(tokens, codes, count, dim, group, out, granules);
         break;
+      case 32:
+        sweep<32>(tokens, codes, count, dim, group, out, granules);
+        break;
       default:
         sweep<0>(tokens, codes, count, dim, group, out, granules);
     }
@@ -170,7 +179,8 @@ struct Scores {
     for (int64_t base = 0; base < count; base += GROUP) {
       const int64_t end = count - base < GROUP ? count : base + GROUP;
       Vector least = P::load(scores + base);
-      for (int64_t i = base + P::LANES; i < end; i += P::LANES) least = P::minimum(least, P::load(scores + i));
+      for (int64_t i = base + P::LANES; i < end; i += P::LANES)
+        least = P::minimum(least, P::load(scores + i));
       if (!P::any_below(least, most)) continue;
       for (int64_t i = base; i < end; ++i) {
         if (i % P::LANES == 0 && !P::any_below(P::load(scores + i), most)) {
@@ -219,9 +229,8 @@ struct Scores {
   static constexpr CoarsePass make_pass(const char* name, double largest_score,
                                         decltype(CoarsePass::pack_panel) pack_panel,
                                         decltype(CoarsePass::pack_token) pack_token) {
-    return {name,       sizeof(Word), P::ROWS,      P::LANES,    P::VECTORS, largest_score,
-            P::steps,   tile_words, panel_words,  score_panels, find_scores, pack_panel, pack_token,
-            run_peak};
+    return {name,       sizeof(Word), P::ROWS,      P::LANES,    P::VECTORS, largest_score, P::steps,
+            tile_words, panel_words,  score_panels, find_scores, pack_panel, pack_token,    run_peak};
   }
 };
 

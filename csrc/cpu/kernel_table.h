@@ -19,7 +19,8 @@ struct Packing {
 };
 
 // What the score of a packed token and a packed code is: real score = score / unit, within
-//   token.residual * code.largest + token.norm * code.residual + token.offset + code.offset   (in score units)
+//   token.residual * code.largest + token.norm * code.residual + token.offset + code.offset   (in score
+//   units)
 struct TokenBound {
   double unit;
   double norm;
@@ -32,11 +33,11 @@ struct CodeBound {
   double offset;
 };
 
-// One way to score tokens against codes at low precision. A *tile* is `rows` tokens, [rows, steps] words and then one
-// more that they share; a *panel* is WIDTH = vectors * lanes codes, a row of biases and then their numbers transposed,
-// [1 + steps, WIDTH] words. A *granule* is one lane of `group` neighbouring panels: vectors * group codes, or a single
-// code where `group` is 0. The score of a token and a code stands for h - x.c with h = |c|^2 / 2 (0 for cosine). Words
-// are 32 bits wide, 64 in the float64 pass.
+// One way to score tokens against codes at low precision. A *tile* is `rows` tokens, [rows, steps] words and
+// then one more that they share; a *panel* is WIDTH = vectors * lanes codes, a row of biases and then their
+// numbers transposed, [1 + steps, WIDTH] words. A *granule* is one lane of `group` neighbouring panels:
+// vectors * group codes, or a single code where `group` is 0. The score of a token and a code stands for h -
+// x.c with h = |c|^2 / 2 (0 for cosine). Words are 32 bits wide, 64 in the float64 pass.
 struct CoarsePass {
   const char* name;
   int word_bytes;
@@ -55,7 +56,8 @@ struct CoarsePass {
                        void* granule_scores,  // [rows, granules]
                        double* least);        // [rows]
 
-  // Positions and values of the scores <= limit, in order; returns how many there are, writes at most `capacity`.
+  // Positions and values of the scores <= limit, in order; returns how many there are, writes at most
+  // `capacity`.
   int64_t (*find_scores)(const void* scores,  // [count], count a multiple of lanes
                          int64_t count, double limit,
                          int32_t* found,        // [capacity]
@@ -88,8 +90,8 @@ struct KernelTable {
   const CoarsePass* float64;
   const CoarsePass* int16;  // null where the instruction set has nothing faster than float32's
 
-  // squares[j] = |(rows[j] - centre) * scale * scale2|^2, off by at most a millionth; NaN or infinity where some
-  // entry is not finite, or a square overflows.
+  // squares[j] = |(rows[j] - centre) * scale * scale2|^2, off by at most a millionth; NaN or infinity where
+  // some entry is not finite, or a square overflows.
   void (*measure_rows)(const float* rows,  // [count, D]
                        int64_t count, const Packing& packing,
                        float* squares);  // [count]
@@ -102,7 +104,7 @@ struct KernelTable {
                      uint64_t* sums);        // [16]
 
   // sum_d (x - c)^2 and sum_d x * c in float64 for the chosen rows of a codebook, or the first `count`.
-  void (*squared_distances_float)(const float* x,        // [D]
+  void (*squared_distances_float)(const float* x,         // [D]
                                   const float* rows,      // [K, D]
                                   const int64_t* chosen,  // [count] or null
                                   int64_t count, int64_t dim,
@@ -111,8 +113,8 @@ struct KernelTable {
                                    const double* rows,     // [K, D]
                                    const int64_t* chosen,  // [count] or null
                                    int64_t count, int64_t dim,
-                                   double* out);      // [count]
-  void (*dot_products_float)(const float* x,        // [D]
+                                   double* out);     // [count]
+  void (*dot_products_float)(const float* x,         // [D]
                              const float* rows,      // [K, D]
                              const int64_t* chosen,  // [count] or null
                              int64_t count, int64_t dim,

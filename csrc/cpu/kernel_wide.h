@@ -9,9 +9,9 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
-constexpr double UNIT32 = 5.960464477539063e-8;      // 2^-24, float32's unit roundoff
-constexpr double UNIT64 = 1.1102230246251565e-16;    // 2^-53, float64's
-void measure_rows(const float* rows,  // [count, D]
+constexpr double UNIT32 = 5.960464477539063e-8;    // 2^-24, float32's unit roundoff
+constexpr double UNIT64 = 1.1102230246251565e-16;  // 2^-53, float64's
+void measure_rows(const float* rows,               // [count, D]
                   int64_t count, const Packing& packing,
                   float* squares) {  // [count]
   for (int64_t k = 0; k < count; ++k) {
@@ -27,8 +27,9 @@ void measure_rows(const float* rows,  // [count, D]
   }
 }
 
-// A sum of products of 32-bit halves, each moved by a key that depends on its place (the universal family NH of Black
-// et al., "UMAC: Fast and Secure Message Authentication", CRYPTO 1999), twice with different keys, in eight lanes.
+// A sum of products of 32-bit halves, each moved by a key that depends on its place (the universal family NH
+// of Black et al., "UMAC: Fast and Secure Message Authentication", CRYPTO 1999), twice with different keys,
+// in eight lanes.
 typedef uint64_t Words __attribute__((vector_size(64)));
 
 void hash_words(const uint64_t* words,  // [count]
@@ -65,8 +66,8 @@ inline Word packed_token(const float* row, const Packing& packing, int64_t d) {
 // The error of h - x.c, computed in words of unit roundoff u, in units of u (|c|^2/2 + |x||c|): D for the
 // additions, 1 for products that are not fused, 2 for the rounding of x and c, 1 for that of h and 2 for what
 // rounding c does to h; 4 to spare and 2% for the second order, which holds while their sum is below 2^-6. In
-// float64 the norms that cosine divides by count as well, another D. Entries or products below the smallest normal
-// number come on top.
+// float64 the norms that cosine divides by count as well, another D. Entries or products below the smallest
+// normal number come on top.
 template <class Word>
 struct Rounding;
 template <>
@@ -103,7 +104,8 @@ void pack_wide_panel(const float* const* codes,    // [WIDTH] of [D]
       const float* centre = packing.centre + base;
       if (inverse_norms == nullptr) {
         for (int64_t i = 0; i < width; ++i) {
-          strip[j][i] = (static_cast<Word>(code[i]) - static_cast<Word>(centre[i])) * packing.scale * packing.scale2;
+          strip[j][i] =
+              (static_cast<Word>(code[i]) - static_cast<Word>(centre[i])) * packing.scale * packing.scale2;
         }
       } else {
         for (int64_t i = 0; i < width; ++i) {
@@ -153,8 +155,8 @@ void pack_wide_token(const float* token,  // [D]
   }
   for (int i = 0; i < CHAINS; ++i) square += parts[i];
   const double norm = __builtin_sqrt(square) * (1.0 + 1e-12);
-  const double residual = relative_error<Word>(packing.dim) * norm +
-                          static_cast<double>(packing.dim) * Rounding<Word>::smallest;
+  const double residual =
+      relative_error<Word>(packing.dim) * norm + static_cast<double>(packing.dim) * Rounding<Word>::smallest;
   *bound = {1.0, norm, residual, 0.0};
 }
 

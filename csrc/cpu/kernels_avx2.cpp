@@ -39,7 +39,9 @@ struct Float32 {
     return least_of_lanes(lanes);
   }
   static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm256_fnmadd_ps(a, b, sum); }
-  static float limit_of(double limit) { return __builtin_nextafterf(static_cast<float>(limit), __builtin_inff()); }
+  static float limit_of(double limit) {
+    return __builtin_nextafterf(static_cast<float>(limit), __builtin_inff());
+  }
   static bool any_below(Vector v, float limit) {
     return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(limit), _CMP_LE_OQ)) != 0;
   }

@@ -28,7 +28,9 @@ struct Float32 {
   static Vector minimum(Vector a, Vector b) { return _mm512_min_ps(a, b); }
   static float least(Vector v) { return _mm512_reduce_min_ps(v); }
   static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm512_fnmadd_ps(a, b, sum); }
-  static float limit_of(double limit) { return __builtin_nextafterf(static_cast<float>(limit), __builtin_inff()); }
+  static float limit_of(double limit) {
+    return __builtin_nextafterf(static_cast<float>(limit), __builtin_inff());
+  }
   static bool any_below(Vector v, float limit) {
     return _mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_LE_OQ) != 0;
   }
@@ -63,7 +65,8 @@ namespace cpu {
 namespace {
 constexpr CoarsePass FLOAT32 = make_wide_pass<Float32>("float32", 0x1p120);
 constexpr CoarsePass FLOAT64 = make_wide_pass<Float64>("float64", __builtin_inf());
-constexpr KernelTable TABLE = make_table("avx512", &FLOAT32, &FLOAT64, nullptr);  // kernels_avx512_vnni.cpp has int16
+constexpr KernelTable TABLE =
+    make_table("avx512", &FLOAT32, &FLOAT64, nullptr);  // kernels_avx512_vnni.cpp has int16
 }  // namespace
 }  // namespace cpu
 }  // namespace vqkernels

@@ -1,13 +1,13 @@
-// The int16 pass for AVX512 with VNNI: twice float32's multiply-adds. AVX512 without VNNI needs two instructions that
-// share a port for the same, and gains nothing.
+// The int16 pass for AVX512 with VNNI: twice float32's multiply-adds. AVX512 without VNNI needs two
+// instructions that share a port for the same, and gains nothing.
 #include "kernel_table.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx2,fma"))), \
-                             apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx2,fma,prefer-vector-width=512")

@@ -35,7 +35,8 @@ struct DenseCodebook {
   int64_t size;
   int64_t dim;
 
-  DenseCodebook(const Tensor& codebook, bool cosine) : copy(0), size(codebook.size(0)), dim(codebook.size(1)) {
+  DenseCodebook(const Tensor& codebook, bool cosine)
+      : copy(0), size(codebook.size(0)), dim(codebook.size(1)) {
     const Tokens<const Element> view{static_cast<const Element*>(codebook.const_data_ptr()),
                                      1,
                                      size,
@@ -74,7 +75,8 @@ void search_double(const KernelTable& table, const DenseCodebook<double>& dense,
   };
   check_codebook_finite(all_finite(dense.rows, dense.size * dense.dim));
   const std::vector<double> inverse = cosine ? dense.inverse_norms(table) : std::vector<double>();
-  const Book<double> book{&table, dense.rows, cosine ? inverse.data() : nullptr, dense.size, dense.dim, cosine, exact};
+  const Book<double> book{&table, dense.rows, cosine ? inverse.data() : nullptr, dense.size, dense.dim,
+                          cosine, exact};
   for_each_item<Scratch>(
       tokens.count(), 4.0 * tokens.count() * book.size * book.dim,
       [&] { return Scratch{Buffer<double>(book.dim), DecideScratch<double>(), Stopwatch(report)}; },
@@ -98,7 +100,8 @@ const CoarsePass& choose_pass(const KernelTable& table, int64_t dim, bool exact)
     throw std::runtime_error(std::string("VQKERNELS_CPU_PASS: expected int16 or float32, got ") + name);
   }
   const bool wanted = !asked || std::strcmp(name, "int16") == 0;
-  return exact && wanted && table.int16 != nullptr && dim <= LARGEST_INT16_DIM ? *table.int16 : *table.float32;
+  return exact && wanted && table.int16 != nullptr && dim <= LARGEST_INT16_DIM ? *table.int16
+                                                                               : *table.float32;
 }
 
 template <class Element>
@@ -126,7 +129,8 @@ void search(const Tensor& x, const Tensor& codebook, bool cosine, bool exact, co
     const CoarsePass& pass = choose_pass(table, dense.dim, exact);
     std::shared_ptr<const PreparedCodebook> prepared;
     Stopwatch(report).time(Stage::PREPARE, [&] {
-      const PreparedKey key{fingerprint_of(table, dense.rows, dense.size * dense.dim), &pass, dense.size, dense.dim, cosine};
+      const PreparedKey key{fingerprint_of(table, dense.rows, dense.size * dense.dim), &pass, dense.size,
+                            dense.dim, cosine};
       prepared = find_prepared(key);
       if (report != nullptr) report->from_cache = prepared != nullptr;
       if (prepared != nullptr) return;
@@ -154,8 +158,9 @@ Result run(const Tensor& x, const Tensor& codebook, bool cosine, bool exact, Sea
                 torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float)};
   const Outputs out{static_cast<int64_t*>(result.codes.mutable_data_ptr()),
                     static_cast<float*>(result.distance.mutable_data_ptr())};
-  dispatch_floating(x.scalar_type(),
-                    [&](auto element) { search<decltype(element)>(x, codebook, cosine, exact, out, report); });
+  dispatch_floating(x.scalar_type(), [&](auto element) {
+    search<decltype(element)>(x, codebook, cosine, exact, out, report);
+  });
   return result;
 }
 

@@ -16,16 +16,17 @@ std::tuple<Tensor, Tensor> nearest(Tensor x,         // [B, T, D]
                                    bool cosine,
                                    bool exact);  // -> codes [B, T], distance [B, T]
 
-// The same with numbers float64 [11]: thread-seconds of the five stages of report.h, certified tokens, granules left,
-// codes reranked, tokens scanned, 1 where the codebook was found prepared, and the pass (0 int16, 1 float32, 2 float64).
+// The same with numbers float64 [11]: thread-seconds of the five stages of report.h, certified tokens,
+// granules left, codes reranked, tokens scanned, 1 where the codebook was found prepared, and the pass (0
+// int16, 1 float32, 2 float64).
 std::tuple<Tensor, Tensor, Tensor> nearest_report(Tensor x, Tensor codebook, bool cosine, bool exact);
 
-// "int16" or "float32": the coarse pass that a search in `dim` dimensions takes; "?" where VQKERNELS_CPU_ISA or
-// VQKERNELS_CPU_PASS asks for one that cannot be.
+// "int16" or "float32": the coarse pass that a search in `dim` dimensions takes; "?" where VQKERNELS_CPU_ISA
+// or VQKERNELS_CPU_PASS asks for one that cannot be.
 const char* coarse_pass(int64_t dim, bool exact) noexcept;
 
-// Multiply-adds of one thread on registers alone, in operations a second (two each), of the "float32" or "int16"
-// pass; 0 where the CPU has no such pass.
+// Multiply-adds of one thread on registers alone, in operations a second (two each), of the "float32" or
+// "int16" pass; 0 where the CPU has no such pass.
 double peak_rate(const char* pass) noexcept;
 
 std::tuple<Tensor, Tensor> gather(Tensor x,         // [B, T, D]

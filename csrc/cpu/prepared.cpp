@@ -74,8 +74,8 @@ Fingerprint fingerprint_of(const KernelTable& table, const float* rows, int64_t 
 std::shared_ptr<const PreparedCodebook> find_prepared(const PreparedKey& key) {
   Store& kept = store();
   const std::lock_guard<std::mutex> guard(kept.mutex);
-  const auto found =
-      std::find_if(kept.entries.begin(), kept.entries.end(), [&](const Entry& entry) { return entry.key == key; });
+  const auto found = std::find_if(kept.entries.begin(), kept.entries.end(),
+                                  [&](const Entry& entry) { return entry.key == key; });
   if (found == kept.entries.end()) return nullptr;
   kept.entries.splice(kept.entries.begin(), kept.entries, found);
   return found->prepared;

@@ -1,6 +1,6 @@
-// Prepared codebooks, kept between calls. A codebook is known by a fingerprint of its numbers, taken in every call at
-// the speed of the memory: whatever has written to it (an optimizer, `.data`, a numpy view, another process's shared
-// memory), a stale one is never used.
+// Prepared codebooks, kept between calls. A codebook is known by a fingerprint of its numbers, taken in every
+// call at the speed of the memory: whatever has written to it (an optimizer, `.data`, a numpy view, another
+// process's shared memory), a stale one is never used.
 #pragma once
 
 #include <array>
@@ -27,8 +27,8 @@ class PreparedCodebook {
   mutable std::vector<int64_t> distinct_;
 };
 
-// 512 bits; two codebooks of one shape share them with a probability of about 2^-64 where they differ in one place,
-// and less where in more.
+// 512 bits; two codebooks of one shape share them with a probability of about 2^-64 where they differ in one
+// place, and less where in more.
 using Fingerprint = std::array<uint64_t, 8>;
 Fingerprint fingerprint_of(const KernelTable& table, const float* rows, int64_t count);
 

@@ -32,7 +32,8 @@ struct SearchReport {
 class Stopwatch {
  public:
   explicit Stopwatch(SearchReport* report) : report_(report) {}
-  Stopwatch(Stopwatch&& other) noexcept : counts(other.counts), report_(other.report_), seconds_(other.seconds_) {
+  Stopwatch(Stopwatch&& other) noexcept
+      : counts(other.counts), report_(other.report_), seconds_(other.seconds_) {
     other.report_ = nullptr;
   }
   Stopwatch& operator=(Stopwatch&&) = delete;

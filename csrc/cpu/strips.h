@@ -1,4 +1,5 @@
-// Sixteen floats or eight doubles at a time, in the compiler's own vectors: one register of AVX512, two of AVX2.
+// Sixteen floats or eight doubles at a time, in the compiler's own vectors: one register of AVX512, two of
+// AVX2.
 #pragma once
 
 #include <cstdint>
@@ -49,28 +50,33 @@ inline float sum_of(FloatStrip v) {
 
 inline double sum_of(DoubleHalf v) {
   typedef double Quarter __attribute__((vector_size(32)));
-  const Quarter quarter = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  const Quarter quarter =
+      __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
   return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
 }
 
 // Rows to columns, 16 by 16: blocks of 8, 4, 2 and 1 change places across the diagonal.
 inline void exchange8(IntStrip& a, IntStrip& b) {
-  const IntStrip first = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  const IntStrip first =
+      __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
   b = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
   a = first;
 }
 inline void exchange4(IntStrip& a, IntStrip& b) {
-  const IntStrip first = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+  const IntStrip first =
+      __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
   b = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
   a = first;
 }
 inline void exchange2(IntStrip& a, IntStrip& b) {
-  const IntStrip first = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  const IntStrip first =
+      __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
   b = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
   a = first;
 }
 inline void exchange1(IntStrip& a, IntStrip& b) {
-  const IntStrip first = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+  const IntStrip first =
+      __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
   b = __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
   a = first;
 }
