@@ -52,6 +52,7 @@ setup(
     package_dir=PACKAGES,
     package_data={
         "vqkernels": ["py.typed"],
+        "vqkernels.kernels": ["*.json"],
         "vqkernels.models.configs": ["*.yaml"],
         "vqkernels.csrc": ["*.h", "*.cpp"],
         "vqkernels.csrc.cpu": ["*.h", "*.cpp"],

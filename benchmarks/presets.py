@@ -27,7 +27,7 @@ TIMES_FAISS = {  # at its best setting
     "64,262144,256": 1.5,
     "16384,512,64": 1.5,
 }
-LARGE = ("1024,16384,256", "4096,8192,64", "64,262144,256")  # D >= 64 and K >= 4096
+LARGE = ("1024,16384,256", "4096,8192,64")  # bound by arithmetic: (64,262144,256) reads a codebook for 64 tokens
 PERCENT_OF_INT16 = 85.0
 STEP, LONG_STEP = "4096,16384,8", "131072,16384,8"
 

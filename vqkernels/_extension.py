@@ -203,21 +203,30 @@ def _runtime_link(home: Path, folder: Path) -> list[str]:
     return [f"-L{folder}"]
 
 
-def _compile_cuda(library: str, folder: Path) -> Path:
+def _cuda_target() -> tuple[str, list[str]]:
+    """Of the first device: the architecture as torch's builder names it, and nvcc's flags."""
     import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) == (9, 0):  # Hopper's own instructions are in sm_90a alone
+        return "9.0a", [*CUDA_FLAGS, "-DVQKERNELS_SM90A"]
+    return f"{major}.{minor}", CUDA_FLAGS
+
+
+def _compile_cuda(library: str, folder: Path) -> Path:
     from torch.utils import cpp_extension
 
     home = _cuda_home()
     if home is None:
         raise FileNotFoundError("no CUDA toolkit: set CUDA_HOME, or pip install 'vqkernels[nvcc]'")
-    major, minor = torch.cuda.get_device_capability()
+    architecture, flags = _cuda_target()
     cpp_extension.CUDA_HOME = str(home)  # read once, when torch's module was imported
-    with _build_environment(CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=f"{major}.{minor}"):
+    with _build_environment(CUDA_HOME=str(home), TORCH_CUDA_ARCH_LIST=architecture):
         cpp_extension.load(
             library,
             [str(path) for path in cuda_sources()],
             extra_cflags=JIT_FLAGS,
-            extra_cuda_cflags=CUDA_FLAGS,
+            extra_cuda_cflags=flags,
             extra_ldflags=_runtime_link(home, folder),
             build_directory=str(folder),
             with_cuda=True,
@@ -249,9 +258,9 @@ def _load_cpu() -> tuple[Path, bool]:
 def _load_cuda() -> tuple[Path, bool]:
     import torch
 
-    major, minor = torch.cuda.get_device_capability()
-    architecture = f"sm_{major}{minor} {torch.version.cuda}"
-    path, built = _find_or_build("cuda", _key("cuda", CUDA_FLAGS, architecture), _checked(_compile_cuda))
+    architecture, flags = _cuda_target()
+    key = _key("cuda", flags, f"{architecture} {torch.version.cuda}")
+    path, built = _find_or_build("cuda", key, _checked(_compile_cuda))
     if not built:
         torch.ops.load_library(path)
     return path, built
