@@ -81,6 +81,74 @@ def test_nearest_of_many_codes_split_over_blocks(metric: str):
     assert torch.equal(_search(Case("split", x, codebook), metric, seed=2)[0], true)
 
 
+def _expected_states(
+    scores: Tensor,  # [N, rows], of the operand's rows
+    splits: int,
+    split: bool,
+) -> tuple[Tensor, Tensor]:  # lowest, runner-up: [N, splits, groups]
+    """Of granules (or single codes) of each lane group, from the documented order of the operand's rows."""
+    row = torch.arange(scores.shape[1])
+    code = row // 32 * 32 + row // 2 % 4 * 8 + row // 8 % 4 * 2 + row % 2
+    by_code = torch.empty_like(scores)
+    by_code[:, code] = scores
+    granules = by_code.view(len(scores), splits, -1, host.COARSE_GROUPS, 8)  # a split's granules, by group
+    kept = granules.amin(-1) if split else granules.transpose(2, 3).flatten(3).unsqueeze(2)[:, :, 0]
+    kept = kept.transpose(2, 3) if split else kept
+    lowest = kept.sort(-1).values
+    runner_up = lowest[..., 1] if lowest.shape[-1] > 1 else torch.full_like(lowest[..., 0], float("inf"))
+    return lowest[..., 0], runner_up
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("depth", [16, 48, 64])
+def test_the_coarse_pass_keeps_the_lowest_scores_of_each_lane_group(depth: int, split: bool):
+    """The product's fragments lie as the PTX ISA says, up to what its matrix units may cut off."""
+    tokens, codes = _randn(150, depth, seed=30).half(), _randn(512, depth, seed=31).half()
+    bias, scale = _randn(512, seed=32), 2.0 ** _randn(150, seed=33).round()
+    bias[3::70] = float("inf")  # codes that do not fit
+    scores = tokens.double() @ codes.double().T
+    if not split:
+        scores += bias.double() * scale.double()[:, None]
+    first, second, code = host.coarse_pass(tokens, codes, bias, scale, split, seed=1)
+    lowest, runner_up = _expected_states(scores, first.shape[1], split)
+    size = tokens.double().norm(dim=1).max() * codes.double().norm(dim=1).max()
+    tolerance = float(size * depth * 2.0**-22)
+    torch.testing.assert_close(first.double(), lowest, rtol=0, atol=tolerance)
+    torch.testing.assert_close(second.double(), runner_up, rtol=0, atol=tolerance)
+    assert (code % 8 == 0).all() or not split
+    assert (code // 8 % host.COARSE_GROUPS == torch.arange(host.COARSE_GROUPS)).all()
+
+
+def _scaled(factor: float, *shape: int, seed: int, every: int = 1000) -> Tensor:
+    """Normal numbers; every ``every``-th row, from the first on, is ``factor`` times as long."""
+    rows = _randn(*shape, seed=seed)
+    rows[::every] *= factor
+    return rows
+
+
+LIVE = _scaled(1e4, 300, 70, seed=53, every=20) * 1e-4  # the other codes have hardly moved from 0
+EASY = {
+    "gauss-8": (_randn(130, 8, seed=40), _randn(500, 8, seed=41)),
+    "gauss-100": (_randn(60, 100, seed=42), _randn(300, 100, seed=43)),
+    "untrained": (_randn(60, 20, seed=44), _randn(300, 20, seed=45) / 16384),  # tokens far larger than codes
+    "offset": (_randn(60, 20, seed=46) + 100, _randn(300, 20, seed=47) + 100),
+    "outlier": (_randn(60, 20, seed=48), _scaled(1e6, 300, 20, seed=49)),
+    "far-outlier": (_randn(60, 70, seed=50), _scaled(1e25, 300, 70, seed=51)),
+    "dead-codes": (LIVE[::20].repeat(4, 1) + 0.3 * _randn(60, 70, seed=52), LIVE),
+    "huge-token": (_scaled(1e25, 60, 20, seed=54), _randn(300, 20, seed=55)),
+    "tiny": (_randn(60, 20, seed=56) * 1e-30, _randn(300, 20, seed=57) * 1e-30),
+}
+
+
+@pytest.mark.parametrize("name", EASY)
+def test_the_certificate_settles_ordinary_tokens(name: str):
+    """Outliers, offsets and scales cost the exact road at most for the tokens that they concern."""
+    x, codebook = EASY[name]
+    codes, _, exact_road = host.nearest_and_count(x[None], codebook)
+    assert torch.equal(codes[0], true_nearest(x, codebook)[0])
+    assert exact_road <= 2
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nearest_of_any_layout(dtype: torch.dtype, layout: str):
@@ -228,6 +296,11 @@ def test_a_missing_barrier_shows():
     right = (torch.arange(64) + 1) % 64
     for seed in (0, 1, 2):
         assert not torch.equal(host.rotate_without_barrier(seed), right)
+
+
+def test_a_missing_wait_shows():
+    """A copy that has not been waited for is poison, not data."""
+    assert (host.copy_without_wait(torch.ones(64, 4, dtype=torch.int32)) == 0xFFFFFFFF).all()
 
 
 def test_sanitizers_find_nothing():

@@ -103,7 +103,7 @@ def test_a_failing_build_keeps_the_compilers_words_and_warns_once(fresh: Path, m
     assert len([w for w in caught if "vqkernels" in str(w.message)]) == 1
     assert not list(fresh.glob("cpu-*/*"))  # nothing half-made stays
     with pytest.raises(RuntimeError, match="no such thing"):
-        _extension.cpu_library_path()
+        _extension.library_path()
 
 
 def test_a_cache_that_cannot_be_written_is_a_reason(fresh: Path, monkeypatch: pytest.MonkeyPatch):

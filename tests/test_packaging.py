@@ -124,7 +124,7 @@ def test_it_works_without_a_compiler_and_says_so_once(installed: Path, tmp_path:
 def test_the_library_uses_the_stable_abi_alone():
     reason = _extension.cpu_library()
     assert reason is None, reason
-    (library,) = _extension.cpu_library_path().parent.glob("*.so")
+    (library,) = _extension.library_path().parent.glob("*.so")
     audit = [str(Path(sys.executable).with_name("torch-abi-audit")), str(library)]
     done = subprocess.run(audit, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -332,13 +332,13 @@ def cuda_library() -> str | None:
     return _report("cuda").reason
 
 
-def cpu_library_path() -> Path:
-    """The loaded CPU library's file.
+def library_path(name: str = "cpu") -> Path:
+    """The file of the loaded library, "cpu" or "cuda".
 
     Raises:
         RuntimeError: there is none; the message says why.
     """
-    report = _report("cpu")
+    report = _report(name)
     if report.path is None:
         raise RuntimeError(report.reason)
     return report.path

@@ -42,11 +42,17 @@ class Launcher {
     return count;
   }
 
+  // Small arrays share a piece of memory, since every request costs the host microseconds.
   template <typename T>
   T* allocate(int64_t count) {
-    int64_t bytes = static_cast<int64_t>(sizeof(T)) * count;
-    workspace_.push_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
-    return static_cast<T*>(workspace_.back().mutable_data_ptr());
+    int64_t bytes = ceil_div(static_cast<int64_t>(sizeof(T)) * count, kAlignment) * kAlignment;
+    if (bytes > kPieceBytes / 2) return reinterpret_cast<T*>(request(bytes));
+    if (bytes > left_) {
+      piece_ = request(kPieceBytes);
+      left_ = kPieceBytes;
+    }
+    left_ -= bytes;
+    return reinterpret_cast<T*>(piece_ + left_);
   }
 
   void zero(void* data, int64_t bytes) {
@@ -56,6 +62,14 @@ class Launcher {
   template <typename... Params, typename... Args>
   void launch(void (*kernel)(Params...), int64_t blocks, int threads, Args... args) {
     kernel<<<static_cast<unsigned>(blocks), threads, 0, stream_>>>(static_cast<Params>(args)...);
+    STD_CUDA_KERNEL_LAUNCH_CHECK();
+  }
+
+  // For a kernel that calls large_shared_memory<Memory>().
+  template <typename Memory, typename... Params, typename... Args>
+  void launch_large(void (*kernel)(Params...), int64_t blocks, int threads, Args... args) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(Memory)));
+    kernel<<<static_cast<unsigned>(blocks), threads, sizeof(Memory), stream_>>>(static_cast<Params>(args)...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
@@ -76,10 +90,19 @@ class Launcher {
   }
 
  private:
+  static constexpr int64_t kAlignment = 256, kPieceBytes = 1 << 20;
+
+  char* request(int64_t bytes) {
+    workspace_.push_back(torch::stable::new_empty(like_, {bytes}, ScalarType::Byte));
+    return static_cast<char*>(workspace_.back().mutable_data_ptr());
+  }
+
   torch::stable::accelerator::DeviceGuard guard_;
   Tensor like_;
   cudaStream_t stream_;
   std::vector<Tensor> workspace_;
+  char* piece_ = nullptr;
+  int64_t left_ = 0;  // of the piece, from its beginning
 };
 
 template <typename T>

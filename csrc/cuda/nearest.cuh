@@ -1,112 +1,134 @@
-// Nearest codes: scores in float32 (float64 for float64 inputs), a certificate for every token, and the exact
-// road for the tokens that it does not cover. No launch waits for the host.
+// Nearest codes, launch by launch. float32 and the half types: prepare, coarse pass, finish, and the exact
+// road for the tokens that are left; float64 has a coarse pass of its own. No launch waits for the host.
 #pragma once
 
 #include "nearest_decide.cuh"
+#include "nearest_mma.cuh"
+#ifdef VQKERNELS_SM90A  // built for sm_90a alone
+#include "nearest_hopper.cuh"
+#endif
 
 namespace vqkernels::cuda {
 
-// Takes the lowest score where the certificate holds (or none is wanted) and lists the token otherwise.
-template <typename T, int LANES>
-VQ_KERNEL(kTeamThreads, kTeamBlocks)
-certify_kernel(Search<T> search,
-               const Best<Scalar<T>>* partial,  // [splits, B * T]
-               int64_t splits,
-               const double* gaps,  // [B * T]
-               bool exact,
-               int64_t* listed,  // [B * T]
-               int64_t* count,
-               int64_t* codes,     // [B * T]
-               float* distance) {  // [B * T]
-  int64_t tokens = search.x.count();
-  bool leads = team_lane<LANES>() == 0;
-  for (int64_t n = team_first<LANES>(); n < tokens; n += team_step<LANES>()) {
-    double gap = gaps[n];
-    Best<Scalar<T>> best = partial[n];
-    for (int64_t split = 1; split < splits; ++split) best.merge(partial[split * tokens + n]);
-    bool answerable = gap == gap;
-    bool certain = !exact || static_cast<double>(best.second) - static_cast<double>(best.first) > gap;
-    if (!answerable) {
-      if (leads) codes[n] = -1, distance[n] = NAN;
-    } else if (!certain) {
-      if (leads) listed[atomic_increment(count)] = n;
-    } else {
-      int64_t code =
-          best.code < search.codebook_size ? best.code : 0;  // without a certificate all scores may overflow
-      double score = rough_score(search, search.x.row(n), search.codebook + code * search.x.dim,
-                                 team_lane<LANES>(), LANES);
-      if (!leads) continue;
-      codes[n] = code;
-      distance[n] = static_cast<float>(search.cosine ? std::fmax(1.0 + score, 0.0) : score);
-    }
-  }
-}
-
-template <typename T, typename Launcher>
-PreparedCodebook<Scalar<T>> prepare_codebook(Launcher& launcher, const Search<T>& search) {
-  using S = Scalar<T>;
-  int64_t dim = search.x.dim, codebook_size = search.codebook_size;
-  PreparedCodebook<S> prepared{
-      launcher.template allocate<S>(dim), launcher.template allocate<S>(codebook_size * dim),
-      launcher.template allocate<S>(codebook_size), launcher.template allocate<CodebookSummary>(1)};
-  launcher.zero(prepared.summary, sizeof(CodebookSummary));
-  if (search.cosine || std::is_same<T, double>::value) {  // float64 scores have nothing to gain from centring
-    launcher.zero(prepared.mean, sizeof(S) * dim);
-  } else {
-    int64_t rows = codebook_size < kMeanBlocks * kMeanRows ? codebook_size : kMeanBlocks * kMeanRows;
-    int64_t blocks = ceil_div(rows, kMeanRows);
-    double* partial = launcher.template allocate<double>(blocks * dim);
-    launcher.launch(sum_codes_kernel<T>, blocks, kTeamThreads, search, rows, partial);
-    launcher.launch(finish_mean_kernel<S>, team_blocks(dim, 1), kTeamThreads, partial, blocks, rows, dim,
-                    prepared.mean);
-  }
-  int64_t blocks = team_blocks(codebook_size, 32), most = 4 * launcher.processors();
-  blocks = blocks < most ? blocks : most;
-  if (search.cosine) {
-    launcher.launch(prepare_codebook_kernel<T, true>, blocks, kTeamThreads, search, prepared);
-  } else {
-    launcher.launch(prepare_codebook_kernel<T, false>, blocks, kTeamThreads, search, prepared);
-  }
-  return prepared;
-}
-
+// Codes and distances from the coarse pass's states. Without `exact`, float64's word is the last one.
 template <int LANES, typename T, typename Launcher>
-void nearest_with_lanes(Launcher& launcher, const Search<T>& search, bool exact, int64_t* codes,
-                        float* distance) {
-  using S = Scalar<T>;
+void settle(Launcher& launcher, const Search<T>& search, const States<T>& states,
+            const Certificate<T>& certificate, int64_t* count, bool exact, int64_t* codes, float* distance) {
   int64_t tokens = search.x.count();
-  PreparedCodebook<S> prepared = prepare_codebook(launcher, search);
-  double* gaps = launcher.template allocate<double>(tokens);
-  launcher.launch(bound_tokens_kernel<T, LANES>, team_blocks(tokens, LANES), kTeamThreads, search, prepared,
-                  gaps);
-
-  ScorePlan plan = plan_scores<S>(tokens, search.codebook_size, launcher.processors());
-  Best<S>* partial = launcher.template allocate<Best<S>>(plan.splits * tokens);
-  int64_t items = plan.token_tiles * plan.splits;
-  launcher.launch(score_kernel<T>, items < kMaxBlocks ? items : kMaxBlocks, kTileThreads, search, prepared,
-                  plan, partial);
-
-  int64_t* listed = launcher.template allocate<int64_t>(tokens);
-  int64_t* count = launcher.template allocate<int64_t>(1);
-  launcher.zero(count, sizeof(int64_t));
-  launcher.launch(certify_kernel<T, LANES>, team_blocks(tokens, LANES), kTeamThreads, search, partial,
-                  plan.splits, gaps, exact, listed, count, codes, distance);
+  Listed* listed = launcher.template allocate<Listed>(exact ? tokens : 0);
+  launcher.launch(finish_kernel<T, LANES>, team_blocks(tokens, LANES), kTeamThreads, search, states,
+                  certificate, exact, listed, count, codes, distance);
   if (!exact) return;
-  int64_t most = 8 * launcher.processors();
-  launcher.launch(decide_kernel<T>, tokens < most ? tokens : most, kDecideThreads, search, listed, count,
-                  codes, distance);
+  launcher.launch(decide_kernel<T>, smaller(tokens, 8 * launcher.processors()), kDecideThreads, search,
+                  states, listed, count, codes, distance);
+}
+
+template <int LANES, typename Launcher>
+void nearest_of_doubles(Launcher& launcher, const Search<double>& search, bool exact, int64_t* codes,
+                        float* distance) {
+  int64_t tokens = search.x.count(), codebook_size = search.codebook_size, dim = search.x.dim;
+  struct Zeroed {
+    DoubleSummary summary;
+    int64_t count;
+  };
+  Zeroed* zeroed = launcher.template allocate<Zeroed>(1);
+  launcher.zero(zeroed, sizeof(Zeroed));
+  double* unit = launcher.template allocate<double>(search.cosine ? codebook_size * dim : 0);
+  PreparedDoubles prepared{search.cosine ? unit : search.codebook,
+                           launcher.template allocate<double>(codebook_size), &zeroed->summary};
+  int64_t blocks = smaller(team_blocks(codebook_size, 32), 4 * launcher.processors());
+  launcher.launch(prepare_doubles_kernel<double>, blocks, kTeamThreads, search, prepared, unit);
+  double* gaps = launcher.template allocate<double>(tokens);
+  launcher.launch(bound_doubles_kernel<double, LANES>, team_blocks(tokens, LANES), kTeamThreads, search,
+                  prepared, gaps);
+  int64_t rows = ceil_div(codebook_size, kTileSize) * kTileSize;
+  CoarsePlan plan = plan_coarse(kDoubleTile, tokens, rows, true, launcher.processors());
+  Best<double>* best = launcher.template allocate<Best<double>>(tokens * plan.states());
+  launcher.launch(double_kernel<double>, smaller(plan.items(), kMaxBlocks), kTileThreads, search, prepared,
+                  plan, best);
+  settle<LANES>(launcher, search, States<double>{best, plan, 1}, Certificate<double>{gaps}, &zeroed->count,
+                exact, codes, distance);
+}
+
+// What a coarse kernel has written, and how.
+struct CoarsePass {
+  const Best<float>* states;  // [N, plan.states()]
+  CoarsePlan plan;
+};
+
+template <bool SPLIT, typename Launcher>
+CoarsePass run_coarse_pass(Launcher& launcher, const Operands& operands) {
+  int64_t tokens = operands.token_count, processors = launcher.processors();
+  auto allocate = [&](const CoarsePlan& plan) {
+    return launcher.template allocate<Best<float>>(tokens * plan.states());
+  };
+#ifdef VQKERNELS_SM90A
+  if (hopper_wanted(launcher, hopper::supports(tokens, operands.code_rows, operands.depth))) {
+    CoarsePlan plan = plan_coarse(hopper::kTile, tokens, operands.code_rows, SPLIT, processors);
+    Best<float>* states = allocate(plan);
+    hopper::launch_scores(launcher, operands, plan, SPLIT, states);
+    return {states, plan};
+  }
+#endif
+  CoarsePlan plan = plan_coarse(kMmaTile, tokens, operands.code_rows, SPLIT, processors);
+  Best<float>* states = allocate(plan);
+  launcher.launch(mma_kernel<SPLIT>, plan.items(), kMmaThreads, operands, plan, states);
+  return {states, plan};
+}
+
+template <bool SPLIT, int LANES, typename T, typename Launcher>
+void nearest_of_floats(Launcher& launcher, const Search<T>& search, bool exact, int64_t* codes,
+                       float* distance) {
+  int64_t tokens = search.x.count(), dim = search.x.dim, depth = operand_depth<SPLIT>(dim);
+  int64_t code_rows = ceil_div(search.codebook_size, kCodeRows) * kCodeRows;
+  struct Zeroed {
+    CodebookBound codebook;
+    int64_t count;
+  };
+  Zeroed* zeroed = launcher.template allocate<Zeroed>(1);
+  launcher.zero(zeroed, sizeof(Zeroed));
+  int64_t most = 2 * launcher.processors();  // few, since each of them looks for the centre first
+  int64_t code_blocks = smaller(team_blocks(code_rows, Terms<SPLIT>::kLanes), most);
+  int64_t blocks = code_blocks + smaller(team_blocks(tokens, LANES), 2 * most);
+  Prepared prepared{{nullptr, nullptr, nullptr, nullptr, tokens, code_rows, depth},
+                    launcher.template allocate<float16>(tokens * depth),
+                    launcher.template allocate<float16>(code_rows * depth),
+                    launcher.template allocate<float>(SPLIT ? 0 : code_rows),
+                    launcher.template allocate<float>(SPLIT ? 0 : tokens),
+                    launcher.template allocate<TokenBound>(tokens),
+                    &zeroed->codebook,
+                    launcher.template allocate<float>(blocks * dim),
+                    code_blocks};
+  Operands& operands = prepared.operands;
+  operands.tokens = prepared.tokens, operands.codes = prepared.codes;
+  operands.bias = prepared.bias, operands.scale = prepared.scale;
+  launcher.launch(prepare_kernel<T, SPLIT, LANES>, blocks, kTeamThreads, search, prepared);
+
+  CoarsePass pass = run_coarse_pass<SPLIT>(launcher, operands);
+  settle<LANES>(launcher, search, States<T>{pass.states, pass.plan, SPLIT ? kGranule : 1},
+                Certificate<T>{prepared.bounds, prepared.codebook, depth}, &zeroed->count, exact, codes,
+                distance);
 }
 
 // codes and distance of every token; -1 and NaN where the token, or anything in the codebook, is not finite.
 template <typename T, typename Launcher>
-void nearest(Launcher& launcher, Tokens<const T> x, const T* codebook, int64_t codebook_size, bool cosine,
-             bool exact, int64_t* codes, float* distance) {
+void nearest(Launcher& launcher, Tokens<const T> x,  // [B, T, D]
+             const T* codebook,                      // [K, D]
+             int64_t codebook_size, bool cosine, bool exact,
+             int64_t* codes,     // [B * T]
+             float* distance) {  // [B * T]
   if (x.count() == 0) return;
   Search<T> search{x, codebook, codebook_size, cosine};
-  if (x.tokens_adjacent()) {
-    nearest_with_lanes<1>(launcher, search, exact, codes, distance);
+  bool one = x.tokens_adjacent();  // then neighbouring lanes take neighbouring tokens, each its own
+  if constexpr (std::is_same<T, double>::value) {
+    one ? nearest_of_doubles<1>(launcher, search, exact, codes, distance)
+        : nearest_of_doubles<32>(launcher, search, exact, codes, distance);
+  } else if (splits_terms(x.dim)) {
+    one ? nearest_of_floats<true, 1>(launcher, search, exact, codes, distance)
+        : nearest_of_floats<true, 8>(launcher, search, exact, codes, distance);
   } else {
-    nearest_with_lanes<32>(launcher, search, exact, codes, distance);
+    one ? nearest_of_floats<false, 1>(launcher, search, exact, codes, distance)
+        : nearest_of_floats<false, 32>(launcher, search, exact, codes, distance);
   }
 }
 

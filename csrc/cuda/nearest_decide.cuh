@@ -1,8 +1,9 @@
-// The exact road, for tokens whose lowest scores lie too close together: float64 over the whole codebook, and
-// arithmetic without rounding among the codes that float64 cannot tell apart.
+// The exact road, for tokens that float64 has not settled in time or not at all: a block scores all of a
+// token's candidates in float64, and arithmetic without rounding decides among those that float64 cannot tell
+// apart.
 #pragma once
 
-#include "nearest_scores.cuh"
+#include "nearest_finish.cuh"
 
 namespace vqkernels::cuda {
 
@@ -21,96 +22,27 @@ struct DecideMemory {
 template <typename T>
 struct Contest {
   const Search<T>& search;
+  const States<T>& states;
   const T* token;
+  int64_t n;
+  double coarse_limit;
   exact::ScaledVector scale;  // of the token, cosine only
   int group;
 
-  VQ_DEVICE const T* code(int64_t k) const { return search.codebook + k * search.x.dim; }
+  // Calls visit(k, score) in one thread for each candidate; all threads call it together.
+  template <typename Visit>
+  VQ_DEVICE void for_each(Visit visit) const {
+    Crew crew{thread_index() % 32, 32, group};
+    for_each_candidate(search, token, states, n, coarse_limit, crew, thread_index() / 32, kDecideWarps,
+                       visit);
+  }
 };
 
-VQ_DEVICE double group_sum(double value, int group) {
-  for (int mask = group / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
-}
-
-VQ_DEVICE double group_max(double value, int group) {
-  for (int mask = group / 2; mask > 0; mask /= 2) {
-    double other = shuffle_xor(value, mask);
-    value = other > value ? other : value;
-  }
-  return value;
-}
-
-template <typename T>
-VQ_DEVICE double rough_distance(const Search<T>& search, const T* token, const T* code, int lane, int group) {
-  double sum = 0;
-  for (int64_t d = lane; d < search.x.dim; d += group) {
-    double difference =
-        static_cast<double>(widen(search.x.at(token, d))) - static_cast<double>(widen(code[d]));
-    sum = std::fma(difference, difference, sum);
-  }
-  return group_sum(sum, group);
-}
-
-// Float inputs need none: their products neither overflow nor underflow in float64.
-template <typename T>
-VQ_DEVICE PowerOfTwo power_of_two(const T*, int64_t, int64_t, int, int) {
-  return {1.0, 1.0};
-}
-VQ_DEVICE PowerOfTwo power_of_two(const double* row, int64_t stride, int64_t dim, int lane, int group) {
-  double largest = 0;
-  for (int64_t d = lane; d < dim; d += group) largest = std::fmax(largest, std::fabs(row[d * stride]));
-  largest = group_max(largest, group);
-  return power_of_two_for(largest);
-}
-
-// cos(x, c) in float64, 0 for a zero vector.
-template <typename T>
-VQ_DEVICE double rough_cosine(const Search<T>& search, const T* token, const T* code, int lane, int group) {
-  int64_t dim = search.x.dim;
-  PowerOfTwo x_scale = power_of_two(token, search.x.stride_d, dim, lane, group);
-  PowerOfTwo c_scale = power_of_two(code, 1, dim, lane, group);
-  double dot = 0, xx = 0, cc = 0;
-  for (int64_t d = lane; d < dim; d += group) {
-    double x = x_scale(widen(search.x.at(token, d))), c = c_scale(widen(code[d]));
-    dot = std::fma(x, c, dot);
-    xx = std::fma(x, x, xx);
-    cc = std::fma(c, c, cc);
-  }
-  dot = group_sum(dot, group);
-  xx = group_sum(xx, group);
-  cc = group_sum(cc, group);
-  return xx > 0 && cc > 0 ? dot * inverse_sqrt(xx) * inverse_sqrt(cc) : 0.0;
-}
-
-// What is minimised: |x - c|^2 or -cos(x, c). `group` adjacent lanes call it together.
-template <typename T>
-VQ_DEVICE double rough_score(const Search<T>& search, const T* token, const T* code, int lane, int group) {
-  return search.cosine ? -rough_cosine(search, token, code, lane, group)
-                       : rough_distance(search, token, code, lane, group);
-}
-
-// Calls visit(k, score) for this group's codes, in ascending order, in every lane; k is -1 past the end.
-template <typename T, typename Visit>
-VQ_DEVICE void for_each_code(const Contest<T>& contest, Visit visit) {
-  int lane = thread_index() % contest.group;
-  int64_t groups = block_threads() / contest.group, mine = thread_index() / contest.group;
-  for (int64_t base = 0; base < contest.search.codebook_size; base += groups) {
-    int64_t k = base + mine < contest.search.codebook_size ? base + mine : -1;
-    double score =
-        rough_score(contest.search, contest.token, contest.code(k < 0 ? 0 : k), lane, contest.group);
-    visit(k, score);
-  }
-}
-
-// The two lowest float64 scores of the whole codebook, in every thread.
+// The two lowest float64 scores of the candidates, in every thread.
 template <typename T>
 VQ_DEVICE Best<double> rough_best(const Contest<T>& contest, DecideMemory& memory) {
   Best<double> best = no_best<double>();
-  bool leads = thread_index() % contest.group == 0;
-  for_each_code(contest, [&](int64_t k, double score) {
-    if (leads && k >= 0) best.offer(score, static_cast<int32_t>(k));
-  });
+  contest.for_each([&](int32_t k, double score) { best.offer(score, k); });
   for (int mask = 16; mask > 0; mask /= 2) best.merge(best.from_lane(mask));
   barrier();  // the last token's readers are done
   if (thread_index() % 32 == 0) memory.best[thread_index() / 32] = best;
@@ -118,17 +50,6 @@ VQ_DEVICE Best<double> rough_best(const Contest<T>& contest, DecideMemory& memor
   best = memory.best[0];
   for (int warp = 1; warp < kDecideWarps; ++warp) best.merge(memory.best[warp]);
   return best;
-}
-
-// Scores up to here may belong to the true best. A sum of D float64 squares is off by (D + 4) units at most;
-// squares of doubles can also underflow, or overflow, which makes the limit infinite.
-template <typename T>
-VQ_DEVICE double rough_limit(double lowest, int64_t dim, bool cosine) {
-  double terms = static_cast<double>(dim + 8);
-  if (cosine) return lowest + 8 * terms * kUnit;
-  double limit = lowest * (1 + 4 * terms * kUnit);
-  double hidden = std::is_same<T, double>::value ? terms * 0x1p-1000 : 0.0;
-  return limit > hidden ? limit : hidden;
 }
 
 // Lowest of the codes that the threads found, by `before(a, b)`; every thread gets it.
@@ -152,15 +73,14 @@ template <typename T>
 VQ_DEVICE int32_t closest_exactly(const Contest<T>& contest, DecideMemory& memory, double limit) {
   const Search<T>& search = contest.search;
   auto before = [&](int32_t a, int32_t b) {
-    int order = exact::compare_euclidean(contest.token, search.x.stride_d, contest.code(a), 1,
-                                         contest.code(b), 1, search.x.dim);
+    int order = exact::compare_euclidean(contest.token, search.x.stride_d, search.code(a), 1, search.code(b),
+                                         1, search.x.dim);
     return order < 0 || (order == 0 && a < b);
   };
-  bool leads = thread_index() % contest.group == 0;
   int32_t mine = kNoCode;
-  for_each_code(contest, [&](int64_t k, double score) {
-    if (!leads || k < 0 || !(score <= limit)) return;
-    if (mine == kNoCode || before(static_cast<int32_t>(k), mine)) mine = static_cast<int32_t>(k);
+  contest.for_each([&](int32_t k, double score) {
+    if (!(score <= limit)) return;
+    if (mine == kNoCode || before(k, mine)) mine = k;
   });
   return lowest_code(memory, mine, before);
 }
@@ -179,23 +99,22 @@ VQ_DEVICE exact::DoubleDouble largest_cosine(DecideMemory& memory, exact::Double
 template <typename T>
 VQ_DEVICE int32_t most_parallel_exactly(const Contest<T>& contest, DecideMemory& memory, double limit) {
   const Search<T>& search = contest.search;
-  auto cosine = [&](int64_t k) {
-    const T* code = contest.code(k);
+  auto cosine = [&](int32_t k) {
+    const T* code = search.code(k);
     exact::ScaledVector scale = exact::scale_vector(code, 1, search.x.dim);
     return exact::cosine(contest.token, search.x.stride_d, contest.scale, code, 1, scale, search.x.dim);
   };
-  bool leads = thread_index() % contest.group == 0;
   exact::DoubleDouble top{-2.0, 0.0};
-  for_each_code(contest, [&](int64_t k, double score) {
-    if (!leads || k < 0 || !(score <= limit)) return;
+  contest.for_each([&](int32_t k, double score) {
+    if (!(score <= limit)) return;
     exact::DoubleDouble value = cosine(k);
     if (exact::less(top, value)) top = value;
   });
   exact::DoubleDouble lowest_tie = exact::add(largest_cosine(memory, top), {-exact::cosine_tie(), 0.0});
   int32_t mine = kNoCode;
-  for_each_code(contest, [&](int64_t k, double score) {
-    if (!leads || k < 0 || mine != kNoCode || !(score <= limit)) return;
-    if (!exact::less(cosine(k), lowest_tie)) mine = static_cast<int32_t>(k);
+  contest.for_each([&](int32_t k, double score) {
+    if (k > mine || !(score <= limit)) return;
+    if (!exact::less(cosine(k), lowest_tie)) mine = k;
   });
   return lowest_code(memory, mine, [](int32_t a, int32_t b) { return a < b; });
 }
@@ -203,8 +122,8 @@ VQ_DEVICE int32_t most_parallel_exactly(const Contest<T>& contest, DecideMemory&
 // One block per listed token.
 template <typename T>
 VQ_KERNEL(kDecideThreads, kDecideBlocks)
-decide_kernel(Search<T> search,
-              const int64_t* listed,  // [*count], token numbers in any order
+decide_kernel(Search<T> search, States<T> states,
+              const Listed* listed,  // [*count], in any order
               const int64_t* count,
               int64_t* codes,     // [B * T]
               float* distance) {  // [B * T]
@@ -212,9 +131,9 @@ decide_kernel(Search<T> search,
   int group = 1;
   while (group < 32 && group * 4 < search.x.dim) group *= 2;
   for (int64_t item = block_index(); item < *count; item += grid_blocks()) {
-    int64_t n = listed[item];
+    int64_t n = listed[item].token;
     const T* token = search.x.row(n);
-    Contest<T> contest{search, token, {1.0, 1.0, {0.0, 0.0}}, group};
+    Contest<T> contest{search, states, token, n, listed[item].limit, {1.0, 1.0, {0.0, 0.0}}, group};
     if (search.cosine) contest.scale = exact::scale_vector(token, search.x.stride_d, search.x.dim);
     Best<double> best = rough_best(contest, memory);
     double limit = rough_limit<T>(best.first, search.x.dim, search.cosine);

@@ -1,269 +1,356 @@
-// What the search computes before it scores anything: the centred codebook, and how far a score can be off.
+// The operands of the coarse pass, and what bounds the error of its scores.
 //
-// Euclidean: with mu the codebook's mean, argmin |x - c|^2 = argmin s_k, s_k = |c'|^2 / 2 - x'.c', x' = x -
-// mu, c' = c - mu. The search uses the rounded xh = fl(x'), ch = fl(c'). With dx = x' - xh and dc = c' - ch,
-//   s_k - (|ch|^2 / 2 - xh.ch) = ch.dc + |dc|^2 / 2 - dx.ch - xh.dc - dx.dc,
-// which the measured norms of dx and dc bound. Cosine: mu = 0, ch = c / |c|, no |ch|^2 term.
+// Euclidean: with mu any point, argmin |x - c|^2 = argmin s_k, s_k = |c'|^2 / 2 - x'.c', x' = x - mu,
+// c' = c - mu. The nearer mu lies to the codes, the less their fp16 roundings lose; every block takes the
+// trimmed mean of a few codes, the same ones everywhere. Cosine: mu = 0, c' = c / |c|, no |c'|^2 term.
+//
+// Codes are scaled by one power of two, 2^b ("code units"), tokens by 2^a each ("token units"), where a < b
+// only for tokens so far out that fp16 would overflow. Rounding to fp16 is exact to undo: with v = fl(2^a
+// x'), the parts v - hi and v - hi - lo are floats without any error, so float32 measures the residuals.
 #pragma once
 
-#include <cstring>
-#include <type_traits>
-
-#include "../exact.h"
-#include "tokens.cuh"
+#include "search.cuh"
 
 namespace vqkernels::cuda {
 
-// One search, as every kernel of it gets it.
-template <typename T>
-struct Search {
-  Tokens<const T> x;      // [B, T, D]
-  const T* codebook;      // [K, D]
-  int64_t codebook_size;  // K
-  bool cosine;
+// Largest values over the codebook, in code units; zero bytes to begin with.
+struct CodebookBound {
+  float norm;        // |c'| of those that fit fp16
+  float residual;    // |c' - ch - cl|
+  float excess;      // of a residual over its relative bound kRelative * |c'|: fp16's subnormals
+  float low;         // |cl|
+  float excluded;    // 1 / |c'| of codes that do not fit; 0 if all do
+  float non_finite;  // 1 if some entry is NaN or Inf
+  float unit;        // 2^b, as two factors
+  float unit2;
+};
+constexpr int kMaxima = 6;
+
+// One token's, in token units. norm is NaN for a token that has no answer, infinity for one beyond bounding.
+struct TokenBound {
+  float norm;      // |x'|
+  float residual;  // |x' - xh - xl|
+  float low;       // |xl|
+  float scale;     // 2^(a - b)
 };
 
-// Largest values over the codebook. Zero bytes to begin with; NaN wherever a code is beyond bounding.
-struct CodebookSummary {
-  double norm;        // |ch|
-  double residual;    // |dc|
-  double half_norm;   // |ch|^2 / 2
-  double non_finite;  // 1 if some entry is NaN or Inf
+struct Prepared {
+  Operands operands;
+  float16* tokens;  // operands' memory, to be written
+  float16* codes;
+  float* bias;
+  float* scale;
+  TokenBound* bounds;  // [B * T]
+  CodebookBound* codebook;
+  float* centres;       // [blocks, D], each block's own copy
+  int64_t code_blocks;  // blocks that prepare codes; the others prepare tokens
 };
 
-template <typename S>
-struct PreparedCodebook {
-  S* mean;       // [D]
-  S* centred;    // [K, D]
-  S* half_norm;  // [K]
-  CodebookSummary* summary;
+template <bool SPLIT>
+struct Terms {
+  static constexpr int kCount = SPLIT ? 3 : 1;
+  static constexpr int kTail = SPLIT ? 3 : 0;    // columns of the half norm
+  static constexpr int kLanes = SPLIT ? 8 : 32;  // of a team, where a row's entries are adjacent
+  static constexpr float kLargestNorm = SPLIT ? 4096 : 32768;  // |c'|^2 / 2 / 256, or an entry, fits fp16
+  static constexpr float kRelative = SPLIT ? 0x1p-21f : 0x1.01p-11f;  // of the residual, subnormals aside
 };
 
-constexpr double kUnit = 0x1p-53;  // unit roundoff of float64
-constexpr int64_t kMeanBlocks = 64;
-constexpr int64_t kMeanRows = 64;  // rows per block: any mu is right, so a sample of 4096 codes is enough
-
-template <typename S>
-struct Roundoff {  // of float32
-  static constexpr double unit = 0x1p-24, smallest = 0x1p-126, largest = 1e38;
-};
-template <>
-struct Roundoff<double> {
-  static constexpr double unit = 0x1p-53, smallest = 0x1p-1022, largest = 1e307;
-};
-
-// Of a value >= 0; -1023 for subnormals, which a scaling by 2^1023 brings above 2^-52.
-VQ_DEVICE int exponent_of(double value) {
-  uint64_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  return static_cast<int>((bits >> 52) & 0x7ff) - 1023;
+template <bool SPLIT>
+int64_t operand_depth(int64_t dim) {
+  return ceil_div(Terms<SPLIT>::kCount * dim + Terms<SPLIT>::kTail, kDepthStep) * kDepthStep;
 }
 
-VQ_DEVICE double two_to_the(int exponent) {
-  uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
-  double value;
+constexpr int kSample = 10;  // codes whose trimmed mean is mu
+constexpr int kTeamWarps = kTeamThreads / 32;
+
+struct PrepareMemory {
+  float entries[kMaxima][kTeamWarps];
+};
+
+VQ_DEVICE float power_of_two(int exponent) {
+  uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
+  float value;
   memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
-// A power of two that brings `largest` near 1, as two factors: 2^1074 is no double.
-struct PowerOfTwo {
-  double factor, factor2;
-  VQ_DEVICE double operator()(double value) const { return value * factor * factor2; }
+// Of a value >= 0; -127 for subnormals, 128 for infinity.
+VQ_DEVICE int exponent_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  return static_cast<int>(bits >> 23) - 127;
+}
+
+// v(d) = 2^exponent (x[d] - mu[d]) in float32, with one rounding (2^-149 aside), times `inverse`.
+struct Scaling {
+  const float* centre;
+  float factor, factor2;
+  float inverse;  // 1 / |c| of cosine's codes
+
+  VQ_DEVICE Scaling(const float* centre, int exponent)
+      : centre(centre),
+        factor(power_of_two(exponent / 2)),
+        factor2(power_of_two(exponent - exponent / 2)),
+        inverse(1) {}
+
+  VQ_DEVICE float operator()(float entry, int64_t d) const {
+    float value = (entry - centre[d]) * factor * factor2;
+    return value * inverse;
+  }
 };
 
-VQ_DEVICE PowerOfTwo power_of_two_for(double largest) {
-  int exponent = -exponent_of(largest);
-  return {two_to_the(exponent / 2), two_to_the(exponent - exponent / 2)};
+// An upper bound for a norm whose squares were summed in float32.
+VQ_DEVICE float norm_above(float square, int64_t dim) {
+  return std::sqrt(square) * (1 + static_cast<float>(dim + 16) * 0x1p-23f) + 0x1p-60f;
 }
 
-// For values that float32 holds: two Newton steps from its 22 bits. Less code than the float64 root.
-VQ_DEVICE double inverse_sqrt_in_float_range(double value) {
-  double root = inverse_sqrt(static_cast<float>(value));
-  for (int step = 0; step < 2; ++step) root *= 1.5 - 0.5 * value * root * root;
-  return root;
+// The largest of each entry over the block, in every thread.
+VQ_DEVICE void block_max(PrepareMemory& memory, float (&entries)[kMaxima]) {
+#pragma unroll
+  for (int i = 0; i < kMaxima; ++i) entries[i] = team_max<32>(entries[i]);
+  barrier();
+  if (thread_index() % 32 == 0) {
+#pragma unroll
+    for (int i = 0; i < kMaxima; ++i) memory.entries[i][thread_index() / 32] = entries[i];
+  }
+  barrier();
+#pragma unroll
+  for (int i = 0; i < kMaxima; ++i) {
+    for (int warp = 0; warp < kTeamWarps; ++warp) entries[i] = std::fmax(entries[i], memory.entries[i][warp]);
+  }
 }
 
-// Within a few units of float64; 0, infinity and NaN stay what they are.
-VQ_DEVICE double square_root(double square) {
-  if (!(square > 0 && square < INFINITY)) return square;
-  int half = exponent_of(square) >> 1;
-  double scaled = square * two_to_the(-half) * two_to_the(-half);  // in [1, 4) unless subnormal
-  return scaled * inverse_sqrt_in_float_range(scaled) * two_to_the(half);
-}
-
-// An upper bound for a norm of `dim` entries that was computed in float64. The last term is what squares
-// below the smallest double can hide, and only float64 inputs have such squares.
+// Writes mu to `centre` and returns b: the codes' typical distance from mu, along its widest dimension,
+// becomes 1 to 2. One outlier in the sample moves neither.
 template <typename T>
-VQ_DEVICE double norm_above(double square, int64_t dim) {
-  double norm = square_root(square) * (1 + static_cast<double>(dim + 8) * 2 * kUnit);
-  if (std::is_same<T, double>::value) norm += square_root(static_cast<double>(dim)) * 0x1p-536;
-  return norm;
-}
-
-template <typename T>
-VQ_KERNEL(kTeamThreads, kTeamBlocks)
-sum_codes_kernel(Search<T> search,
-                 int64_t rows,       // sampled
-                 double* partial) {  // [kMeanBlocks, D]
-  int64_t dim = search.x.dim;
-  for (int64_t d = thread_index(); d < dim; d += block_threads()) {
+VQ_DEVICE int choose_frame(const Search<T>& search, PrepareMemory& memory, float* centre) {
+  float widest[kMaxima] = {};
+  for (int64_t d = thread_index(); d < search.x.dim; d += kTeamThreads) {
+    float sample[kSample], low = INFINITY, high = -INFINITY, spread = 0, farthest = 0;
     double sum = 0;
-    for (int64_t row = block_index(); row < rows; row += grid_blocks()) {
-      int64_t k = row * search.codebook_size / rows;
-      sum += widen(search.codebook[k * dim + d]);
+#pragma unroll
+    for (int i = 0; i < kSample; ++i) {
+      sample[i] = widen(search.code(i * search.codebook_size / kSample)[d]);
+      sum += sample[i];
+      low = std::fmin(low, sample[i]);
+      high = std::fmax(high, sample[i]);
     }
-    partial[block_index() * dim + d] = sum;
+    float mean = static_cast<float>((sum - low - high) / (kSample - 2));
+    if (search.cosine || !std::isfinite(mean)) mean = 0;
+    centre[d] = mean;
+#pragma unroll
+    for (int i = 0; i < kSample; ++i) {
+      float distance = std::fabs(sample[i] - mean) * (1.0f / (kSample - 1));
+      spread += distance;
+      farthest = std::fmax(farthest, distance);
+    }
+    widest[0] = std::fmax(widest[0], spread - farthest);
   }
+  block_max(memory, widest);  // its barriers also publish the centre
+  return search.cosine || widest[0] == 0 ? 0 : -exponent_of(widest[0]);
 }
 
-template <typename S>
-VQ_KERNEL(kTeamThreads, kTeamBlocks)
-finish_mean_kernel(const double* partial,  // [blocks, D]
-                   int64_t blocks, int64_t rows, int64_t dim,
-                   S* mean) {  // [D]
-  for (int64_t d = team_first<1>(); d < dim; d += team_step<1>()) {
-    double sum = 0;
-    for (int64_t block = 0; block < blocks; ++block) sum += partial[block * dim + d];
-    mean[d] = static_cast<S>(sum / static_cast<double>(rows));
-  }
-}
-
-VQ_DEVICE double larger_or_nan(double a, double b) { return a > b || a != a ? a : b; }
-
-// One code's sums; every lane of the warp ends with the same.
-struct CodeSums {
-  double square;    // |ch|^2
-  double residual;  // |dc|^2
-  double bad;       // 1 if some entry is NaN or Inf
+struct RowSums {
+  float square;    // of v
+  float residual;  // of v - hi (- lo)
+  float low;       // of lo
 };
 
-template <typename T>
-VQ_DEVICE CodeSums centre_code(const T* code, int64_t dim, const Scalar<T>* mean, Scalar<T>* centred) {
-  CodeSums sums{0, 0, 0};
-  for (int64_t d = team_lane<32>(); d < dim; d += 32) {
-    Scalar<T> entry = widen(code[d]), value = entry - mean[d];
-    double left = static_cast<double>(entry) - static_cast<double>(mean[d]) - static_cast<double>(value);
-    centred[d] = value;
-    sums.square = std::fma(static_cast<double>(value), static_cast<double>(value), sums.square);
-    sums.residual = std::fma(left, left, sums.residual);
-    if (!std::isfinite(entry)) sums.bad = 1;
+// The last three columns in split mode.
+struct Tail {
+  float16 columns[3];
+};
+
+// One row of an operand, in packs of eight columns. `low_term` is which of the three terms holds the low
+// parts.
+template <bool SPLIT, int LANES, typename Value>
+VQ_DEVICE RowSums write_row(Chunk* out, int64_t dim, int64_t depth, int low_term, float sign,
+                            const Tail& tail, bool write, Value value) {
+  RowSums sums{0, 0, 0};
+  for (int64_t chunk = team_lane<LANES>(); chunk < depth / 8; chunk += LANES) {
+    alignas(16) float16 entries[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      int64_t column = chunk * 8 + i;
+      int term = SPLIT ? (column >= dim) + (column >= 2 * dim) + (column >= 3 * dim) : 3 * (column >= dim);
+      narrow(entries[i], 0.0f);
+      if (term < 3) {
+        float16 high, low;
+        float v = value(column - term * dim);
+        narrow(high, v);
+        float rest = v - widen(high);
+        narrow(low, SPLIT ? rest : 0.0f);
+        narrow(entries[i], sign * widen(SPLIT && term == low_term ? low : high));
+        if (term == 0) {
+          rest -= widen(low);
+          sums.square = std::fma(v, v, sums.square);
+          sums.residual = std::fma(rest, rest, sums.residual);
+          sums.low = std::fma(widen(low), widen(low), sums.low);
+        }
+      } else if (SPLIT) {
+        int64_t at = column - 3 * dim;
+        if (at < 3) entries[i] = at == 0 ? tail.columns[0] : at == 1 ? tail.columns[1] : tail.columns[2];
+      }
+    }
+    if (write) memcpy(&out[chunk], entries, sizeof(Chunk));
   }
-  return sums;
+  return {team_sum<LANES>(sums.square), team_sum<LANES>(sums.residual), team_sum<LANES>(sums.low)};
 }
 
-template <typename T>
-VQ_DEVICE CodeSums normalize_code(const T* code, int64_t dim, Scalar<T>* unit) {
-  double largest = 0, square = 0;
-  CodeSums sums{0, 0, 0};
-  for (int64_t d = team_lane<32>(); d < dim; d += 32) {
-    double entry = widen(code[d]);
-    if (!std::isfinite(entry)) sums.bad = 1;
-    largest = std::fmax(largest, std::fabs(entry));
-  }
-  PowerOfTwo scale = power_of_two_for(team_max<32>(largest));
-  for (int64_t d = team_lane<32>(); d < dim; d += 32) {
-    double entry = scale(widen(code[d]));
-    square = std::fma(entry, entry, square);
-  }
-  square = team_sum<32>(square);
-  double inverse = square > 0 ? inverse_sqrt_in_float_range(square) : 0;
-  for (int64_t d = team_lane<32>(); d < dim; d += 32) {
-    double entry = scale(widen(code[d])) * inverse;
-    Scalar<T> value = static_cast<Scalar<T>>(entry);
-    double left = entry - static_cast<double>(value);
-    unit[d] = value;
-    sums.square = std::fma(static_cast<double>(value), static_cast<double>(value), sums.square);
-    sums.residual = std::fma(left, left, sums.residual);
-  }
-  return sums;
+// 256 h1 + h2 + h3, to 2^-33 of itself or 2^-25.
+VQ_DEVICE Tail half_norm_columns(float half_norm) {
+  Tail tail;
+  narrow(tail.columns[0], half_norm * 0x1p-8f);
+  if (half_norm == INFINITY)
+    half_norm = 0;  // the first column says it
+  else
+    half_norm -= widen(tail.columns[0]) * 256;
+  narrow(tail.columns[1], half_norm);
+  narrow(tail.columns[2], half_norm - widen(tail.columns[1]));
+  return tail;
 }
 
-template <typename T, bool COSINE>
-VQ_KERNEL(kTeamThreads, kTeamBlocks)
-prepare_codebook_kernel(Search<T> search, PreparedCodebook<Scalar<T>> prepared) {
+template <typename T, bool SPLIT>
+VQ_DEVICE void prepare_codes(const Search<T>& search, const Prepared& prepared, PrepareMemory& memory,
+                             const float* centre, int exponent) {
+  constexpr int LANES = Terms<SPLIT>::kLanes;
+  const Operands& operands = prepared.operands;
   int64_t dim = search.x.dim;
-  CodebookSummary mine{0, 0, 0, 0};
-  for (int64_t k = team_first<32>(); k < search.codebook_size; k += team_step<32>()) {
-    const T* code = search.codebook + k * dim;
-    Scalar<T>* centred = prepared.centred + k * dim;
-    CodeSums sums;
-    if constexpr (COSINE) {
-      sums = normalize_code(code, dim, centred);
-    } else {
-      sums = centre_code(code, dim, prepared.mean, centred);
+  float maxima[kMaxima] = {};
+  int64_t step = prepared.code_blocks * kTeamThreads / LANES;
+  for (int64_t row = team_first<LANES>(); row < operands.code_rows;
+       row += step) {  // warps are whole: rows are padded
+    int64_t k = code_of_row(row);
+    bool real = k < search.codebook_size;
+    const T* code = search.code(real ? k : 0);
+    float largest = 0, bad = 0, square = 0;
+    for (int64_t d = team_lane<LANES>(); d < dim; d += LANES) {
+      float entry = widen(code[d]);
+      largest = std::fmax(largest, std::fabs(entry));
+      if (!std::isfinite(entry)) bad = 1;
     }
-    double square = team_sum<32>(sums.square);
-    double norm = norm_above<T>(square, dim);
-    // c - mu (or c / |c|) was itself rounded in float64 before ch was taken from it
-    double unmeasured = (COSINE ? static_cast<double>(dim + 16) : 4.0) * kUnit * norm;
-    double residual = norm_above<T>(team_sum<32>(sums.residual), dim) + unmeasured;
-    double half = COSINE ? 0.0 : 0.5 * norm * norm;
-    double bad = team_max<32>(sums.bad);
-    if (team_lane<32>() == 0) prepared.half_norm[k] = static_cast<Scalar<T>>(COSINE ? 0.0 : 0.5 * square);
-    mine.norm = larger_or_nan(mine.norm, norm);
-    mine.residual = larger_or_nan(mine.residual, residual);
-    mine.half_norm = larger_or_nan(mine.half_norm, half);
-    mine.non_finite = larger_or_nan(mine.non_finite, bad);
+    bool finite = team_max<LANES>(bad) == 0;
+    largest = team_max<LANES>(largest);
+    Scaling scaling(centre, search.cosine && finite ? -exponent_of(largest) : exponent);
+    for (int64_t d = team_lane<LANES>(); d < dim; d += LANES) {
+      float value = scaling(widen(code[d]), d);
+      square = std::fma(value, value, square);
+    }
+    square = team_sum<LANES>(square);
+    float norm = norm_above(square, dim);
+    if (search.cosine) scaling.inverse = square > 0 ? inverse_sqrt(square) : 0;
+    bool fits = real && finite && (search.cosine || norm <= Terms<SPLIT>::kLargestNorm);
+    float half_norm = fits ? (search.cosine ? 0.0f : 0.5f * square) : INFINITY;
+    Chunk* out = reinterpret_cast<Chunk*>(prepared.codes + row * operands.depth);
+    RowSums sums =
+        write_row<SPLIT, LANES>(out, dim, operands.depth, 1, -1.0f, half_norm_columns(half_norm), true,
+                                [&](int64_t d) { return fits ? scaling(widen(code[d]), d) : 0.0f; });
+    if (!SPLIT && team_lane<LANES>() == 0) prepared.bias[row] = half_norm;
+    if (!real) continue;
+    if (!finite) maxima[5] = 1;
+    if (finite && !fits) maxima[4] = std::fmax(maxima[4], 1 / std::fmin(norm, 3e38f));
+    norm = norm_above(sums.square, dim);
+    // besides what was measured, v itself is rounded, and 1 / |c| summed in float32
+    float unmeasured = search.cosine ? static_cast<float>(dim / 8 + 24) * 0x1p-24f : 0x1p-23f;
+    float residual = norm_above(sums.residual, dim) + unmeasured * norm;
+    maxima[0] = std::fmax(maxima[0], norm);
+    maxima[1] = std::fmax(maxima[1], residual);
+    maxima[2] = std::fmax(maxima[2], residual - Terms<SPLIT>::kRelative * norm);
+    maxima[3] = std::fmax(maxima[3], norm_above(sums.low, dim));
   }
-  if (team_lane<32>() != 0) return;
-  atomic_max(&prepared.summary->norm, mine.norm);
-  atomic_max(&prepared.summary->residual, mine.residual);
-  atomic_max(&prepared.summary->half_norm, mine.half_norm);
-  atomic_max(&prepared.summary->non_finite, mine.non_finite);
-}
-
-// Norms of one token; every lane of the team gets the same.
-struct TokenNorms {
-  double rounded;   // |xh|
-  double residual;  // |dx|
-  bool finite;
-};
-
-template <typename T, int LANES>
-VQ_DEVICE TokenNorms token_norms(const Search<T>& search, const Scalar<T>* mean, int64_t n) {
-  const T* token = search.x.row(n);
-  double square = 0, residual = 0, bad = 0;
-  for (int64_t d = team_lane<LANES>(); d < search.x.dim; d += LANES) {
-    Scalar<T> entry = widen(search.x.at(token, d)), value = entry - mean[d];
-    double left = static_cast<double>(entry) - static_cast<double>(mean[d]) - static_cast<double>(value);
-    square = std::fma(static_cast<double>(value), static_cast<double>(value), square);
-    residual = std::fma(left, left, residual);
-    if (!std::isfinite(entry)) bad = 1;
+  block_max(memory, maxima);
+  if (thread_index() != 0) return;
+  CodebookBound& bound = *prepared.codebook;
+  float* targets[kMaxima] = {&bound.norm, &bound.residual, &bound.excess,
+                             &bound.low,  &bound.excluded, &bound.non_finite};
+#pragma unroll
+  for (int i = 0; i < kMaxima; ++i) {
+    if (maxima[i] > 0) atomic_max(targets[i], maxima[i]);
   }
-  double norm = norm_above<T>(team_sum<LANES>(square), search.x.dim);
-  double left = norm_above<T>(team_sum<LANES>(residual), search.x.dim) + 4 * kUnit * norm;
-  return {norm, left, team_max<LANES>(bad) == 0};
+  if (block_index() != 0) return;
+  bound.unit = power_of_two(exponent / 2);
+  bound.unit2 = power_of_two(exponent - exponent / 2);
 }
 
-// Scores further apart than this are in the right order: twice the bound of one score's error.
-// Infinity where nothing can be said (the score could overflow), NaN for a token without an answer.
-template <typename S>
-VQ_DEVICE double score_gap(TokenNorms token, CodebookSummary codebook, int64_t dim, bool cosine) {
-  if (!token.finite || codebook.non_finite != 0) return NAN;
-  double terms = static_cast<double>(dim + 4);
-  double share = terms * Roundoff<S>::unit;
-  double size = codebook.half_norm + token.rounded * codebook.norm;
-  bool bounded = share < 0.25 && size < Roundoff<S>::largest;
-  if (!bounded) return INFINITY;
-  double rounding = token.residual * codebook.norm +
-                    codebook.residual * (codebook.norm + token.rounded + token.residual + codebook.residual);
-  double accumulation =
-      share / (1 - share) * size + terms * (kUnit * codebook.half_norm + Roundoff<S>::smallest);
-  double tie = cosine ? token.rounded * 0x1p-89 : 0.0;
-  return 2.000002 * (rounding + accumulation + tie);  // the bound is itself computed in float64
+template <typename T, bool SPLIT, int LANES>
+VQ_DEVICE void prepare_tokens(const Search<T>& search, const Prepared& prepared, const float* centre,
+                              int exponent) {
+  const Operands& operands = prepared.operands;
+  int64_t dim = search.x.dim, tokens = operands.token_count;
+  int64_t first = ((block_index() - prepared.code_blocks) * kTeamThreads + thread_index()) / LANES;
+  int64_t step = (grid_blocks() - prepared.code_blocks) * kTeamThreads / LANES;
+  int team = thread_index() % 32 / LANES;
+  for (int64_t n = first; n - team < tokens; n += step) {  // warps stay whole
+    bool write = n < tokens;
+    const T* token = search.x.row(write ? n : tokens - 1);
+    float largest = 0, bad = 0;
+    for (int64_t d = team_lane<LANES>(); d < dim; d += LANES) {
+      float entry = widen(search.x.at(token, d));
+      largest = std::fmax(largest, std::fabs(entry - centre[d]));
+      if (!std::isfinite(entry)) bad = 1;
+    }
+    bool finite = team_max<LANES>(bad) == 0;
+    largest = team_max<LANES>(largest);
+    int mine = -exponent_of(largest);  // brings the largest entry to 1 to 2
+    if (!search.cosine) mine = smaller(mine + 14, exponent);
+    int shift = search.cosine ? 0 : mine - exponent;
+    bool fits = finite && largest < INFINITY && shift >= -24;  // 2^-24 is the smallest scale that fp16 holds
+    if (!fits) mine = exponent, shift = 0;
+    float scale = power_of_two(shift);
+    Scaling scaling(centre, mine);
+    Tail tail;
+    narrow(tail.columns[0], 256 * scale);
+    narrow(tail.columns[1], scale);
+    narrow(tail.columns[2], scale);
+    Chunk* out = reinterpret_cast<Chunk*>(prepared.tokens + n * operands.depth);
+    RowSums sums = write_row<SPLIT, LANES>(out, dim, operands.depth, 2, 1.0f, tail, write, [&](int64_t d) {
+      return fits ? scaling(widen(search.x.at(token, d)), d) : 0.0f;
+    });
+    if (!write || team_lane<LANES>() != 0) continue;
+    float norm = norm_above(sums.square, dim), residual = norm_above(sums.residual, dim) + 0x1p-23f * norm;
+    if (!fits) norm = finite ? INFINITY : NAN;
+    prepared.bounds[n] = {norm, residual, norm_above(sums.low, dim), scale};
+    if (!SPLIT) prepared.scale[n] = scale;
+  }
 }
 
-template <typename T, int LANES>
+// The first `code_blocks` blocks prepare codes, the others tokens.
+template <typename T, bool SPLIT, int LANES>
 VQ_KERNEL(kTeamThreads, kTeamBlocks)
-bound_tokens_kernel(Search<T> search, PreparedCodebook<Scalar<T>> prepared,
-                    double* gaps) {  // [B * T]
-  CodebookSummary summary = *prepared.summary;
-  for (int64_t n = team_first<LANES>(); n < search.x.count(); n += team_step<LANES>()) {
-    TokenNorms norms = token_norms<T, LANES>(search, prepared.mean, n);
-    double gap = score_gap<Scalar<T>>(norms, summary, search.x.dim, search.cosine);
-    if (team_lane<LANES>() == 0) gaps[n] = gap;
+prepare_kernel(Search<T> search, Prepared prepared) {
+  PrepareMemory& memory = shared_memory<PrepareMemory>();
+  float* centre = prepared.centres + block_index() * search.x.dim;
+  int exponent = choose_frame(search, memory, centre);
+  if (block_index() < prepared.code_blocks) {
+    prepare_codes<T, SPLIT>(search, prepared, memory, centre, exponent);
+  } else {
+    prepare_tokens<T, SPLIT, LANES>(search, prepared, centre, exponent);
   }
+}
+
+// Twice the most that the score of a code within `reach` of mu (code units) can be off, in token units;
+// infinity where nothing can be said, NaN for a token without an answer. With xh + xl + dx = x' and the same
+// for c',
+//   x'.c' - (xh.ch + xh.cl + xl.ch) = dx.c' + (xh + xl).dc + xl.cl,
+// and the matrix units' sums, which may cut each term at 2^-23 of the largest: at most depth * 2^-22 of
+// |x||c| and of the half norm. The rest is the rounding of the half norm itself.
+template <bool SPLIT>
+VQ_DEVICE double score_gap(const TokenBound& x, const CodebookBound& c, double reach, int64_t dim,
+                           int64_t depth, bool cosine) {
+  if (c.non_finite != 0 || x.norm != x.norm) return NAN;
+  double slack = 1 - static_cast<double>(dim + 16) * 0x1p-22;  // norm_above may have made a norm look larger
+  if (reach * c.excluded >= slack) return INFINITY;            // a code left out could be the nearest
+  double accumulation = static_cast<double>(depth) * 0x1p-22;
+  if (!(x.norm < INFINITY) || accumulation > 0.25) return INFINITY;
+  double norm = smaller<double>(c.norm, reach);
+  double residual = smaller<double>(c.residual, Terms<SPLIT>::kRelative * reach + c.excess);
+  double low = smaller<double>(c.low, 0x1p-10 * reach + 0x1p-20);
+  double rounding = x.residual * norm + (x.norm + x.residual) * residual + x.low * low;
+  double half_norm = cosine ? 0.0 : 0.5 * norm * norm * x.scale;
+  double halves = static_cast<double>(dim / 8 + 32) * 0x1p-24 * half_norm + 0x1p-24 * x.scale;
+  double sums = 1.01 * accumulation * ((x.norm + x.residual) * (norm + residual) + half_norm);
+  double tie = cosine ? x.norm * 0x1p-89 : 0.0;
+  return 2.00001 * (rounding + halves + sums + tie);
 }
 
 }  // namespace vqkernels::cuda

@@ -88,7 +88,10 @@ constexpr int64_t kMaxBlocks = 1 << 20;  // past it, blocks loop
 
 VQ_HOST_DEVICE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-VQ_HOST_DEVICE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+template <typename S = int64_t>
+VQ_HOST_DEVICE S smaller(S a, S b) {
+  return a < b ? a : b;
+}
 
 // Blocks of kTeamThreads threads for `teams` teams of `lanes`.
 inline int64_t team_blocks(int64_t teams, int lanes) {

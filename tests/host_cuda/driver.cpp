@@ -47,23 +47,80 @@ rotate_without_barrier_kernel(T* out) {  // [64]
   out[i] = memory.entry[(i + 1) % 64];
 }
 
+// The same with a copy that nobody waits for.
+template <typename T>
+VQ_KERNEL(64, 1)
+copy_without_wait_kernel(const Chunk* in,  // [64]
+                         T* out) {         // [64]
+  struct Memory {
+    Chunk chunk[64];
+  };
+  Memory& memory = shared_memory<Memory>();
+  int i = thread_index();
+  copy_async(&memory.chunk[i], &in[i], true);
+  commit_copies();
+  wait_copies<1>();
+  barrier();
+  out[i] = static_cast<T>(memory.chunk[i].words[0]);
+  wait_copies<0>();
+}
+
+// Also tells how many tokens the exact road got.
+struct CountingLauncher : Launcher {
+  using Launcher::launch;
+  using Launcher::Launcher;
+
+  template <typename T>
+  void launch(void (*kernel)(Search<T>, States<T>, const Listed*, const int64_t*, int64_t*, float*),
+              int64_t blocks, int threads, Search<T> search, States<T> states, Listed* listed, int64_t* count,
+              int64_t* codes, float* distance) {
+    exact_road = *count;
+    Launcher::launch(kernel, blocks, threads, search, states, listed, count, codes, distance);
+  }
+
+  int64_t exact_road = 0;
+};
+
 }  // namespace
 
 extern "C" {
+
+void host_copy_without_wait(const void* in, int64_t* out) {
+  Launcher launcher(0);
+  launcher.launch(copy_without_wait_kernel<int64_t>, 1, 64, static_cast<const Chunk*>(in), out);
+}
+
+// The coarse pass alone; returns the number of splits.
+int64_t host_coarse(uint64_t seed, const void* tokens, const void* codes, const float* bias,
+                    const float* scale, int64_t token_count, int64_t code_rows, int64_t depth, bool split,
+                    void* states) {
+  Launcher launcher(seed);
+  const float16 *x = static_cast<const float16*>(tokens), *c = static_cast<const float16*>(codes);
+  Operands operands{x, c, bias, scale, token_count, code_rows, depth};
+  CoarsePass pass =
+      split ? run_coarse_pass<true>(launcher, operands) : run_coarse_pass<false>(launcher, operands);
+  std::memcpy(states, pass.states,
+              sizeof(Best<float>) * static_cast<size_t>(token_count * pass.plan.states()));
+  return pass.plan.splits;
+}
 
 void host_rotate_without_barrier(uint64_t seed, int64_t* out) {
   Launcher launcher(seed);
   launcher.launch(rotate_without_barrier_kernel<int64_t>, 1, 64, out);
 }
 
-void host_nearest(uint64_t seed, int type, const View* x, const void* codebook, int64_t codebook_size,
-                  bool cosine, bool exact, int64_t* codes, float* distance) {
+// Returns how many tokens went the exact road.
+int64_t host_nearest(uint64_t seed, int type, const View* x, const void* codebook, int64_t codebook_size,
+                     bool cosine, bool exact, int64_t* codes, float* distance) {
+  int64_t exact_road = 0;
   dispatch(type, [&](auto zero) {
     using T = decltype(zero);
-    Launcher launcher(seed);
+    CountingLauncher launcher(seed);
     nearest(launcher, x->as<const T>(), static_cast<const T*>(codebook), codebook_size, cosine, exact, codes,
             distance);
+    exact_road = launcher.exact_road;
   });
+  return exact_road;
 }
 
 void host_gather(uint64_t seed, int type, const View* x, const void* codebook, int64_t codebook_size,

@@ -43,6 +43,11 @@ class Launcher {
       Block(index, blocks, threads, seed_ == 0 ? 0 : random() | 1, fibers_).run(body);
   }
 
+  template <typename Memory, typename... Params, typename... Args>
+  void launch_large(void (*kernel)(Params...), int64_t blocks, int threads, Args... args) {
+    launch(kernel, blocks, threads, args...);
+  }
+
   // Stable: equal keys stay in order. order[i] is where sorted[i] came from.
   void sort(const int64_t* keys, int64_t count, const int64_t*& sorted, const int64_t*& order) {
     int64_t *out = allocate<int64_t>(count), *from = allocate<int64_t>(count);

@@ -18,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 FLAGS = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-ffp-contract=off"]
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+COARSE_GROUPS = 8  # lane groups of csrc/cuda/nearest_mma.cuh
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 
 
@@ -66,7 +67,9 @@ def links(flags: list[str]) -> bool:
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
     """The functions of driver.cpp."""
-    return ctypes.CDLL(str(compile_cpp("driver", ["-fPIC", "-shared"])))
+    functions = ctypes.CDLL(str(compile_cpp("driver", ["-fPIC", "-shared"])))
+    functions.host_nearest.restype = functions.host_coarse.restype = ctypes.c_int64
+    return functions
 
 
 class _View(ctypes.Structure):
@@ -97,12 +100,39 @@ def nearest(
     precision: str,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:  # codes int64 [B, T], distance float32 [B, T]
+    return nearest_and_count(x, codebook, metric, precision, seed)[:2]
+
+
+def nearest_and_count(
+    x: Tensor,  # [B, T, D]
+    codebook: Tensor,  # [K, D]
+    metric: str = "euclidean",
+    precision: str = "exact",
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, int]:  # codes int64 [B, T], distance float32 [B, T], tokens that went the exact road
     codes = torch.full(x.shape[:2], -7, dtype=torch.int64)
     distance = torch.full(x.shape[:2], -7.0)
     size = ctypes.c_int64(codebook.shape[0])
     flags = ctypes.c_bool(metric == "cosine"), ctypes.c_bool(precision == "exact")
-    library().host_nearest(*_begin(x, seed), _view(x), _data(codebook), size, *flags, _data(codes), _data(distance))
-    return codes, distance
+    tail = _data(codebook), size, *flags, _data(codes), _data(distance)
+    exact_road = library().host_nearest(*_begin(x, seed), _view(x), *tail)
+    return codes, distance, exact_road
+
+
+def coarse_pass(
+    tokens: Tensor,  # float16 [N, depth]
+    codes: Tensor,  # float16 [rows, depth]
+    bias: Tensor,  # [rows]
+    scale: Tensor,  # [N]
+    split: bool,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:  # lowest, runner-up, code: [N, splits, COARSE_GROUPS]
+    states = torch.full((len(tokens), 64 * COARSE_GROUPS, 3), -7, dtype=torch.int32)
+    sizes = [ctypes.c_int64(size) for size in (*tokens.shape[:1], *codes.shape)]
+    data = [_data(tensor) for tensor in (tokens, codes, bias, scale)]
+    splits = library().host_coarse(ctypes.c_uint64(seed), *data, *sizes, ctypes.c_bool(split), _data(states))
+    used = states.flatten()[: len(tokens) * splits * COARSE_GROUPS * 3].view(len(tokens), splits, COARSE_GROUPS, 3)
+    return used[..., 0].view(torch.float32), used[..., 1].view(torch.float32), used[..., 2]
 
 
 def gather(
@@ -169,4 +199,11 @@ def rotate_without_barrier(seed: int) -> Tensor:  # int64 [64]
     """A kernel that is wrong on purpose."""
     out = torch.empty(64, dtype=torch.int64)
     library().host_rotate_without_barrier(ctypes.c_uint64(seed), _data(out))
+    return out
+
+
+def copy_without_wait(chunks: Tensor) -> Tensor:  # int32 [64, 4] -> int64 [64]
+    """Another: it reads shared memory before the copy into it has arrived."""
+    out = torch.empty(64, dtype=torch.int64)
+    library().host_copy_without_wait(_data(chunks), _data(out))
     return out

@@ -25,6 +25,7 @@
 
 #define VQ_KERNEL(threads, blocks) void
 #define VQ_DEVICE inline
+#define VQ_CALLED inline
 #define VQ_HOST_DEVICE inline
 
 namespace vqkernels::host_cuda {
@@ -38,17 +39,27 @@ constexpr int kPoison = 0xff;
   std::abort();
 }
 
+struct PendingCopy {
+  void* to;
+  const void* from;  // null: zeros
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   int waiting_at = 0;  // source line of the barrier or shuffle it waits in, 0 while it can run
-  int shuffles = 0;
+  int exchanges = 0;
   bool done = false;
+  std::vector<std::vector<PendingCopy>> copies{1};  // groups in order, the last one not committed yet
+};
+
+// What a lane shows the others: a shuffled value, a pointer, the fragments of a product.
+struct Message {
+  uint64_t words[4];
 };
 
 struct Warp {
-  uint64_t slots[2]
-                [kWarp];  // two sets: a lane may write its next value while another still reads the last one
+  Message sets[2][kWarp];  // two: a lane may write its next message while another still reads the last ones
   int arrived = 0;
 };
 
@@ -92,19 +103,22 @@ class Block {
     }
   }
 
-  uint64_t exchange(uint64_t value, int source_lane, int line) {
+  // Every lane's message; valid until the caller's next exchange but one.
+  const Message* exchange(const Message& mine, int line) {
     Fiber& self = *fibers_[running];
     Warp& warp = warps_[running / kWarp];
-    uint64_t* slots = warp.slots[self.shuffles++ & 1];
-    slots[running % kWarp] = value;
+    Message* messages = warp.sets[self.exchanges++ & 1];
+    messages[running % kWarp] = mine;
     if (++warp.arrived == kWarp) {
       warp.arrived = 0;
       release(running / kWarp * kWarp, kWarp, line);
     } else {
       suspend(line);
     }
-    return slots[source_lane];
+    return messages;
   }
+
+  std::vector<std::vector<PendingCopy>>& copies() { return fibers_[running]->copies; }
 
   template <typename T>
   T& shared() {
@@ -144,7 +158,8 @@ class Block {
 
   void prepare(Fiber& fiber) {
     fiber.done = false;
-    fiber.shuffles = 0;
+    fiber.exchanges = 0;
+    fiber.copies.assign(1, {});
     fiber.waiting_at = 0;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
@@ -158,6 +173,9 @@ class Block {
     block.after_switch(nullptr);
     (*block.body_)();
     Fiber& self = *block.fibers_[block.running];
+    for (const auto& group : self.copies) {
+      if (!group.empty()) fail("a thread ended before its copies arrived");
+    }
     self.done = true;
     block.switch_to(self.context, block.scheduler_, nullptr, block.scheduler_stack_,
                     block.scheduler_stack_bytes_);
@@ -239,14 +257,29 @@ T& shared_memory() {
 }
 
 template <typename T>
+T& large_shared_memory() {
+  return host_cuda::Block::current()->shared<T>();
+}
+
+template <typename T>
 T shuffle_xor(T value, int mask, int line = __builtin_LINE()) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  bits = host_cuda::Block::current()->exchange(bits, (thread_index() % host_cuda::kWarp) ^ mask, line);
-  std::memcpy(&value, &bits, sizeof(T));
+  static_assert(sizeof(T) <= sizeof(host_cuda::Message));
+  host_cuda::Message message{};
+  std::memcpy(&message, &value, sizeof(T));
+  const host_cuda::Message* all = host_cuda::Block::current()->exchange(message, line);
+  std::memcpy(&value, &all[(thread_index() % host_cuda::kWarp) ^ mask], sizeof(T));
   return value;
 }
+
+inline uint32_t ballot(bool vote, int line = __builtin_LINE()) {
+  const host_cuda::Message* all = host_cuda::Block::current()->exchange({{vote}}, line);
+  uint32_t votes = 0;
+  for (int lane = 0; lane < host_cuda::kWarp; ++lane)
+    votes |= static_cast<uint32_t>(all[lane].words[0]) << lane;
+  return votes;
+}
+
+inline int lowest_bit(uint32_t votes) { return __builtin_ctz(votes); }
 
 inline double inverse_sqrt(double value) { return 1 / std::sqrt(value); }
 inline float inverse_sqrt(float value) { return 1 / std::sqrt(value); }
@@ -255,6 +288,13 @@ inline int64_t atomic_increment(int64_t* counter) { return (*counter)++; }
 
 inline void atomic_max(double* target, double value) {
   uint64_t old_bits, new_bits;
+  std::memcpy(&old_bits, target, sizeof(old_bits));
+  std::memcpy(&new_bits, &value, sizeof(new_bits));
+  if (new_bits > old_bits) *target = value;
+}
+
+inline void atomic_max(float* target, float value) {
+  uint32_t old_bits, new_bits;
   std::memcpy(&old_bits, target, sizeof(old_bits));
   std::memcpy(&new_bits, &value, sizeof(new_bits));
   if (new_bits > old_bits) *target = value;
@@ -275,6 +315,85 @@ inline void narrow(bfloat16& out, float value) {
   out.bits =
       nan ? 0x7fff
           : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+
+struct alignas(16) Chunk {
+  uint32_t words[4];
+};
+
+// A copy arrives when its thread waits for it; until then its target is poison.
+constexpr int kCopyStages = 3;
+inline void copy_async(Chunk* shared, const Chunk* global, bool valid) {
+  std::memset(shared, host_cuda::kPoison, sizeof(Chunk));
+  host_cuda::Block::current()->copies().back().push_back({shared, valid ? global : nullptr});
+}
+inline void commit_copies() { host_cuda::Block::current()->copies().emplace_back(); }
+template <int PENDING>
+void wait_copies() {
+  auto& groups = host_cuda::Block::current()->copies();
+  while (static_cast<int>(groups.size()) - 1 > PENDING) {
+    for (const host_cuda::PendingCopy& copy : groups.front()) {
+      if (copy.from != nullptr)
+        std::memcpy(copy.to, copy.from, sizeof(Chunk));
+      else
+        std::memset(copy.to, 0, sizeof(Chunk));
+    }
+    groups.erase(groups.begin());
+  }
+}
+
+inline void load_matrices(uint32_t (&out)[4], const Chunk* row, int line = __builtin_LINE()) {
+  const host_cuda::Message* all =
+      host_cuda::Block::current()->exchange({{reinterpret_cast<uint64_t>(row)}}, line);
+  int lane = thread_index() % host_cuda::kWarp;
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    out[matrix] = reinterpret_cast<const Chunk*>(all[8 * matrix + lane / 4].words[0])->words[lane % 4];
+  }
+}
+
+inline float half_of(uint32_t pair, int which) {
+  uint16_t bits = static_cast<uint16_t>(pair >> (16 * which));
+  float16 value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return static_cast<float>(value);
+}
+
+// What the certificate allows a tensor core to do: terms lose all bits below 2^-23 of the largest, and their
+// sum is cut.
+inline float truncated_sum(float start, const float (&products)[16]) {
+  double largest = std::fabs(start), sum = 0;
+  for (float product : products) largest = std::fmax(largest, std::fabs(product));
+  if (!(largest > 0 && largest < INFINITY)) {
+    for (float product : products) start += product;
+    return start;
+  }
+  double unit = std::ldexp(1.0, std::ilogb(largest) - 23);
+  for (float product : products) sum += std::trunc(product / unit);
+  sum = (sum + std::trunc(start / unit)) * unit;
+  float cut = static_cast<float>(sum);
+  return std::fabs(cut) > std::fabs(sum) ? std::nextafter(cut, 0.0f) : cut;
+}
+
+inline void multiply_16x8x16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                             int line = __builtin_LINE()) {
+  host_cuda::Message mine;
+  std::memcpy(mine.words, a, sizeof(a));
+  mine.words[2] = b0 | static_cast<uint64_t>(b1) << 32;
+  const host_cuda::Message* all = host_cuda::Block::current()->exchange(mine, line);
+  auto word = [&](int lane, int i) {
+    return static_cast<uint32_t>(all[lane].words[i / 2] >> (32 * (i % 2)));
+  };
+  int g = thread_index() % host_cuda::kWarp / 4, q = thread_index() % 4;
+  for (int i = 0; i < 4; ++i) {
+    int row = g + 8 * (i / 2), column = 2 * q + i % 2;
+    float products[16];
+    for (int k = 0; k < 16; ++k) {
+      int a_register = row / 8 + 2 * (k / 8), b_register = 4 + k / 8, owner = k % 8 / 2;
+      products[k] = half_of(word(row % 8 * 4 + owner, a_register), k % 2) *
+                    half_of(word(column * 4 + owner, b_register), k % 2);
+    }
+    sum[i] = truncated_sum(sum[i], products);
+  }
 }
 
 }  // namespace vqkernels::cuda

@@ -97,7 +97,7 @@ def peak_rates(threads: int) -> dict[str, float]:
     Raises:
         RuntimeError: the C++ kernels cannot be had; the message says why.
     """
-    rate = ctypes.CDLL(str(_extension.cpu_library_path())).vqkernels_peak_rate
+    rate = ctypes.CDLL(str(_extension.library_path())).vqkernels_peak_rate
     rate.argtypes, rate.restype = [ctypes.c_char_p], ctypes.c_double
     with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
         return {name: sum(pool.map(rate, [name.encode()] * threads)) for name in ("float32", "int16")}
@@ -162,9 +162,9 @@ def _supports(first: Tensor, *_rest: object) -> str | None:
 
 
 def _nearest_details(x: Tensor, _codebook: Tensor, _metric: str, precision: str) -> str | None:
-    """Which coarse pass the CPU takes, and why."""
-    if x.device.type != "cpu":
-        return None
+    """Which coarse pass runs, and why."""
+    if x.device.type == "cuda":
+        return _cuda_details(x)
     isa, forced = _extension.instruction_set(), os.environ.get("VQKERNELS_CPU_PASS")
     name = "float64" if x.dtype == torch.float64 else _coarse_pass(x.shape[-1], precision == "exact")
     reason = {
@@ -179,8 +179,18 @@ def _nearest_details(x: Tensor, _codebook: Tensor, _metric: str, precision: str)
     return f"{name} pass ({isa}): {reason}"
 
 
+def _cuda_details(x: Tensor) -> str | None:
+    if x.dtype == torch.float64:
+        return "float64 pass: as precise as the input"
+    function = ctypes.CDLL(str(_extension.library_path("cuda"))).vqkernels_cuda_coarse_kernel
+    function.argtypes, function.restype = [ctypes.c_int], ctypes.c_char_p
+    name = function(torch.cuda.get_device_capability(x.device)[0]).decode()
+    forced = os.environ.get("VQKERNELS_CUDA_COARSE")
+    return f"scaled fp16 pass ({name}): {f'VQKERNELS_CUDA_COARSE={forced}' if forced else 'the default until another is measured'}"
+
+
 def _coarse_pass(dim: int, exact: bool) -> str:
-    function = ctypes.CDLL(str(_extension.cpu_library_path())).vqkernels_coarse_pass
+    function = ctypes.CDLL(str(_extension.library_path())).vqkernels_coarse_pass
     function.argtypes, function.restype = [ctypes.c_int64, ctypes.c_int], ctypes.c_char_p
     return function(dim, exact).decode()
 

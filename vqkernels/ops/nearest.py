@@ -41,7 +41,8 @@ def nearest(
         codebook: codes [K, D] in x's dtype (or float32 under a half-precision x); finite.
         metric: "euclidean", or "cosine" (a zero vector is at cosine 0 to everything; cosines within 2^-90
             of the largest, give or take their rounding of D 2^-102, tie).
-        precision: "exact", or "fast": one pass in float32, which may pick a code that is farther by its rounding.
+        precision: "exact", or "fast": without the exact road, so that a code may come out that is farther by float32's
+            rounding.
 
     Returns:
         codes: int64 [...]; the lowest index on ties; -1 where the token holds NaN or Inf.
