@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # All that a change to the GPU code needs a GPU for, in one call: environment report, build, tests, compute-sanitizer,
-# benchmarks. Each part has a time budget (nine and a half minutes together); one that fails does not stop the next.
+# benchmarks beside peers, tuning, counters. Each part has a time budget (ten minutes together); one that fails does not stop the next.
 # Needs torch with CUDA and nvcc; downloads nothing. Exits 1 if any part failed.
 #
 # usage: benchmarks/gpu.sh [--out DIR] [--only PART,...] [--scale FACTOR] [--python PYTHON] [--wheels DIR] [--dry-run]
 #   --out DIR       results (default: benchmarks/results/<gpu>-<date>)
-#   --only PARTS    some of: environment install build tests memcheck racecheck search train-step ema
+#   --only PARTS    some of: environment install build tests hopper memcheck racecheck initcheck search search-hopper
+#                   tune counters train-step ema
 #   --scale FACTOR  multiplies every budget
 #   --python PYTHON the Python that has torch (default: python3)
 #   --wheels DIR    wheels to install first, for what the machine lacks
@@ -34,7 +35,7 @@ done
 
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr 'A-Z /' 'a-z--')
 out=${out:-benchmarks/results/${gpu:-no-gpu}-$(date +%Y-%m-%d)}
-known="environment install build tests memcheck racecheck search train-step ema"
+known="environment install build tests hopper memcheck racecheck initcheck search search-hopper tune counters train-step ema"
 for part in ${only//,/ }; do
   case " $known " in *" $part "*) ;; *) echo "gpu.sh: unknown part $part (known: $known)" >&2; exit 2 ;; esac
 done
@@ -63,37 +64,58 @@ part() {
 [ "$dry_run" = yes ] || { mkdir -p "$out" && : >"$out/summary.txt"; } || exit 1
 export VQKERNELS_REQUIRE=cuda,triton PYTHONUNBUFFERED=1
 
-part environment 20 "nvidia-smi; nvidia-smi -q -d CLOCK,POWER | head -n 60; nvcc --version; lscpu | head -n 20
+part environment 15 "nvidia-smi; nvidia-smi -q -d CLOCK,POWER | head -n 60; nvcc --version; lscpu | head -n 20
 git log -1 --format='commit %H %cI %s'; git status --short
 $python -c 'import sys, torch, triton; print(sys.version); print(\"torch\", torch.__version__, \"triton\", triton.__version__)
 assert torch.cuda.is_available(), \"torch sees no CUDA device\"
 print(torch.cuda.get_device_properties(0))'"
 
 bring=${wheels:+"$python -m pip install --no-index --no-deps '$wheels'/*.whl && "}
-part install 40 "$bring$python -m pip install --no-index --no-deps --no-build-isolation -e ."
+part install 30 "$bring$python -m pip install --no-index --no-deps --no-build-isolation -e ."
 
-part build 150 "$python -c 'import vqkernels._extension as e
+part build 140 "$python -c 'import vqkernels._extension as e
 reports = e.build(cuda=True)
 print(*reports, *e.describe().items(), sep=\"\n\")
 raise SystemExit(any(report.reason for report in reports))'"
 
 tests="tests/test_nearest.py tests/test_training_ops.py tests/test_cuda_step.py tests/test_triton_kernels.py
- tests/test_torch_integration.py tests/test_codebook.py tests/test_vector_quantizer.py tests/test_compile.py
+ tests/test_triton_search.py tests/test_torch_integration.py tests/test_codebook.py tests/test_vector_quantizer.py tests/test_compile.py
  tests/test_memory.py"
-part tests 150 "$python -m pytest -q --durations=15 ${tests//$'\n'/}"
+part tests 105 "$python -m pytest -q --durations=15 -k 'not cpu' ${tests//$'\n'/}"
+part hopper 40 "$python -m pytest -q --durations=5 tests/test_cuda_hopper.py"
 
 # a few small cases of every kernel; without torch's caching every allocation has its own end
 small='compiled-cuda and (33x129x18 or duplicates or near-duplicates-1ulp or non_finite or codebook_stats or ema or bit_equal or gradients)'
-for tool in memcheck racecheck; do
-  part $tool 50 "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \\
+for tool in memcheck racecheck initcheck; do
+  part $tool 30 "PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \\
   $python -m pytest -q -x tests/test_nearest.py tests/test_training_ops.py -k '$small'"
 done
 
-shapes="--shape 16384,1024,256 --shape 16384,16384,256 --shape 65536,16384,32 --shape 8192,262144,18"
-part search 60 "$python -m vqkernels.benchmarks search --device cuda $shapes --seconds 10 --json '$out/search.json'"
-part train-step 30 "$python -m vqkernels.benchmarks quantize-train-step --device cuda --measure both \\
-  --shape 16384,1024,256 --shape 16384,16384,256 --seconds 8 --json '$out/train-step.json'"
-part ema 20 "$python -m vqkernels.benchmarks ema --device cuda --shape 16384,1024,256 --shape 65536,16384,32 \\
-  --seconds 6 --json '$out/ema.json'"
+# bench WORDS: run_bench without the command line, whose packages a bare machine may lack
+bench() {
+  echo "$python -c 'from vqkernels.benchmarks.config import BenchConfig
+from vqkernels.benchmarks.main import exit_code, run_bench
+raise SystemExit(exit_code(run_bench(BenchConfig($1))))'"
+}
+part search 65 "$(bench "preset=\"h200\", device=\"cuda\", json=\"$out/search.json\"")"
+part search-hopper 35 "VQKERNELS_CUDA_COARSE=hopper $(bench "shape=[\"16384,1024,256\", \"16384,16384,256\",
+ \"16384,16384,8\", \"65536,16384,32\", \"8192,262144,18\", \"4096,262144,256\"], provider=[\"vqkernels-compiled\"],
+ device=\"cuda\", seconds=3.0, json=\"$out/search-hopper.json\"")"
+part tune 30 "VQKERNELS_CACHE='$out' $python -c 'import torch
+from vqkernels.kernels import triton_nearest
+for n, k, d in ((16384, 1024, 256), (16384, 16384, 256), (16384, 16384, 8), (65536, 16384, 32), (8192, 262144, 18)):
+    x, codebook = torch.randn(1, n, d, device=\"cuda\"), torch.randn(k, d, device=\"cuda\")
+    print(n, k, d, triton_nearest.tune(x, codebook), flush=True)'"
+part counters 25 "command -v ncu >/dev/null || { echo 'no ncu on this machine: hardware counters not read'; exit 0; }
+ncu --target-processes all --launch-skip 20 --launch-count 12 --section SpeedOfLight --section ComputeWorkloadAnalysis \\
+  --section MemoryWorkloadAnalysis --section Occupancy $python -c 'import torch, vqkernels
+for backend in (\"compiled\", \"triton\"):
+    with vqkernels.use_backend(backend):
+        x, codebook = torch.randn(16384, 256, device=\"cuda\"), torch.randn(16384, 256, device=\"cuda\")
+        for _ in range(6): vqkernels.nearest(x, codebook)'"
+part train-step 25 "$(bench "operation=\"train-step\", device=\"cuda\", measure=\"both\", seconds=6.0,
+ shape=[\"16384,1024,256\", \"16384,16384,256\"], json=\"$out/train-step.json\"")"
+part ema 15 "$(bench "operation=\"ema\", device=\"cuda\", shape=[\"16384,1024,256\", \"65536,16384,32\"], seconds=4.0,
+ json=\"$out/ema.json\"")"
 
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }

@@ -92,6 +92,16 @@ _CPU = Preset(
     ),
 )
 
+_DATA = Preset(  # no wrong code on any of them; how fast each is besides
+    configs=tuple(
+        BenchConfig(
+            shape=list(TIMES_FAISS), provider=[OURS, "faiss"], threads=[2], data=data, seconds=1.5, check_rows=256
+        )
+        for data in ("unit", "init", "offset", "near-duplicates", "mixed-scales")
+    ),
+    goals=(),
+)
+
 AVX2 = "vqkernels-compiled-avx2"
 _AVX2 = Preset(
     configs=tuple(
@@ -143,7 +153,7 @@ _H200 = Preset(
     goals=tuple(Goal("search", shape, "vqkernels", max_ms=most / 1e3) for shape, most in MICROSECONDS_H200.items()),
 )
 
-PRESETS = {"cpu": _CPU, "avx2": _AVX2, "worst": _WORST, "h200": _H200}
+PRESETS = {"cpu": _CPU, "data": _DATA, "avx2": _AVX2, "worst": _WORST, "h200": _H200}
 
 
 def preset_configs(name: str, base: BenchConfig) -> list[BenchConfig]:

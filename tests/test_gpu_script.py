@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.sh"
-PARTS = ["environment", "install", "build", "tests", "memcheck", "racecheck", "search", "train-step", "ema"]
+PARTS = (
+    "environment install build tests hopper memcheck racecheck initcheck search search-hopper tune counters train-step ema"
+).split()
 
 
 def _run(*options: str) -> subprocess.CompletedProcess[str]:

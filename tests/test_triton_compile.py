@@ -24,10 +24,10 @@ from requirements import skip_or_fail
 # shared memory that one block may ask for, in bytes (CUDA programming guide, table of compute capabilities)
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 PROCESSES = ((80, 120), (90, 100))
-# bytes of stack a thread: what ptxas saves around its calls to float64 division in the rare, scalar exact road
-MAX_STACK = {"exact_kernel": 64}
+# bytes of stack a thread: what ptxas saves around its calls to float64 division and square roots
+MAX_STACK = {"finish_kernel": 64, "operands_kernel": 32}
 KERNELS = {
-    *("coarse_kernel", "finish_kernel", "exact_kernel", "gather_kernel", "backward_kernel"),
+    *("operands_kernel", "coarse_kernel", "finish_kernel", "gather_kernel", "backward_kernel"),
     *("piece_kernel", "join_kernel", "kept_kernel", "size_kernel", "row_kernel"),
 }
 
@@ -57,27 +57,37 @@ def test_launches_fit_registers_and_shared_memory(compiled, arch):
         assert record["shared"] <= SHARED_MEMORY[arch], record
 
 
-def test_every_configuration_of_the_heuristics_is_compiled(compiled):
+def test_every_configuration_is_compiled(compiled):
+    """Those of the search wherever its tiles fit, and each tile of the other kernels for each dtype."""
+    from vqkernels.kernels import triton_configs
     from vqkernels.kernels.triton_common import TILES
-    from vqkernels.kernels.triton_nearest import CONFIGS
 
     for arch in SHARED_MEMORY:
         mine = [record for record in compiled if record["arch"] == arch]
+        coarse = [record["options"] for record in mine if record["kernel"] == "coarse_kernel"]
+        for config in {config for dim in (8, 32, 64) for config in triton_configs.usable(dim, gpu_of(arch))}:
+            wanted = {key: value for key, value in asdict(config).items() if key != "terms"}
+            assert any(wanted.items() <= options.items() for options in coarse), (arch, config)
         for dtype in ("fp32", "fp16", "bf16"):
             seen = [record["options"] for record in mine if record["x"] == f"*{dtype}"]
-            for config in CONFIGS:
-                assert any(asdict(config).items() <= options.items() for options in seen), (arch, dtype, config)
             for tile in TILES:
                 shape = {"block_n": tile.rows, "block_d": tile.dims, "num_warps": tile.num_warps}
                 assert any(shape.items() <= options.items() for options in seen), (arch, dtype, tile)
 
 
-def test_scores_are_full_float32(compiled):
-    """The bound counts on float32 products and sums: no TF32, no flushing of subnormals."""
-    searching = [r for r in compiled if r["kernel"] in ("coarse_kernel", "finish_kernel", "exact_kernel")]
-    for record in searching:
-        assert not record["tensor_core"], record
-        assert not record["flushes"], record
+def test_the_coarse_pass_runs_on_tensor_cores_and_nothing_else_does(compiled):
+    """fp16 operands, float32 sums; float32 and float64 elsewhere keep their subnormals, which the bound counts on."""
+    instruction = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
+    for record in compiled:
+        expected = [instruction[record["arch"]]] if record["kernel"] == "coarse_kernel" else []
+        assert record["tensor_core"] == expected, record
+        if record["kernel"] in ("operands_kernel", "coarse_kernel", "finish_kernel"):
+            assert not record["flushes"], record
+
+
+def test_no_recompilation_when_the_batch_or_the_codebook_grows(compiled):
+    """Per architecture: three batches and codebook sizes more, on strides of the same kind, compiled nothing new."""
+    assert all(record["new_by_size"] == 0 for record in compiled)
 
 
 class StandInDriver:
@@ -122,37 +132,76 @@ def record_of(kernel: Any, arch: int, name: str, options: dict[str, Any]) -> dic
         "registers": registers,
         "stack": stack,
         "shared": kernel.metadata.shared,
-        "tensor_core": "mma" in ptx,
+        "tensor_core": sorted(set(re.findall(r"mma\.sync|wgmma|tcgen05(?=\.mma)", ptx))),
         "flushes": ".ftz" in ptx,
     }
 
 
-def launch_everything() -> None:
-    """Shapes that make the launchers choose each configuration, and each kind of stride and alignment."""
+def gpu_of(arch: int) -> Any:
+    from vqkernels.kernels.triton_configs import Gpu
+
+    return Gpu(f"sm_{arch}", arch, SHARED_MEMORY[arch])
+
+
+def launch_search(arch: int) -> None:
+    """Every configuration that fits, at dims that differ in how |c|^2 enters; each dtype, metric and kind of stride."""
     import torch
 
-    from vqkernels.kernels import triton_codebook, triton_nearest, triton_training
+    from vqkernels.kernels import triton_configs, triton_nearest
+
+    def operands(dim: int, config: Any, cosine: bool = False) -> None:
+        x, codebook = torch.zeros(1, 300, dim), torch.zeros(37, dim)
+        made = triton_nearest.prepare(x, codebook, cosine, config)
+        triton_nearest.coarse(made, triton_configs.operand_of(config, dim, cosine), config, 1)
+
+    gpu = gpu_of(arch)
+    for dim in (8, 32, 64, 256, 300):
+        for config in triton_configs.usable(dim, gpu):
+            if config.pack == (dim > 48) and (config.terms == 3) == (dim == 8):
+                operands(dim, config)
+    small, deep = (triton_configs.choose_config(5000, 1 << 20, dim, gpu) for dim in (8, 256))
+    operands(256, deep, cosine=True)
+    for dim, config in ((8, small), (256, deep)):
+        codebook = torch.zeros(37, dim)
+        for cosine in (False, True):
+            triton_nearest.search(torch.zeros(1, 300, dim), codebook, cosine, config)
+    for dtype in (torch.float16, torch.bfloat16):
+        triton_nearest.search(torch.zeros(1, 300, 64, dtype=dtype), torch.zeros(37, 64, dtype=dtype), False, deep)
+    maps = torch.zeros(2, 64, 100).transpose(1, 2)  # channels first
+    triton_nearest.search(maps, torch.zeros(37, 64), False, deep)
+    if arch == 90:
+        triton_nearest.search(torch.zeros(1, 300, 1), torch.zeros(37, 1), False, small)  # D = 1 is a constant to Triton
+
+
+def launch_other_sizes(arch: int) -> None:
+    """Shapes that launch_search has compiled for, but for N, B, K and the number of splits."""
+    import torch
+
+    from vqkernels.kernels import triton_configs, triton_nearest
+
+    config = triton_configs.choose_config(5000, 1 << 20, 256, gpu_of(arch))
+    shape = triton_configs.operand_of(config, 256, False)
+    for batch, tokens, k in ((1, 1, 1), (3, 77, 4096), (2, 1024, 1000)):
+        x, codebook = torch.zeros(batch, tokens, 256), torch.zeros(k, 256)
+        triton_nearest.search(x, codebook, False, config)
+        triton_nearest.coarse(triton_nearest.prepare(x, codebook, False, config), shape, config, 1000)
+
+
+def launch_training() -> None:
+    """Shapes that make the launchers choose each tile."""
+    import torch
+
+    from vqkernels.kernels import triton_codebook, triton_training
 
     codebook_size = 37
-    plain: list[Any] = [
-        (torch.float32, (8, 100), (300, 100)),
-        (torch.float16, (8, 100), (300, 100)),
-        (torch.bfloat16, (8, 100), (300, 100)),
-    ]
-    for dtype, *shapes in plain:
-        for dim, tokens in shapes:
-            x, codebook = torch.zeros(1, tokens, dim, dtype=dtype), torch.zeros(codebook_size, dim, dtype=dtype)
-            codes, derror = torch.zeros(1, tokens, dtype=torch.int64), torch.zeros(1, tokens)
-            for metric in ("euclidean", "cosine"):
-                triton_nearest.nearest(x, codebook, metric, "exact")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for dim in (8, 100):
+            x, codebook = torch.zeros(1, 300, dim, dtype=dtype), torch.zeros(codebook_size, dim, dtype=dtype)
+            codes, derror = torch.zeros(1, 300, dtype=torch.int64), torch.zeros(1, 300)
             triton_training.gather(x, codebook, codes)
             for rotation in (False, True):
                 triton_training.quantize_backward(x, x, codes, x, derror, rotation)
             triton_codebook.codebook_stats(x, codes, codebook_size)
-    many = torch.zeros(1, 5000, 64)  # rows of whole 16-byte units
-    triton_nearest.nearest(many, torch.zeros(codebook_size, 64), "euclidean", "exact")
-    maps = torch.zeros(2, 64, 100).transpose(1, 2)  # channels first
-    triton_nearest.nearest(maps, torch.zeros(codebook_size, 64), "euclidean", "fast")
     for dim in (8, 64):
         for normalize in (False, True):
             rows, sizes = torch.zeros(codebook_size, dim), torch.zeros(codebook_size)
@@ -177,7 +226,12 @@ def main(archs: list[int]) -> None:
     JITFunction.run = compile_only
     for arch in archs:
         driver.set_active(StandInDriver(arch))
-        launch_everything()
+        launch_training()
+        launch_search(arch)
+        before = len(records)
+        launch_other_sizes(arch)
+        for record in records.values():
+            record.setdefault("new_by_size", len(records) - before)
     print(json.dumps(list(records.values())))
 
 

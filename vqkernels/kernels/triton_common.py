@@ -90,11 +90,6 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def program_target(x: Tensor) -> int:
-    """How many programs fill the device; the interpreter runs one at a time."""
-    return 4 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-
-
 def unsupported(x: Tensor) -> str | None:
     """One line on why these kernels cannot take a tensor of this type, device and size, or None."""
     if x.dtype not in DTYPES:

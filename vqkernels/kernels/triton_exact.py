@@ -1,7 +1,8 @@
-"""The road of tokens that the coarse pass could not prove: a float64 scan, then exact arithmetic between what ties.
+"""The road of tokens that two codes tie for, or whose candidates the coarse pass could not all keep.
 
-A float64 sum of D squared differences is off by less than (D + 4) 2^-53 of itself, a float64 cosine by less than
-(2 D + 8) 2^-53: one code inside that window of the best is the answer, among several the exact order decides.
+A float64 scan of every code that the coarse pass leaves possible, then exact arithmetic between what ties. A float64
+sum of D squared differences is off by less than (D + 4) 2^-53 of itself, a float64 cosine by less than (2 D + 8) 2^-53:
+one code inside that window of the best is the answer, among several the exact order decides.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .triton_arithmetic import compare_codes, cosine_of, row_dot
-from .triton_common import row_offsets
+from .triton_operands import GROUPS
 
 UNIT64 = tl.constexpr(2.0**-53)
 TIE_COSINE = tl.constexpr(2.0**-90)
@@ -18,22 +19,46 @@ NO_CODE = tl.constexpr((1 << 31) - 1)
 
 
 @triton.jit
+def possible(
+    state,  # see below
+    codes,  # [BLOCK_K] int32
+    GRANULE: tl.constexpr,
+):
+    """[BLOCK_K] bool: codes whose granule may reach ``lower``, by what the coarse pass kept of one token.
+
+    A granule is either one of the two kept of its group, or no higher than the group's third.
+    """
+    upper_ptr, code_ptr, third_ptr, tiles_per_split, lower = state  # [splits, 2, GROUPS] twice, [splits, GROUPS]
+    granule = codes // GRANULE
+    split = granule // GROUPS // tiles_per_split
+    at = split * (2 * GROUPS) + granule % GROUPS
+    first = tl.load(code_ptr + at) // GRANULE == granule
+    second = tl.load(code_ptr + at + GROUPS) // GRANULE == granule
+    score = tl.load(third_ptr + split * GROUPS + granule % GROUPS)
+    score = tl.where(second, tl.load(upper_ptr + at + GROUPS), score)
+    score = tl.where(first, tl.load(upper_ptr + at), score)
+    return score >= lower
+
+
+@triton.jit
 def tile_scores(
     x_ptr,  # [B, T, D]
-    codebook_ptr,  # [K, D] float32
-    scale_ptr,  # [K] float64, 1 / |c|
+    codebook_ptr,  # [K, D]
+    unit_ptr,  # [K] float64, 1 / |c|
+    state,
     offset,
     stride_d,
     codes,  # [BLOCK_K] int32
     K,
     D,
     COSINE: tl.constexpr,
+    GRANULE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """[BLOCK_K] float64, small is near: |x - c|^2, or -|x| cos; inf past the last code."""
+    """[BLOCK_K] float64, small is near: |x - c|^2, or -|x| cos; inf past the last code and where it cannot be near."""
     total = tl.zeros([BLOCK_K, BLOCK_D], tl.float64)
-    inside = codes < K
+    inside = (codes < K) & possible(state, tl.minimum(codes, K - 1), GRANULE)
     rows = codes.to(tl.int64) * D
     for start in range(0, D, BLOCK_D):
         dims = start + tl.arange(0, BLOCK_D)
@@ -46,20 +71,22 @@ def tile_scores(
             total += (x - c) * (x - c)
     score = tl.sum(total, 1)
     if COSINE:
-        score *= tl.load(scale_ptr + codes, mask=inside, other=0.0)
+        score *= tl.load(unit_ptr + codes, mask=inside, other=0.0)
     return tl.where(inside, score, float("inf"))
 
 
 @triton.jit
 def scan(
     x_ptr,  # [B, T, D]
-    codebook_ptr,  # [K, D] float32
-    scale_ptr,  # [K] float64, 1 / |c|
+    codebook_ptr,  # [K, D]
+    unit_ptr,  # [K] float64, 1 / |c|
+    state,
     offset,
     stride_d,
     K,
     D,
     COSINE: tl.constexpr,
+    GRANULE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -69,7 +96,9 @@ def scan(
     code = tl.full([], 0, tl.int32)
     for start in range(0, K, BLOCK_K):
         codes = start + tl.arange(0, BLOCK_K)
-        score = tile_scores(x_ptr, codebook_ptr, scale_ptr, offset, stride_d, codes, K, D, COSINE, BLOCK_K, BLOCK_D)
+        score = tile_scores(
+            x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, codes, K, D, COSINE, GRANULE, BLOCK_K, BLOCK_D
+        )
         low = tl.min(score, 0)
         first = tl.min(tl.where(score == low, codes, NO_CODE), 0)
         others = tl.min(tl.where(codes == first, float("inf"), score), 0)
@@ -81,7 +110,7 @@ def scan(
 
 @triton.jit
 def differ_from(
-    codebook_ptr,  # [K, D] float32
+    codebook_ptr,  # [K, D]
     codes,  # [BLOCK_K] int32
     code,
     K,
@@ -102,15 +131,50 @@ def differ_from(
 
 
 @triton.jit
+def not_farther(
+    x_ptr,  # [B, T, D]
+    codebook_ptr,  # [K, D]
+    offset,
+    stride_d,
+    codes,  # [BLOCK_K] int32
+    tied,  # [BLOCK_K] bool
+    other,  # int32 scalar, one of the codes or one before them
+    D,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """[BLOCK_K] bool: the tied codes that no tied code is surely nearer than.
+
+    |x - a|^2 - |x - b|^2 is a sum of 4 D float64 products without rounding, off by less than 4 D 2^-53 of their sizes.
+    """
+    gap = tl.zeros([BLOCK_K], tl.float64)
+    size = tl.zeros([BLOCK_K], tl.float64)
+    rows = codes.to(tl.int64) * D
+    for start in range(0, D, BLOCK_D):
+        dims = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + offset + dims.to(tl.int64) * stride_d, mask=dims < D, other=0.0).to(tl.float64)[None, :]
+        b = tl.load(codebook_ptr + other.to(tl.int64) * D + dims, mask=dims < D, other=0.0).to(tl.float64)[None, :]
+        inside = tied[:, None] & (dims < D)[None, :]
+        a = tl.load(codebook_ptr + rows[:, None] + dims[None, :], mask=inside, other=0.0).to(tl.float64)
+        differ = inside & (a != b)  # where they agree the products cancel
+        gap += tl.sum(tl.where(differ, (a * a - b * b) - 2.0 * (x * a - x * b), 0.0), 1)
+        size += tl.sum(tl.where(differ, a * a + b * b + 2.0 * tl.abs(x) * (tl.abs(a) + tl.abs(b)), 0.0), 1)
+    error = size * (D + 2) * 2.0**-50
+    return tied & (gap - error <= tl.min(tl.where(tied, gap + error, float("inf")), 0))
+
+
+@triton.jit
 def closest_of_tied(
     x_ptr,  # [B, T, D]
-    codebook_ptr,  # [K, D] float32
-    scale_ptr,  # [K] float64, 1 / |c|
+    codebook_ptr,  # [K, D]
+    unit_ptr,  # [K] float64, 1 / |c|
+    state,
     offset,
     stride_d,
     limit,  # float64 scalar
     K,
     D,
+    GRANULE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -118,11 +182,16 @@ def closest_of_tied(
     winner = tl.full([], -1, tl.int32)
     for start in range(0, K, BLOCK_K):
         codes = start + tl.arange(0, BLOCK_K)
-        score = tile_scores(x_ptr, codebook_ptr, scale_ptr, offset, stride_d, codes, K, D, False, BLOCK_K, BLOCK_D)
+        score = tile_scores(
+            x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, codes, K, D, False, GRANULE, BLOCK_K, BLOCK_D
+        )
         tied = score <= limit
         if winner >= 0:
             tied = tied & differ_from(codebook_ptr, codes, winner, K, D, BLOCK_K, BLOCK_D)
         code = tl.min(tl.where(tied, codes, NO_CODE), 0)
+        if code < NO_CODE:
+            tied = not_farther(x_ptr, codebook_ptr, offset, stride_d, codes, tied, code, D, BLOCK_K, BLOCK_D)
+            code = tl.min(tl.where(tied, codes, NO_CODE), 0)
         while code < NO_CODE:
             if winner < 0:  # noqa: SIM114  (`or` would compare first, and look at code -1)
                 winner = code
@@ -136,7 +205,7 @@ def closest_of_tied(
 @triton.jit
 def exact_cosine(
     x_ptr,  # [B, T, D]
-    codebook_ptr,  # [K, D] float32
+    codebook_ptr,  # [K, D]
     offset,
     stride_d,
     x_high,  # |x|^2 as a double-double
@@ -155,8 +224,9 @@ def exact_cosine(
 @triton.jit
 def most_parallel_of_tied(
     x_ptr,  # [B, T, D]
-    codebook_ptr,  # [K, D] float32
-    scale_ptr,  # [K] float64, 1 / |c|
+    codebook_ptr,  # [K, D]
+    unit_ptr,  # [K] float64, 1 / |c|
+    state,
     offset,
     stride_d,
     limit,  # float64 scalar
@@ -164,6 +234,7 @@ def most_parallel_of_tied(
     x_low,
     K,
     D,
+    GRANULE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -175,7 +246,9 @@ def most_parallel_of_tied(
     for phase in tl.static_range(2):  # the largest, then the first that ties with it
         for start in range(0, K, BLOCK_K):
             codes = start + tl.arange(0, BLOCK_K)
-            score = tile_scores(x_ptr, codebook_ptr, scale_ptr, offset, stride_d, codes, K, D, True, BLOCK_K, BLOCK_D)
+            score = tile_scores(
+                x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, codes, K, D, True, GRANULE, BLOCK_K, BLOCK_D
+            )
             tied = (score <= limit) & (winner < 0)
             if phase == 0:  # noqa: SIM102  (a constexpr and a tensor do not join)
                 if top >= 0:
@@ -196,43 +269,40 @@ def most_parallel_of_tied(
     return winner
 
 
-@triton.jit(do_not_specialize=["tokens_per_batch", "stride_b", "K"])
-def exact_kernel(
+@triton.jit
+def decide(
     x_ptr,  # [B, T, D]
-    codebook_ptr,  # [K, D] float32
-    scale_ptr,  # [K] float64, 1 / |c|
-    codes_ptr,  # [N] int64
-    distance_ptr,  # [N] float32
-    listed_ptr,  # [N] int64
-    count_ptr,  # [1] int32
-    tokens_per_batch,
-    stride_b,
-    stride_t,
+    codebook_ptr,  # [K, D]
+    unit_ptr,  # [K] float64, 1 / |c|
+    state,  # where this token's candidates are: see ``possible``
+    offset,
     stride_d,
     K,
     D,
     COSINE: tl.constexpr,
+    GRANULE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Each program takes every so-many-th listed token: their number is known to the device alone."""
-    for index in range(tl.program_id(0), tl.load(count_ptr), tl.num_programs(0)):
-        row = tl.load(listed_ptr + index)
-        offset = row_offsets(row, tokens_per_batch, stride_b, stride_t)
-        best, second, code = scan(x_ptr, codebook_ptr, scale_ptr, offset, stride_d, K, D, COSINE, BLOCK_K, BLOCK_D)
-        if COSINE:
-            x_high, x_low = row_dot(x_ptr, offset, stride_d, x_ptr, offset, stride_d, D, BLOCK_D)
-            x_norm = tl.sqrt(x_high)
-            limit = best + x_norm * (2 * D + 8) * (2.1 * UNIT64)
-            if second <= limit:
-                code = most_parallel_of_tied(
-                    x_ptr, codebook_ptr, scale_ptr, offset, stride_d, limit, x_high, x_low, K, D, BLOCK_K, BLOCK_D
-                )
-            distance = tl.maximum(1.0 + best / x_norm, 0.0)
-        else:
-            limit = best + best * (D + 4) * (2.1 * UNIT64)
-            if second <= limit:
-                code = closest_of_tied(x_ptr, codebook_ptr, scale_ptr, offset, stride_d, limit, K, D, BLOCK_K, BLOCK_D)
-            distance = best
-        tl.store(codes_ptr + row, code.to(tl.int64))
-        tl.store(distance_ptr + row, distance.to(tl.float32))
+    """The code of one token, int32, and its distance, float64."""
+    best, second, code = scan(
+        x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, K, D, COSINE, GRANULE, BLOCK_K, BLOCK_D
+    )
+    if COSINE:
+        x_high, x_low = row_dot(x_ptr, offset, stride_d, x_ptr, offset, stride_d, D, BLOCK_D)
+        x_norm = tl.sqrt(x_high)
+        limit = best + x_norm * (2 * D + 8) * (2.1 * UNIT64)
+        if second <= limit:
+            code = most_parallel_of_tied(
+                x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, limit, x_high, x_low, K, D,
+                GRANULE, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+        distance = tl.maximum(1.0 + best / x_norm, 0.0)
+    else:
+        limit = best + best * (D + 4) * (2.1 * UNIT64)
+        if second <= limit:
+            code = closest_of_tied(
+                x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, limit, K, D, GRANULE, BLOCK_K, BLOCK_D
+            )
+        distance = best
+    return code, distance

@@ -53,7 +53,8 @@ def nearest(
         TypeError, ValueError: a bad argument, named. A codebook with NaN or Inf raises on CPU; on CUDA, where looking
             would wait for the device, every token gets code -1 and distance NaN.
 
-    Extra memory is O(N + K D); no N x K array is ever formed.
+    Extra memory is O(N + K D) on CPU, where the packed codebook is kept while it does not change, and O((N + K) D) on
+    CUDA; no N x K array is ever formed.
     """
     check_choice("metric", metric, METRICS)
     check_choice("precision", precision, PRECISIONS)
