@@ -64,7 +64,7 @@ part() {
 [ "$dry_run" = yes ] || { mkdir -p "$out" && : >"$out/summary.txt"; } || exit 1
 export VQKERNELS_REQUIRE=cuda,triton PYTHONUNBUFFERED=1
 
-part environment 15 "nvidia-smi; nvidia-smi -q -d CLOCK,POWER | head -n 60; nvcc --version; lscpu | head -n 20
+part environment 10 "nvidia-smi; nvidia-smi -q -d CLOCK,POWER | head -n 60; nvcc --version; lscpu | head -n 20
 git log -1 --format='commit %H %cI %s'; git status --short
 $python -c 'import sys, torch, triton; print(sys.version); print(\"torch\", torch.__version__, \"triton\", triton.__version__)
 assert torch.cuda.is_available(), \"torch sees no CUDA device\"
@@ -73,7 +73,7 @@ print(torch.cuda.get_device_properties(0))'"
 bring=${wheels:+"$python -m pip install --no-index --no-deps '$wheels'/*.whl && "}
 part install 30 "$bring$python -m pip install --no-index --no-deps --no-build-isolation -e ."
 
-part build 140 "$python -c 'import vqkernels._extension as e
+part build 135 "$python -c 'import vqkernels._extension as e
 reports = e.build(cuda=True)
 print(*reports, *e.describe().items(), sep=\"\n\")
 raise SystemExit(any(report.reason for report in reports))'"
@@ -81,7 +81,7 @@ raise SystemExit(any(report.reason for report in reports))'"
 tests="tests/test_nearest.py tests/test_training_ops.py tests/test_cuda_step.py tests/test_triton_kernels.py
  tests/test_triton_search.py tests/test_torch_integration.py tests/test_codebook.py tests/test_vector_quantizer.py tests/test_compile.py
  tests/test_memory.py"
-part tests 105 "$python -m pytest -q --durations=15 -k 'not cpu' ${tests//$'\n'/}"
+part tests 100 "$python -m pytest -q --durations=15 -k 'not cpu' ${tests//$'\n'/}"
 part hopper 40 "$python -m pytest -q --durations=5 tests/test_cuda_hopper.py"
 
 # a few small cases of every kernel; without torch's caching every allocation has its own end
@@ -101,7 +101,7 @@ part search 65 "$(bench "preset=\"h200\", device=\"cuda\", json=\"$out/search.js
 part search-hopper 35 "VQKERNELS_CUDA_COARSE=hopper $(bench "shape=[\"16384,1024,256\", \"16384,16384,256\",
  \"16384,16384,8\", \"65536,16384,32\", \"8192,262144,18\", \"4096,262144,256\"], provider=[\"vqkernels-compiled\"],
  device=\"cuda\", seconds=3.0, json=\"$out/search-hopper.json\"")"
-part tune 30 "VQKERNELS_CACHE='$out' $python -c 'import torch
+part tune 25 "VQKERNELS_CACHE='$out' $python -c 'import torch
 from vqkernels.kernels import triton_nearest
 for n, k, d in ((16384, 1024, 256), (16384, 16384, 256), (16384, 16384, 8), (65536, 16384, 32), (8192, 262144, 18)):
     x, codebook = torch.randn(1, n, d, device=\"cuda\"), torch.randn(k, d, device=\"cuda\")
@@ -115,7 +115,7 @@ for backend in (\"compiled\", \"triton\"):
         for _ in range(6): vqkernels.nearest(x, codebook)'"
 part train-step 25 "$(bench "operation=\"train-step\", device=\"cuda\", measure=\"both\", seconds=6.0,
  shape=[\"16384,1024,256\", \"16384,16384,256\"], json=\"$out/train-step.json\"")"
-part ema 15 "$(bench "operation=\"ema\", device=\"cuda\", shape=[\"16384,1024,256\", \"65536,16384,32\"], seconds=4.0,
+part ema 10 "$(bench "operation=\"ema\", device=\"cuda\", shape=[\"16384,1024,256\", \"65536,16384,32\"], seconds=4.0,
  json=\"$out/ema.json\"")"
 
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }

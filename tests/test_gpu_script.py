@@ -10,9 +10,22 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.sh"
-PARTS = (
-    "environment install build tests hopper memcheck racecheck initcheck search search-hopper tune counters train-step ema"
-).split()
+PARTS = [
+    "environment",
+    "install",
+    "build",
+    "tests",
+    "hopper",
+    "memcheck",
+    "racecheck",
+    "initcheck",
+    "search",
+    "search-hopper",
+    "tune",
+    "counters",
+    "train-step",
+    "ema",
+]
 
 
 def _run(*options: str) -> subprocess.CompletedProcess[str]:

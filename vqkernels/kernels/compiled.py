@@ -186,7 +186,8 @@ def _cuda_details(x: Tensor) -> str | None:
     function.argtypes, function.restype = [ctypes.c_int], ctypes.c_char_p
     name = function(torch.cuda.get_device_capability(x.device)[0]).decode()
     forced = os.environ.get("VQKERNELS_CUDA_COARSE")
-    return f"scaled fp16 pass ({name}): {f'VQKERNELS_CUDA_COARSE={forced}' if forced else 'the default until another is measured'}"
+    reason = f"VQKERNELS_CUDA_COARSE={forced}" if forced else "the default until another is measured"
+    return f"scaled fp16 pass ({name}): {reason}"
 
 
 def _coarse_pass(dim: int, exact: bool) -> str:
