@@ -66,17 +66,14 @@ BYTES_FORMULA = {
 
 
 class Touch:
-    """Writes one element of a codebook in place: one rounding up, the next time down again."""
+    """Writes one element of a codebook in place, one rounding up every time: no two calls see the same numbers."""
 
     def __init__(self, codebook: Tensor) -> None:  # [K, D]
         self._element = codebook[0, 0]
-        before = self._element.clone()
-        self._values = (before, torch.nextafter(before, torch.full_like(before, torch.inf)))
-        self._turn = 0
+        self._up = torch.full_like(self._element, torch.inf)
 
     def __call__(self) -> None:
-        self._turn = 1 - self._turn
-        self._element.copy_(self._values[self._turn])
+        torch.nextafter(self._element, self._up, out=self._element)
 
 
 def make_problem(

@@ -4,8 +4,8 @@
 //
 // P: Word, Vector, ROWS, LANES, VECTORS, DEPTH (multiply-adds of a lane of accumulate), steps(dim), load,
 // store, broadcast, start(biases, shared) (where sums begin), accumulate(sum, token, code), minimum,
-// least(v), limit_of(double) (no word above it stands for a score that is not above the limit), any_below(v,
-// limit).
+// least(v), limit_of(double) (no word above it stands for a score that is not above the limit), below(v,
+// limit) (which lanes are not above it, as bits).
 #pragma once
 
 #include "kernel_table.h"
@@ -34,7 +34,9 @@ struct Scores {
       Sums& sums) {
     Vector codes[P::VECTORS];
 #pragma GCC unroll 4
-    for (int v = 0; v < P::VECTORS; ++v) codes[v] = P::load(panel + v * P::LANES);
+    for (int v = 0; v < P::VECTORS; ++v) {
+      codes[v] = P::load(panel + v * P::LANES);
+    }
 #pragma GCC unroll 16
     for (int row = 0; row < P::ROWS; ++row) {
       const Vector token = P::broadcast(tile[row * steps]);
@@ -181,18 +183,16 @@ struct Scores {
       Vector least = P::load(scores + base);
       for (int64_t i = base + P::LANES; i < end; i += P::LANES)
         least = P::minimum(least, P::load(scores + i));
-      if (!P::any_below(least, most)) continue;
-      for (int64_t i = base; i < end; ++i) {
-        if (i % P::LANES == 0 && !P::any_below(P::load(scores + i), most)) {
-          i += P::LANES - 1;
-          continue;
+      if (P::below(least, most) == 0) continue;
+      for (int64_t at = base; at < end; at += P::LANES) {
+        for (unsigned lanes = P::below(P::load(scores + at), most); lanes != 0; lanes &= lanes - 1) {
+          const int64_t i = at + __builtin_ctz(lanes);
+          if (number < capacity) {
+            found[number] = static_cast<int32_t>(i);
+            found_scores[number] = static_cast<double>(scores[i]);
+          }
+          ++number;
         }
-        if (!(scores[i] <= most)) continue;
-        if (number < capacity) {
-          found[number] = static_cast<int32_t>(i);
-          found_scores[number] = static_cast<double>(scores[i]);
-        }
-        ++number;
       }
     }
     return number;

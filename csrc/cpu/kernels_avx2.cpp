@@ -42,8 +42,8 @@ struct Float32 {
   static float limit_of(double limit) {
     return __builtin_nextafterf(static_cast<float>(limit), __builtin_inff());
   }
-  static bool any_below(Vector v, float limit) {
-    return _mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(limit), _CMP_LE_OQ)) != 0;
+  static unsigned below(Vector v, float limit) {
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_set1_ps(limit), _CMP_LE_OQ)));
   }
 };
 
@@ -64,8 +64,8 @@ struct Float64 {
   }
   static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm256_fnmadd_pd(a, b, sum); }
   static double limit_of(double limit) { return limit; }
-  static bool any_below(Vector v, double limit) {
-    return _mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_set1_pd(limit), _CMP_LE_OQ)) != 0;
+  static unsigned below(Vector v, double limit) {
+    return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_set1_pd(limit), _CMP_LE_OQ)));
   }
 };
 
@@ -90,8 +90,9 @@ struct Int16 {
   static int32_t limit_of(double limit) {
     return limit >= 2147483647.0 ? 2147483647 : static_cast<int32_t>(__builtin_floor(limit));
   }
-  static bool any_below(Vector v, int32_t limit) {
-    return _mm256_movemask_epi8(_mm256_cmpgt_epi32(v, _mm256_set1_epi32(limit))) != -1;
+  static unsigned below(Vector v, int32_t limit) {
+    const Vector above = _mm256_cmpgt_epi32(v, _mm256_set1_epi32(limit));
+    return ~static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(above))) & 0xffu;
   }
 };
 

@@ -31,8 +31,8 @@ struct Float32 {
   static float limit_of(double limit) {
     return __builtin_nextafterf(static_cast<float>(limit), __builtin_inff());
   }
-  static bool any_below(Vector v, float limit) {
-    return _mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_LE_OQ) != 0;
+  static unsigned below(Vector v, float limit) {
+    return _mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_LE_OQ);
   }
 };
 
@@ -49,8 +49,8 @@ struct Float64 {
   static double least(Vector v) { return _mm512_reduce_min_pd(v); }
   static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm512_fnmadd_pd(a, b, sum); }
   static double limit_of(double limit) { return limit; }
-  static bool any_below(Vector v, double limit) {
-    return _mm512_cmp_pd_mask(v, _mm512_set1_pd(limit), _CMP_LE_OQ) != 0;
+  static unsigned below(Vector v, double limit) {
+    return _mm512_cmp_pd_mask(v, _mm512_set1_pd(limit), _CMP_LE_OQ);
   }
 };
 

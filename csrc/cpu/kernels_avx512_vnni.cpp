@@ -35,8 +35,8 @@ struct Int16 {
   static int32_t limit_of(double limit) {
     return limit >= 2147483647.0 ? 2147483647 : static_cast<int32_t>(__builtin_floor(limit));
   }
-  static bool any_below(Vector v, int32_t limit) {
-    return _mm512_cmple_epi32_mask(v, _mm512_set1_epi32(limit)) != 0;
+  static unsigned below(Vector v, int32_t limit) {
+    return _mm512_cmple_epi32_mask(v, _mm512_set1_epi32(limit));
   }
 };
 

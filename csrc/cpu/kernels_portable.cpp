@@ -30,11 +30,10 @@ struct Portable {
     if constexpr (sizeof(T) == sizeof(double)) return limit;
     return __builtin_nextafterf(static_cast<float>(limit), __builtin_inff());
   }
-  static bool any_below(Vector v, T limit) {
-    for (int lane = 0; lane < LANES; ++lane) {
-      if (v[lane] <= limit) return true;
-    }
-    return false;
+  static unsigned below(Vector v, T limit) {
+    unsigned lanes = 0;
+    for (int lane = 0; lane < LANES; ++lane) lanes |= (v[lane] <= limit ? 1u : 0u) << lane;
+    return lanes;
   }
 };
 
