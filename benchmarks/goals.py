@@ -59,9 +59,11 @@ class Goal:
 
 
 def judge_goal(goal: Goal, cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One verdict for each case that the goal speaks of; a wrong provider meets none."""
+    """One verdict for each case that the goal speaks of and its baseline took part in; a wrong one meets none."""
     verdicts = []
     for case in filter(goal.speaks_of, cases):
+        if goal.baseline is not None and goal.baseline not in {entry["provider"] for entry in case["entries"]}:
+            continue
         for entry in case["entries"]:
             if entry["provider"] == goal.provider:
                 value = goal.value(entry)

@@ -214,8 +214,7 @@ def test_a_changing_codebook_is_written_to_before_every_call(add_provider):
     run_quietly(quick(provider=["watch"], codebook="changing"))
     values, versions = zip(*seen[1:], strict=True)  # the first call is the gate's
     assert len(set(versions)) == len(versions) > 5
-    assert len(set(values)) == 2
-    assert all(a != b for a, b in pairwise(values))
+    assert all(a < b for a, b in pairwise(values))
     seen.clear()
     run_quietly(quick(provider=["watch"]))
     assert len(set(seen)) == 1

@@ -94,17 +94,17 @@ def _pull(codebook: Tensor, code: Tensor, target: Tensor) -> None:
     codebook[code] = target
 
 
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda codebook, code, target: _pull(codebook, code, target),
-        lambda codebook, code, target: _pull(codebook.data, code, target),  # the version counter does not see these two
-        lambda codebook, code, target: codebook.numpy().__setitem__(int(code), target.numpy()),
-    ],
-    ids=["in place", ".data", "numpy"],
-)
-def test_a_prepared_codebook_is_never_stale(instruction_set: str, write):
-    x, codebook = _randn(50, 24, seed=33), _randn(600, 24, seed=34)
+WRITES = {
+    "in place": _pull,
+    ".data": lambda codebook, code, target: _pull(codebook.data, code, target),  # the version counter sees neither
+    "numpy": lambda codebook, code, target: codebook.numpy().__setitem__(int(code), target.numpy()),  # of these two
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_prepared_codebook_is_never_stale(instruction_set: str, write: str):
+    seed = 50 + 3 * INSTRUCTION_SETS.index(instruction_set) + list(WRITES).index(write)  # numbers not seen before
+    x, codebook = _randn(50, 24, seed=seed), _randn(600, 24, seed=seed + 50)
 
     def search() -> compiled.SearchReport:
         return compiled.nearest_report(x[None], codebook, "euclidean", "exact")
@@ -112,11 +112,46 @@ def test_a_prepared_codebook_is_never_stale(instruction_set: str, write):
     before = search().codes[0]
     assert search().prepared_from_cache
     far = int((before != before[0]).nonzero()[0])  # a token with another code, which is about to lie on token 0
-    write(codebook, before[far], x[0])
+    WRITES[write](codebook, before[far], x[0])
     report = search()
     assert not report.prepared_from_cache
     assert report.codes[0, 0] == before[far]
     assert torch.equal(report.codes[0], true_nearest(x, codebook, "euclidean")[0])
+
+
+def test_flipped_signs_do_not_cancel_in_the_fingerprint():
+    """A column of signs beside a constant: under evenly spaced keys these two patterns have the same sums."""
+    codebook = 0.1 * _randn(16, 16, seed=41)
+    codebook[:, 1] = 1.0
+    for pattern in (0x3E32, 0x9CB2):
+        codebook[:, 0] = torch.tensor([-1.0 if pattern >> i & 1 else 1.0 for i in range(16)])
+        report = compiled.nearest_report(codebook[None], codebook, "euclidean", "exact")
+        assert not report.prepared_from_cache
+        assert report.codes[0].tolist() == list(range(16))
+
+
+def test_codes_that_underflow_after_scaling_are_in_the_bound(instruction_set: str):
+    """Codes near 2^-128 of the scale, and a token long enough for what float32 drops of them to decide."""
+    dim, some, unit = 6400, slice(2048, 6144), 2.0**-128
+    codebook = torch.zeros(17, dim)
+    codebook[0, some] = 2.49 * unit
+    codebook[1, some] = torch.tensor([2.51, 1.51]).repeat(2048) * unit
+    codebook[2:4] = -codebook[:2]
+    for i in range(3):
+        codebook[8 + 2 * i, i], codebook[9 + 2 * i, i] = 2.0**20, -(2.0**20)
+    codebook[14:17, 10] = torch.tensor([1.0, 1.0, -2.0]) * 2.0**20
+    x = torch.zeros(1, dim)
+    x[0, some] = 1.9 * 2.0**54
+    assert compiled.nearest(x[None], codebook, "euclidean", "exact")[0].item() == 0
+
+
+def test_dead_codes_at_one_point_do_not_send_tokens_to_the_scan():
+    live = _randn(3000, 64, seed=42)
+    codebook = torch.cat([torch.zeros(200, 64), live])
+    x = live[:500] + 0.1 * _randn(500, 64, seed=43)
+    report = compiled.nearest_report(x[None], codebook, "euclidean", "exact")
+    assert report.scanned == 0
+    assert report.codes[0].tolist() == list(range(200, 700))
 
 
 def test_a_codebook_written_back_and_forth_is_prepared_anew_each_time():

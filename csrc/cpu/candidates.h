@@ -18,17 +18,19 @@ struct Candidate {
 };
 
 struct TokenState {
-  static constexpr int CAPACITY = 16;  // granules kept; a token with more takes the other road
+  static constexpr int CAPACITY = 16;  // granules kept
 
   double upper;    // the least real score is not above this
   double unit;     // of `ceiling`
   double ceiling;  // upper * unit, in the score units of the scale at hand
+  double lost;  // the least `lower` of granules there was no room for: a scan is due where upper reaches it
   int32_t count;
   Road road;
   Candidate candidates[CAPACITY];
 
   void start() {
     upper = std::numeric_limits<double>::infinity();
+    lost = std::numeric_limits<double>::infinity();
     count = 0;
     road = Road::COARSE;
     use_unit(1.0);
@@ -56,7 +58,7 @@ struct TokenState {
   void add(const Candidate& candidate) {
     if (count == CAPACITY) drop_beaten();
     if (count == CAPACITY) {
-      road = Road::SCAN;
+      lost = std::min(lost, candidate.lower);
     } else {
       candidates[count++] = candidate;
     }
@@ -65,6 +67,7 @@ struct TokenState {
   void merge(const TokenState& other) {
     if (other.road != Road::COARSE) road = other.road;
     upper = std::min(upper, other.upper);
+    lost = std::min(lost, other.lost);
     for (int32_t i = 0; i < other.count && road == Road::COARSE; ++i) {
       if (other.candidates[i].lower <= upper) add(other.candidates[i]);
     }

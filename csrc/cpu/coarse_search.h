@@ -5,7 +5,8 @@
 //   coarse   S, within E of the real score s; of every granule of codes the least is kept, so that
 //            {S <= min S + 2E} holds every true minimiser
 //   rerank   float64 values of the granules inside the bound, then error-free arithmetic where those tie
-//   scan     tokens with more candidates than are kept, or whose bound is not finite: together, in float64
+//   scan     tokens that have lost a candidate for want of room, or whose bound is not finite: together, in
+//   float64
 //
 // Which thread does what, and how tokens and codes are split, cannot change a code.
 #pragma once
@@ -290,21 +291,27 @@ class CoarseSearch {
       const double limit =
           state.ceiling + error + std::fabs(state.ceiling) * 0x1p-48;  // for the changes of unit
       if (!(least[i] <= limit)) continue;
-      collect(b, block, scratch.scores.get() + i * granules * pass_.word_bytes, granules, error, limit,
-              state);
+      collect(b, block, scratch.scores.get() + i * granules * pass_.word_bytes, granules, least[i], error,
+              limit, state);
     }
   }
 
-  void collect(int32_t b, const CoarseBlock& block, const char* scores, int64_t granules, double error,
-               double limit, TokenState& state) {
+  void collect(int32_t b, const CoarseBlock& block, const char* scores, int64_t granules, double least,
+               double error, double limit, TokenState& state) {
     int32_t found[FOUND];
     double values[FOUND];
     const int64_t number = pass_.find_scores(scores, granules, limit, found, values, FOUND);
-    if (number > FOUND) state.road = Road::SCAN;
-    for (int64_t i = 0; i < number && state.road == Road::COARSE; ++i) {
+    const auto lower = [&](double score) {
+      const double bound = score - error;
+      return (bound - std::fabs(bound) * 0x1p-50) / state.unit;
+    };
+    if (number > FOUND) {  // a crowd, which a later block may beat
+      state.lost = std::min(state.lost, lower(least));
+      return;
+    }
+    for (int64_t i = 0; i < number; ++i) {
       if (coarse_.group == 0 && found[i] >= block.codes) break;  // the same codes again
-      const double score = values[i] - error;
-      state.add({(score - std::fabs(score) * 0x1p-50) / state.unit, b, found[i]});
+      state.add({lower(values[i]), b, found[i]});
     }
   }
 
@@ -318,7 +325,7 @@ class CoarseSearch {
         if (i + PREFETCHED < scratch.count) prefetch(scratch.states[i + PREFETCHED]);
         if (state.road == Road::INVALID) {
           write_invalid(out_, scratch.first + i);
-        } else if (state.road == Road::SCAN) {
+        } else if (state.road == Road::SCAN || state.lost <= state.upper) {
           undecided.push_back(i);
         } else {
           rerank(i, scratch);
@@ -407,7 +414,7 @@ class CoarseSearch {
     }
   }
 
-  // A TokenState without a limit, nearly.
+  // What the float64 pass leaves of a token: as many candidates as there are, up to CROWD.
   struct Crowd {
     double upper = std::numeric_limits<double>::infinity();
     bool overfull = false;

@@ -99,6 +99,14 @@ struct Scores {
     }
   }
 
+  // With few steps the loop over them would cost as much as its body: it is unrolled for these numbers.
+  template <int... STEPS>
+  static auto choose_sweep(int64_t steps) {
+    auto chosen = &sweep<0>;
+    ((chosen = steps == STEPS ? &sweep<STEPS> : chosen), ...);
+    return chosen;
+  }
+
   static void sweep_apart(const Word* tile, const Word* panels, int64_t count, int64_t dim, Word* scores,
                           int64_t stride) {
     const int64_t words = panel_words(dim), steps = P::steps(dim);
@@ -131,40 +139,11 @@ struct Scores {
     const Word* codes = static_cast<const Word*>(panels);
     Word* out = static_cast<Word*>(granule_scores);
     const int64_t granules = group == 0 ? count * WIDTH : (count + group - 1) / group * P::LANES;
-    switch (group == 0 ? -1
-                       : P::steps(dim)) {  // with few steps the loop itself would cost as much as its body
-      case -1:
-        sweep_apart(tokens, codes, count, dim, out, granules);
-        break;
-      case 1:
-        sweep<1>(tokens, codes, count, dim, group, out, granules);
-        break;
-      case 2:
-        sweep<2>(tokens, codes, count, dim, group, out, granules);
-        break;
-      case 3:
-        sweep<3>(tokens, codes, count, dim, group, out, granules);
-        break;
-      case 4:
-        sweep<4>(tokens, codes, count, dim, group, out, granules);
-        break;
-      case 6:
-        sweep<6>(tokens, codes, count, dim, group, out, granules);
-        break;
-      case 8:
-        sweep<8>(tokens, codes, count, dim, group, out, granules);
-        break;
-      case 9:
-        sweep<9>(tokens, codes, count, dim, group, out, granules);
-        break;
-      case 16:
-        sweep<16>(tokens, codes, count, dim, group, out, granules);
-        break;
-      case 32:
-        sweep<32>(tokens, codes, count, dim, group, out, granules);
-        break;
-      default:
-        sweep<0>(tokens, codes, count, dim, group, out, granules);
+    if (group == 0) {
+      sweep_apart(tokens, codes, count, dim, out, granules);
+    } else {
+      const auto sweep = choose_sweep<1, 2, 3, 4, 6, 8, 9, 16, 32>(P::steps(dim));
+      sweep(tokens, codes, count, dim, group, out, granules);
     }
     for (int row = 0; row < P::ROWS; ++row) least[row] = least_of(out + row * granules, granules);
   }

@@ -90,8 +90,8 @@ struct KernelTable {
   const CoarsePass* float64;
   const CoarsePass* int16;  // null where the instruction set has nothing faster than float32's
 
-  // squares[j] = |(rows[j] - centre) * scale * scale2|^2, off by at most a millionth; NaN or infinity where
-  // some entry is not finite, or a square overflows.
+  // squares[j] = |(rows[j] - centre) * scale * scale2|^2, with a relative error below (D / 16 + 10) 2^-24;
+  // NaN or infinity where some entry is not finite, or a square overflows.
   void (*measure_rows)(const float* rows,  // [count, D]
                        int64_t count, const Packing& packing,
                        float* squares);  // [count]
@@ -99,9 +99,8 @@ struct KernelTable {
   // Sums of a hash over words, 16 of them; see prepared.cpp.
   void (*hash_words)(const uint64_t* words,  // [count]
                      int64_t count,
-                     const uint64_t* start,  // [8] keys
-                     const uint64_t* steps,  // [8] odd numbers
-                     uint64_t* sums);        // [16]
+                     const uint64_t* keys,  // [count rounded up to 8, and 8]
+                     uint64_t* sums);       // [16]
 
   // sum_d (x - c)^2 and sum_d x * c in float64 for the chosen rows of a codebook, or the first `count`.
   void (*squared_distances_float)(const float* x,         // [D]

@@ -27,32 +27,34 @@ void measure_rows(const float* rows,               // [count, D]
   }
 }
 
-// A sum of products of 32-bit halves, each moved by a key that depends on its place (the universal family NH
-// of Black et al., "UMAC: Fast and Secure Message Authentication", CRYPTO 1999), twice with different keys,
-// in eight lanes.
+// A sum of products of 32-bit halves, each moved by a random key (the universal family NH of Black et al.,
+// "UMAC: Fast and Secure Message Authentication", CRYPTO 1999), twice, the second time with the keys of the
+// words after (its Toeplitz construction), in eight lanes. Keys must be unrelated to each other: on evenly
+// spaced ones, sign flips in a column cancel.
 typedef uint64_t Words __attribute__((vector_size(64)));
+
+inline Words product_of_halves(Words word) { return (word & 0xffffffff) * (word >> 32); }
 
 void hash_words(const uint64_t* words,  // [count]
                 int64_t count,
-                const uint64_t* start,  // [8] keys
-                const uint64_t* steps,  // [8] odd numbers
-                uint64_t* sums) {       // [16]
-  constexpr uint64_t LOW = 0xffffffff;
-  Words keys = load_vector<Words>(start), first{}, second{};
-  const Words step = load_vector<Words>(steps);
+                const uint64_t* keys,  // [count rounded up to 8, and 8]
+                uint64_t* sums) {      // [16]
+  Words first{}, second{};
+  Words key = load_vector<Words>(keys);
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) {
+    const Words next = load_vector<Words>(keys + i + 8);
     const Words word = load_vector<Words>(words + i);
-    const Words a = word + keys, b = word ^ (keys << 7);
-    first += (a & LOW) * (a >> 32);
-    second += (b & LOW) * (b >> 32) + word;
-    keys += step;
+    first += product_of_halves(word + key);
+    second += product_of_halves(word + next);
+    key = next;
   }
   if (i < count) {
-    const Words word = load_part<Words>(words + i, count - i);
-    const Words a = word + keys, b = word ^ (keys << 7);
-    first += (a & LOW) * (a >> 32);
-    second += (b & LOW) * (b >> 32) + word;
+    Words word{};
+    __builtin_memcpy(&word, words + i,
+                     sizeof(uint64_t) * (count - i));  // words may lie at any float's address
+    first += product_of_halves(word + key);
+    second += product_of_halves(word + load_vector<Words>(keys + i + 8));
   }
   __builtin_memcpy(sums, &first, sizeof(first));
   __builtin_memcpy(sums + 8, &second, sizeof(second));
@@ -66,8 +68,8 @@ inline Word packed_token(const float* row, const Packing& packing, int64_t d) {
 // The error of h - x.c, computed in words of unit roundoff u, in units of u (|c|^2/2 + |x||c|): D for the
 // additions, 1 for products that are not fused, 2 for the rounding of x and c, 1 for that of h and 2 for what
 // rounding c does to h; 4 to spare and 2% for the second order, which holds while their sum is below 2^-6. In
-// float64 the norms that cosine divides by count as well, another D. Entries or products below the smallest
-// normal number come on top.
+// float64 the sums for h, and the norms that cosine divides by, count as well: another D. Entries or products
+// below the smallest normal number come on top.
 template <class Word>
 struct Rounding;
 template <>
@@ -128,7 +130,7 @@ void pack_wide_panel(const float* const* codes,    // [WIDTH] of [D]
   const double underflow = static_cast<double>(packing.dim) * Rounding<Word>::smallest;
   const double norm = __builtin_sqrt(largest) * (1.0 + 1e-12);
   const double half_square = packing.cosine ? 0.0 : 0.5 * largest;
-  *bound = {norm, 0.0, relative * half_square + underflow * (1.0 + norm)};
+  *bound = {norm, underflow, relative * half_square + underflow * (1.0 + norm)};
 }
 
 template <class P>

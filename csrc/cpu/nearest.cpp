@@ -129,15 +129,16 @@ void search(const Tensor& x, const Tensor& codebook, bool cosine, bool exact, co
     const CoarsePass& pass = choose_pass(table, dense.dim, exact);
     std::shared_ptr<const PreparedCodebook> prepared;
     Stopwatch(report).time(Stage::PREPARE, [&] {
-      const PreparedKey key{fingerprint_of(table, dense.rows, dense.size * dense.dim), &pass, dense.size,
-                            dense.dim, cosine};
+      const auto fingerprint = [&] { return fingerprint_of(table, dense.rows, dense.size * dense.dim); };
+      const PreparedKey key{fingerprint(), &pass, dense.size, dense.dim, cosine};
       prepared = find_prepared(key);
       if (report != nullptr) report->from_cache = prepared != nullptr;
       if (prepared != nullptr) return;
       const void* tensor = codebook.const_data_ptr();
       const auto made = prepare(table, pass, dense, cosine, take_outdated(key, tensor));
-      keep_prepared(key, tensor, made);
       prepared = made;
+      // somebody who writes meanwhile gets what he deserves, but only once
+      if (fingerprint() == key.fingerprint) keep_prepared(key, tensor, made);
     });
     if (report != nullptr) report->pass = pass.name;
     const double* inverse = cosine ? prepared->inverse_norm.data() : nullptr;

@@ -2,6 +2,7 @@
 #include "prepared.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <list>
 #include <unordered_map>
@@ -23,13 +24,28 @@ uint64_t mix(uint64_t value) {
   return value ^ (value >> 32);
 }
 
-Fingerprint hash_values(const KernelTable& table, const float* values, int64_t count, uint64_t key) {
-  uint64_t keys[8], sums[16];
-  for (int lane = 0; lane < 8; ++lane) keys[lane] = mix(key + ODD[lane]);
+constexpr int64_t HASHED = 1024;  // words that have a key each: 8 KiB, beside which the words fit into L1
+
+const std::array<uint64_t, HASHED + 8>& hash_keys() {
+  static const auto keys = [] {
+    std::array<uint64_t, HASHED + 8> random;
+    for (size_t i = 0; i < random.size(); ++i) random[i] = mix((i + 1) * ODD[0]);
+    return random;
+  }();
+  return keys;
+}
+
+Fingerprint hash_values(const KernelTable& table, const float* values, int64_t count) {
   const auto* words = reinterpret_cast<const uint64_t*>(values);  // read by way of memcpy
-  table.hash_words(words, count / 2, keys, ODD, sums);
-  Fingerprint hash;
-  for (int lane = 0; lane < 8; ++lane) hash[lane] = mix(sums[lane] + mix(sums[8 + lane] + ODD[lane]));
+  const auto& keys = hash_keys();
+  Fingerprint hash{};
+  uint64_t sums[16];
+  for (int64_t i = 0; i < count / 2; i += HASHED) {
+    table.hash_words(words + i, std::min(HASHED, count / 2 - i), keys.data(), sums);
+    for (int lane = 0; lane < 8; ++lane) {
+      hash[lane] = mix(hash[lane] * 3 + mix(sums[lane] + mix(sums[8 + lane] + ODD[lane])));
+    }
+  }
   if (count % 2 != 0) {
     uint32_t last;
     std::memcpy(&last, values + count - 1, sizeof(last));
@@ -62,7 +78,7 @@ Fingerprint fingerprint_of(const KernelTable& table, const float* rows, int64_t 
   std::vector<Fingerprint> parts(chunks);
   for_each_range(chunks, 1, static_cast<double>(count), [&](int64_t i, int64_t) {
     const int64_t values = std::min(CHUNK, count - i * CHUNK);
-    parts[i] = hash_values(table, rows + i * CHUNK, values, static_cast<uint64_t>(i + 1) * ODD[7]);
+    parts[i] = hash_values(table, rows + i * CHUNK, values);
   });
   Fingerprint all = parts[0];
   for (int64_t i = 1; i < chunks; ++i) {
@@ -89,6 +105,7 @@ Panels take_outdated(const PreparedKey& key, const void* tensor) {
     const bool same_place = entry->tensor == tensor && other.pass == key.pass && other.size == key.size &&
                             other.dim == key.dim && other.cosine == key.cosine;
     if (!same_place || entry->prepared.use_count() > 1) continue;
+    std::atomic_thread_fence(std::memory_order_acquire);  // after the last search with them
     Panels panels = std::move(entry->prepared->coarse.panels);
     kept.entries.erase(entry);
     return panels;
@@ -104,7 +121,9 @@ void keep_prepared(const PreparedKey& key, const void* tensor, std::shared_ptr<P
   int64_t total = 0, count = 0;
   for (auto entry = kept.entries.begin(); entry != kept.entries.end(); ++count) {
     const auto next = std::next(entry);
-    const int64_t bytes = entry->prepared->coarse.panels.bytes;
+    const PreparedCodebook& book = *entry->prepared;
+    const int64_t bytes = book.coarse.panels.bytes +
+                          8 * static_cast<int64_t>(book.coarse.order.size() + book.inverse_norm.size());
     total += bytes;
     if (count > 0 && (count >= MOST_BOOKS || total > MOST_BYTES)) {
       total -= bytes;
@@ -120,7 +139,7 @@ const std::vector<int64_t>& PreparedCodebook::distinct(const float* rows) const 
     std::unordered_map<uint64_t, std::vector<int64_t>> by_hash;
     for (int64_t k = 0; k < coarse.size; ++k) {
       uint64_t hash = 0;
-      for (const uint64_t part : hash_values(kernels(), rows + k * dim, dim, 1)) hash = mix(hash + part);
+      for (const uint64_t part : hash_values(kernels(), rows + k * dim, dim)) hash = mix(hash + part);
       std::vector<int64_t>& same = by_hash[hash];
       const bool known = std::any_of(same.begin(), same.end(), [&](int64_t other) {
         return std::memcmp(rows + other * dim, rows + k * dim, sizeof(float) * dim) == 0;

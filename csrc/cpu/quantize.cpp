@@ -14,7 +14,9 @@ namespace {
 
 constexpr int64_t BLOCK_ENTRIES = 16 * 1024;  // of a block of tokens; a few such blocks fit the L2 cache
 
-int64_t tokens_per_block(int64_t dim) { return BLOCK_ENTRIES / dim > STRIP ? BLOCK_ENTRIES / dim : STRIP; }
+int64_t tokens_per_block(int64_t dim) {
+  return BLOCK_ENTRIES / dim > TOKEN_STRIP ? BLOCK_ENTRIES / dim : TOKEN_STRIP;
+}
 
 void check_below(const int64_t* codes, int64_t count, int64_t codebook_size) {
   int64_t largest = -1;

@@ -96,14 +96,14 @@ Tokens<T> mutable_tokens_of(const Tensor& x) {  // [B, T, D]
 }
 
 // The tokens' walk order: along D, unless neighbouring tokens lie closer (channels-first maps); then in
-// strips of STRIP tokens, so that both sides stay in the cache.
-constexpr int64_t STRIP = 16;
+// strips of TOKEN_STRIP tokens, so that both sides stay in the cache.
+constexpr int64_t TOKEN_STRIP = 16;
 
 template <class T, class F>
 void for_elements(const Tokens<T>& tokens, T* first, int64_t count, const F& f) {
   const int64_t along = tokens.length_stride, across = tokens.dim_stride;
   const bool adjacent = along < across;
-  const int64_t strip = adjacent ? STRIP : 1;
+  const int64_t strip = adjacent ? TOKEN_STRIP : 1;
   for (int64_t base = 0; base < count; base += strip) {
     const int64_t width = count - base < strip ? count - base : strip;
     for (int64_t d = 0; d < tokens.dim; ++d) {
