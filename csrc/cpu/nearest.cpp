@@ -137,7 +137,7 @@ void search(const Tensor& x, const Tensor& codebook, bool cosine, bool exact, co
       const void* tensor = codebook.const_data_ptr();
       const auto made = prepare(table, pass, dense, cosine, take_outdated(key, tensor));
       prepared = made;
-      // somebody who writes meanwhile gets what he deserves, but only once
+      // not where somebody has written meanwhile: these panels would not be those of the fingerprint
       if (fingerprint() == key.fingerprint) keep_prepared(key, tensor, made);
     });
     if (report != nullptr) report->pass = pass.name;
