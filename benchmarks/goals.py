@@ -30,6 +30,7 @@ class Goal:
     max_ms: float | None = None
     data: str | None = None  # any
     codebook: str = "fixed"
+    threads: int | None = None  # any
 
     def speaks_of(self, case: dict[str, Any]) -> bool:
         """Whether a case is one of those that it is about."""
@@ -37,7 +38,7 @@ class Goal:
         sizes = {"N": shape.tokens, "K": shape.codes, "D": shape.dim}
         same = all(case["shape"][key] == size for key, size in sizes.items())
         about = (case["operation"], case["codebook"]) == (self.operation, self.codebook)
-        return same and about and self.data in (None, case["data"])
+        return same and about and self.data in (None, case["data"]) and self.threads in (None, case["threads"])
 
     def value(self, entry: dict[str, Any]) -> float | None:
         """What was measured; None without a number (not run, refused)."""

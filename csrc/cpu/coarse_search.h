@@ -65,10 +65,12 @@ inline Split choose_split(const CoarseBook& coarse, int64_t count) {
   const int64_t threads = useful_threads(coarse_operations(coarse, count));
   const int64_t rows = coarse.pass->rows, most = most_tokens(coarse);
   const int64_t blocks = static_cast<int64_t>(coarse.blocks.size());
-  const int64_t fair = ceil_div(ceil_div(count, 2 * threads), rows) * rows;
+  // as many blocks as threads, or whole multiples: every block reads the codebook once more
+  const int64_t rounds = ceil_div(count, threads * most);
+  const int64_t fair = ceil_div(ceil_div(count, threads * rounds), rows) * rows;
   const int64_t tokens = std::clamp(fair, std::min(FEWEST_TOKENS, most), most);
   const int64_t token_blocks = ceil_div(count, tokens);
-  const bool enough = threads == 1 || token_blocks >= 2 * threads;
+  const bool enough = threads == 1 || fair == tokens;
   return {tokens, token_blocks, enough ? 1 : std::min(blocks, ceil_div(2 * threads, token_blocks))};
 }
 
