@@ -112,6 +112,7 @@ class CoarseSearch {
     Buffer<float> rows;         // [tokens, D], as given, where they do not lie so already
     Buffer<char> tiles;         // [tokens / tile, tile_words]
     Buffer<char> scores;        // [tile, granules of a block]
+    Buffer<ScalePair> scales;   // [tokens], what they are multiplied with
     Buffer<double> norms;       // [tokens], after centring and scaling
     Buffer<int32_t> order;      // [tokens]: which token a row of the tiles holds
     Buffer<TokenBound> bounds;  // [tokens], in that order
@@ -134,6 +135,7 @@ class CoarseSearch {
           return Scratch{Buffer<float>(split_.tokens * book_.dim),
                          Buffer<char>(split_.tokens / pass_.rows * coarse_.tile_bytes()),
                          Buffer<char>(pass_.rows * most_granules * pass_.word_bytes),
+                         Buffer<ScalePair>(split_.tokens),
                          Buffer<double>(split_.tokens),
                          Buffer<int32_t>(split_.tokens),
                          Buffer<TokenBound>(split_.tokens),
@@ -200,21 +202,19 @@ class CoarseSearch {
     });
   }
 
-  // Directions have a scale each.
-  Packing packing_of(const float* row, Packing packing) const {
-    if (book_.cosine) {
-      const ScalePair own = scale_pair(direction_exponent(row));
-      packing.scale = own.first;
-      packing.scale2 = own.second;
-    }
+  static Packing scaled_by(Packing packing, const ScalePair& scale) {
+    packing.scale = scale.first;
+    packing.scale2 = scale.second;
     return packing;
   }
 
   void measure_tokens(const Packing& packing, Scratch& scratch) {
     for (int64_t i = 0; i < scratch.count; ++i) {
       const float* row = scratch.given[i];
+      ScalePair& own = scratch.scales[i];  // directions have a scale each
+      own = book_.cosine ? scale_pair(direction_exponent(row)) : ScalePair{packing.scale, packing.scale2};
       float square;
-      table_.measure_rows(row, 1, packing_of(row, packing), &square);
+      table_.measure_rows(row, 1, scaled_by(packing, own), &square);
       scratch.norms[i] = std::sqrt(static_cast<double>(square)) * (1.0 + 1e-4) + 0x1p-50;
       if (square < LARGEST_SQUARE) continue;
       scratch.norms[i] = 0.0;
@@ -244,8 +244,8 @@ class CoarseSearch {
       const float* row = scratch.given[token];
       TokenBound& bound = scratch.bounds[base + i];
       if (scratch.states[token].road == Road::COARSE) {
-        pass_.pack_token(row, packing_of(row, packing), scratch.norms[token], largest, static_cast<int>(i),
-                         tile, &bound);
+        pass_.pack_token(row, scaled_by(packing, scratch.scales[token]), scratch.norms[token], largest,
+                         static_cast<int>(i), tile, &bound);
         if (!book_.cosine) bound.unit *= scale.square;
         scratch.states[token].use_unit(bound.unit);
       } else {

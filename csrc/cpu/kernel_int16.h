@@ -18,8 +18,8 @@ namespace {
 constexpr double BIAS_STEP = 16384.0;  // 2^14
 constexpr double BIAS_FRACTION = 128.0;
 constexpr double LARGEST_INT16 = 32767.0;
-constexpr double ROUNDING = 4 * 5.960464477539063e-8;  // float32's, of (x - mu) * scale * scale2 * a
-constexpr double SUM_SLACK = 1.0001;  // of squares summed in float32, in 16 parts, for D up to 16384
+constexpr double ROUNDING = 4 * UNIT32;  // float32's, of (x - mu) * scale * scale2 * a
+constexpr double SUM_SLACK = 1.0001;     // of squares summed in float32, in 16 parts, for D up to 16384
 
 // Sixteen numbers rounded, with what that costs.
 struct Rounded {
@@ -36,13 +36,6 @@ inline Rounded round_strip(FloatStrip strip, float factor) {
   const FloatStrip left = value - rounded;
   const IntStrip whole = __builtin_convertvector(NEGATE ? -rounded : rounded, IntStrip);
   return {__builtin_convertvector(whole, ShortStrip), value * value, left * left};
-}
-
-// Centred and scaled; zeros after the last dimension.
-inline FloatStrip packed_strip(const float* row, const Packing& packing, int64_t base) {
-  const int64_t width = packing.dim - base;
-  const FloatStrip centre = load_vector<FloatStrip>(packing.centre + base);  // padded with zeros
-  return (load_strip(row + base, width, packing.end) - centre) * packing.scale * packing.scale2;
 }
 
 // Of unit length.
@@ -138,7 +131,7 @@ inline TokenScale scale_token(const Packing& packing, double norm, double larges
 inline double bias_error(const Packing& packing, const TokenScale& scale) {
   if (packing.cosine) return 0.0;
   const double largest = LARGEST_INT16 + 1.0;
-  const double sums = (static_cast<double>(packing.dim) / 16.0 + 48.0) * 1.1 * 5.960464477539063e-8;
+  const double sums = (static_cast<double>(packing.dim) / 16.0 + 48.0) * 1.1 * UNIT32;
   return __builtin_fabs(scale.bias - scale.whole) * largest + sums * scale.bias * largest + 1.0 +
          __builtin_fabs(scale.bias / BIAS_FRACTION - scale.fraction) * BIAS_FRACTION + 0.5 * scale.fraction;
 }

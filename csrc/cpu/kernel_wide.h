@@ -9,18 +9,13 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
-constexpr double UNIT32 = 5.960464477539063e-8;    // 2^-24, float32's unit roundoff
-constexpr double UNIT64 = 1.1102230246251565e-16;  // 2^-53, float64's
-void measure_rows(const float* rows,               // [count, D]
+void measure_rows(const float* rows,  // [count, D]
                   int64_t count, const Packing& packing,
                   float* squares) {  // [count]
   for (int64_t k = 0; k < count; ++k) {
-    const float* row = rows + k * packing.dim;
     FloatStrip sum{};
     for (int64_t d = 0; d < packing.dim; d += STRIP) {
-      const FloatStrip centre = load_vector<FloatStrip>(packing.centre + d);  // padded with zeros
-      const FloatStrip value =
-          (load_strip(row + d, packing.dim - d, packing.end) - centre) * packing.scale * packing.scale2;
+      const FloatStrip value = packed_strip(rows + k * packing.dim, packing, d);
       sum += value * value;
     }
     squares[k] = sum_of(sum);
@@ -61,7 +56,7 @@ void hash_words(const uint64_t* words,  // [count]
 }
 
 template <class Word>
-inline Word packed_token(const float* row, const Packing& packing, int64_t d) {
+inline Word packed_value(const float* row, const Packing& packing, int64_t d) {
   return (static_cast<Word>(row[d]) - static_cast<Word>(packing.centre[d])) * packing.scale * packing.scale2;
 }
 
@@ -78,7 +73,7 @@ struct Rounding<float> {
 };
 template <>
 struct Rounding<double> {
-  static constexpr double unit = UNIT64, smallest = 0x1p-1000;
+  static constexpr double unit = 0x1p-53, smallest = 0x1p-1000;
 };
 
 template <class Word>
@@ -102,17 +97,11 @@ void pack_wide_panel(const float* const* codes,    // [WIDTH] of [D]
   for (int64_t base = 0; base < packing.dim; base += STRIP) {
     const int64_t width = packing.dim - base < STRIP ? packing.dim - base : STRIP;
     for (int j = 0; j < WIDTH; ++j) {
-      const float* code = codes[j] + base;
-      const float* centre = packing.centre + base;
-      if (inverse_norms == nullptr) {
-        for (int64_t i = 0; i < width; ++i) {
-          strip[j][i] =
-              (static_cast<Word>(code[i]) - static_cast<Word>(centre[i])) * packing.scale * packing.scale2;
-        }
-      } else {
-        for (int64_t i = 0; i < width; ++i) {
-          strip[j][i] = static_cast<Word>(static_cast<double>(code[i]) * inverse_norms[j]);
-        }
+      for (int64_t i = 0; i < width && inverse_norms == nullptr; ++i) {
+        strip[j][i] = packed_value<Word>(codes[j], packing, base + i);
+      }
+      for (int64_t i = 0; i < width && inverse_norms != nullptr; ++i) {
+        strip[j][i] = static_cast<Word>(static_cast<double>(codes[j][base + i]) * inverse_norms[j]);
       }
     }
     for (int64_t i = 0; i < width; ++i) {
@@ -146,13 +135,13 @@ void pack_wide_token(const float* token,  // [D]
   int64_t d = 0;
   for (; d + CHAINS <= packing.dim; d += CHAINS) {
     for (int i = 0; i < CHAINS; ++i) {
-      const Word value = packed_token<Word>(token, packing, d + i);
+      const Word value = packed_value<Word>(token, packing, d + i);
       out[d + i] = value;
       parts[i] += static_cast<double>(value) * value;
     }
   }
   for (; d < packing.dim; ++d) {
-    out[d] = packed_token<Word>(token, packing, d);
+    out[d] = packed_value<Word>(token, packing, d);
     square += static_cast<double>(out[d]) * out[d];
   }
   for (int i = 0; i < CHAINS; ++i) square += parts[i];

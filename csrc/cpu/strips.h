@@ -4,10 +4,13 @@
 
 #include <cstdint>
 
+#include "kernel_table.h"
+
 namespace vqkernels {
 namespace cpu {
 namespace {
 
+constexpr double UNIT32 = 0x1p-24;  // float32's unit roundoff
 constexpr int64_t STRIP = 16;
 typedef float FloatStrip __attribute__((vector_size(64)));
 typedef int32_t IntStrip __attribute__((vector_size(64)));
@@ -37,6 +40,12 @@ inline FloatStrip load_strip(const float* p, int64_t width, const float* end) {
   constexpr IntStrip LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const IntStrip kept = LANE < static_cast<int32_t>(width);
   return (FloatStrip)((IntStrip)load_vector<FloatStrip>(p) & kept);
+}
+
+// Sixteen numbers of a row, centred and scaled; zeros after the last dimension.
+inline FloatStrip packed_strip(const float* row, const Packing& packing, int64_t base) {
+  const FloatStrip centre = load_vector<FloatStrip>(packing.centre + base);  // padded with zeros
+  return (load_strip(row + base, packing.dim - base, packing.end) - centre) * packing.scale * packing.scale2;
 }
 
 inline float sum_of(FloatStrip v) {
