@@ -13,12 +13,12 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .backends import BackendError, explain, use_backend
     from .nn import QuantizerOutput, VectorQuantizer, defer_codebook_update
-    from .ops import Quantized, codebook_stats, ema_update_, lookup, nearest, quantize
+    from .ops import Quantized, codebook_stats, ema_update_, lookup, nearest, plain_ops, quantize
 
 _HOMES = {
     "backends": ("BackendError", "explain", "use_backend"),
     "nn": ("QuantizerOutput", "VectorQuantizer", "defer_codebook_update"),
-    "ops": ("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "quantize"),
+    "ops": ("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "plain_ops", "quantize"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -34,6 +34,7 @@ __all__ = [
     "explain",
     "lookup",
     "nearest",
+    "plain_ops",
     "quantize",
     "use_backend",
 ]
@@ -46,7 +47,7 @@ def __getattr__(name: str) -> Any:
         module = importlib.import_module(f"{__name__}.{_HOME_OF[name]}")
         globals().update({each: getattr(module, each) for each in _HOMES[_HOME_OF[name]]})
         return globals()[name]
-    if name in ("backends", "nn", "ops", "testing", "models", "benchmarks"):
+    if name in ("backends", "export", "nn", "ops", "testing", "models", "benchmarks"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

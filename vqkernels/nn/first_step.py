@@ -1,8 +1,8 @@
 """Whether a quantizer's first training step lies behind it: a flag of the process, neither state nor part of a graph.
 
-A compiled graph may set no attribute inside a checkpointed region, and a flag on the device would have to be read. So an
-op sets the attribute when it runs, on the module that it is told the number of; torch.compile guards on the attribute
-and leaves the work of the first step out of the second step's graph.
+A compiled graph may set no attribute inside a checkpointed region, and a flag on the device would have to be read. So
+an op sets the attribute when it runs, on the module that it is told the number of; torch.compile guards on the
+attribute and leaves the work of the first step out of the second step's graph.
 """
 
 from __future__ import annotations
