@@ -13,17 +13,20 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .backends import BackendError, explain, use_backend
     from .nn import QuantizerOutput, VectorQuantizer, defer_codebook_update
+    from .nn.kmeans import KMeansResult, kmeans
     from .ops import Quantized, codebook_stats, ema_update_, lookup, nearest, quantize
 
 _HOMES = {
     "backends": ("BackendError", "explain", "use_backend"),
     "nn": ("QuantizerOutput", "VectorQuantizer", "defer_codebook_update"),
+    "nn.kmeans": ("KMeansResult", "kmeans"),
     "ops": ("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "quantize"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BackendError",
+    "KMeansResult",
     "Quantized",
     "QuantizerOutput",
     "VectorQuantizer",
@@ -32,6 +35,7 @@ __all__ = [
     "defer_codebook_update",
     "ema_update_",
     "explain",
+    "kmeans",
     "lookup",
     "nearest",
     "quantize",
