@@ -17,6 +17,7 @@ from .distributed import all_reduce_packed
 from .lloyd import Batches, Measure, Totals, assigned_totals, lloyd_, mini_batches_, plus, total_of, unit, zeros
 from .normalize import l2_normalize
 from .seeding import START_TOKENS, Ranks, first_rows, random_words
+from .statistics import recomputing
 
 ITERATIONS = 10
 INITS = ("k-means++", "random")
@@ -271,6 +272,8 @@ def _initialize(
     metric: str,
     precision: str,
 ) -> None:
+    if recomputing():
+        return
     rows = codebook.clone()
     kmeans_(rows, tokens, mask, seed, metric, precision, ITERATIONS)
     # a codebook that was loaded stays: k-means ran in vain, once, but the host need not wait to know it
