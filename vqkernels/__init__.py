@@ -13,17 +13,22 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .backends import BackendError, explain, use_backend
     from .nn import QuantizerOutput, VectorQuantizer, defer_codebook_update
-    from .ops import Quantized, codebook_stats, ema_update_, lookup, nearest, plain_ops, quantize
+    from .nn.kmeans import KMeansResult, kmeans
+    from .ops import Quantized, codebook_stats, ema_update_, lookup, nearest, nearest_tokens, quantize
+    from .ops.plain import plain_ops
 
 _HOMES = {
     "backends": ("BackendError", "explain", "use_backend"),
     "nn": ("QuantizerOutput", "VectorQuantizer", "defer_codebook_update"),
-    "ops": ("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "plain_ops", "quantize"),
+    "nn.kmeans": ("KMeansResult", "kmeans"),
+    "ops": ("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "nearest_tokens", "quantize"),
+    "ops.plain": ("plain_ops",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BackendError",
+    "KMeansResult",
     "Quantized",
     "QuantizerOutput",
     "VectorQuantizer",
@@ -32,8 +37,10 @@ __all__ = [
     "defer_codebook_update",
     "ema_update_",
     "explain",
+    "kmeans",
     "lookup",
     "nearest",
+    "nearest_tokens",
     "plain_ops",
     "quantize",
     "use_backend",

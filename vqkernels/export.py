@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from .ops import plain_ops
+from .ops.plain import plain_ops
 
 FORMATS = (".pt2", ".onnx")
 OPSET = 18  # the first with a reduction that scatters sums

@@ -4,7 +4,7 @@ from .codebook_stats import codebook_stats
 from .ema import ema_update_
 from .lookup import lookup
 from .nearest import nearest
-from .plain import plain_ops
+from .nearest_tokens import nearest_tokens
 from .quantize import Quantized, quantize
 
-__all__ = ["Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "plain_ops", "quantize"]
+__all__ = ["Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "nearest_tokens", "quantize"]
