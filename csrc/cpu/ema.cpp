@@ -19,7 +19,7 @@ struct Ema {
   W* cluster_size;  // [K]
   W* embed_sum;     // [K, D]
   W* counts;        // [K]
-  W* sums;          // [K, D], not looked at where the count is 0
+  W* sums;          // [K, D]
   bool* revive;     // [K]
   int64_t size;
   int64_t dim;
@@ -28,7 +28,8 @@ struct Ema {
   double revived_size;
   bool normalize;
   bool plain;    // smoothing without the term that keeps the sum of sizes
-  bool consume;  // leave zeros in counts, sums and revive
+  bool consume;  // leave zeros in counts, sums and revive; rows of `sums` whose count is 0 are 0, and not
+                 // visited
 
   // Sum over codes of value(k): partial sums of blocks, added in order.
   template <class Value>
@@ -68,7 +69,7 @@ struct Ema {
   }
 
   void update_code(const TrainingLoops<W>& loops, int64_t k, double n) const {
-    const bool counted = counts[k] != W(0);
+    const bool counted = !consume || counts[k] != W(0);
     if (revive[k]) {
       revive_code(k);
     } else {

@@ -36,11 +36,13 @@ inline void transpose_tile(const float* in, int64_t in_stride, float* out, int64
   for (int row = 0; row < 4; ++row) std::memcpy(out + row * out_stride, &rows[row], sizeof(Four));
 }
 
-// Strips of tokens as wide as a cache line of the map, so that each of its lines is met once; in a strip
-// tiles of four dimensions by four tokens, and single elements where those do not fit.
+// Strips of 32 tokens, two cache lines of the map, so that each of its lines is met once (where maps are 4
+// KiB wide, strips of one line took five times as long to write, strips of four at D = 256 three times as
+// long to read); in a strip tiles of four dimensions by four tokens, and single elements where those do not
+// fit.
 template <class Tile, class Element>
 void walk_map(int64_t tokens, int64_t dim, const Tile& tile, const Element& element) {
-  constexpr int64_t STRIP = 16, SIDE = 4;
+  constexpr int64_t STRIP = 32, SIDE = 4;
   for (int64_t base = 0; base < tokens; base += STRIP) {
     const int64_t end = tokens - base < STRIP ? tokens : base + STRIP;
     for (int64_t d = 0; d < dim; d += SIDE) {

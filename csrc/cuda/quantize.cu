@@ -47,11 +47,10 @@ Tensor quantize_backward_op(Tensor x,                          // [B, T, D]
     using T = typename decltype(type)::type;
     Tokens<const T> gradient = tokens_of<T>(dquantized.has_value() ? *dquantized : x);
     if (!dquantized.has_value()) gradient.data = nullptr;
-    quantize_backward(launcher, merge_batch(tokens_of<T>(x)), merge_batch(tokens_of<T>(quantized)),
-                      data_of<int64_t>(flat), merge_batch(gradient),
-                      derror.has_value() ? data_of<Scalar<T>>(*derror) : nullptr, rotation,
-                      merge_batch(mutable_tokens_of<T>(dx)),
-                      mask.has_value() ? data_of<bool>(*mask) : nullptr);
+    quantize_backward(
+        launcher, merge_batch(tokens_of<T>(x)), merge_batch(tokens_of<T>(quantized)), data_of<int64_t>(flat),
+        merge_batch(gradient), derror.has_value() ? data_of<Scalar<T>>(*derror) : nullptr, rotation,
+        merge_batch(mutable_tokens_of<T>(dx)), mask.has_value() ? data_of<bool>(*mask) : nullptr);
   });
   return dx;
 }

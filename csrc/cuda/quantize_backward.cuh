@@ -89,10 +89,10 @@ void quantize_backward(Launcher& launcher, Tokens<const T> x, Tokens<const T> qu
   if (n == 0) return;
   if (x.tokens_adjacent()) {
     launcher.launch(quantize_backward_kernel<T, 1>, team_blocks(n, 1), kTeamThreads, x, quantized, codes,
-                    dquantized, derror, rotation, dx);
+                    dquantized, derror, rotation, dx, mask);
   } else {
     launcher.launch(quantize_backward_kernel<T, 32>, team_blocks(n, 32), kTeamThreads, x, quantized, codes,
-                    dquantized, derror, rotation, dx);
+                    dquantized, derror, rotation, dx, mask);
   }
 }
 

@@ -43,7 +43,7 @@ def ema_update_(
 
     Args:
         codebook, cluster_size, embed_sum: the state; float32 (or all float64), contiguous.
-        counts, sums: statistics of the step, from ``codebook_stats``; rows of ``sums`` whose count is 0 are 0.
+        counts, sums: statistics of the step, from ``codebook_stats``.
         decay: d in [0, 1].
         eps: Laplace smoothing, > 0.
         revive: where True, row k of ``sums`` is one token: the code restarts there with cluster size
