@@ -20,13 +20,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from vqkernels.kernels.registry import OPS
+
 # read a tensor as Python values without any op that a dispatch mode could see, or would copy from a device to the host
 READS = ("tolist", "numpy", "cpu", "item", "__array__", "__contains__", "__format__", "__repr__")
 READS += ("__bool__", "__int__", "__float__", "__index__")
 DATA_DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-
-
-KERNEL_OPS = ("nearest", "quantize", "quantize_backward", "codebook_stats", "ema_update_")  # of vqkernels.ops
 
 
 class HostWait(AssertionError):
@@ -77,7 +76,7 @@ class _Ops(TorchDispatchMode):
         return result
 
     def _inside(self, func, args, kwargs):
-        if func.namespace == "vqkernels" and func.overloadpacket.__name__ not in self._leaves():
+        if func.namespace == "vqkernels" and not self._is_kernel(func.overloadpacket.__name__):
             with self:  # its own Python, not through the dispatcher, which would come back to here
                 return func.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CPU), *args, **kwargs)
         if func.namespace == "aten":
@@ -85,9 +84,9 @@ class _Ops(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         return NotImplemented
 
-    def _leaves(self) -> tuple[str, ...]:
-        """Ops that end in a kernel: none of them has one for meta tensors, whose shapes the op itself knows."""
-        return KERNEL_OPS if self.device == "meta" else ()
+    def _is_kernel(self, name: str) -> bool:
+        """On meta the ops of vqkernels.ops give shapes; those of the modules, codebook_*, are made of them."""
+        return self.device == "meta" and (name in OPS or not name.startswith("codebook_"))
 
 
 class _Methods(TorchFunctionMode):
