@@ -12,14 +12,10 @@ from torch import Tensor
 from ..ops import codebook_stats, ema_update_
 from ..ops._library import define
 from .distributed import all_reduce_packed, broadcast_from_first
+from .passes import first_forward, recomputing
 from .sampling import sample_tokens
 
 NEVER = -(2**40)  # last_used of a code that was never used
-
-
-def recomputing() -> bool:
-    """Whether this forward runs inside a backward pass, as activation checkpointing does to recompute it."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def count_codes(
@@ -124,8 +120,8 @@ def _observe(
 
 
 @torch.no_grad()
-def _synchronize(state: list[Tensor]) -> None:
-    if not recomputing():
+def _synchronize(state: list[Tensor], number: int) -> None:
+    if first_forward(number):
         broadcast_from_first(state)
 
 
@@ -158,4 +154,4 @@ observe_ = define(
     " Tensor(c!) step, int usage_window) -> ()",
     _observe,
 )
-synchronize_ = define("codebook_synchronize_(Tensor(a!)[] state) -> ()", _synchronize)
+synchronize_ = define("codebook_synchronize_(Tensor(a!)[] state, int number) -> ()", _synchronize)
