@@ -184,8 +184,8 @@ apply_pending_ = define(
 )
 collect_ = define(
     "codebook_collect_(Tensor tokens, Tensor codes, Tensor cluster_size, Tensor seed, Tensor owner,"
-    " Tensor(a!) pending_counts, Tensor(b!) pending_sums, Tensor(c!) pending_revive, Tensor(d!) window_counts, Tensor(e!) last_used,"
-    " Tensor(f!) step, float dead_code_threshold, bool relative, int usage_window) -> ()",
+    " Tensor(a!) pending_counts, Tensor(b!) pending_sums, Tensor(c!) pending_revive, Tensor(d!) window_counts,"
+    " Tensor(e!) last_used, Tensor(f!) step, float dead_code_threshold, bool relative, int usage_window) -> ()",
     _collect,
 )
 observe_ = define(
