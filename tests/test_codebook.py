@@ -1,17 +1,16 @@
 """How the codebook of a VectorQuantizer learns: EMA and its moments, accumulation, recomputation, revival, k-means,
-usage, and no waiting for the device in a step."""
+usage."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from quantizers import assert_same_state, distances, every_option, make, randn, train_step
+from quantizers import assert_same_state, distances, every_option, make, randn
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import vqkernels as vq
-from vqkernels.nn import VectorQuantizer, defer_codebook_update, statistics
+from vqkernels.nn import VectorQuantizer, defer_codebook_update
 from vqkernels.nn.sampling import sample_tokens
 
 # ---- EMA: what it does and when ----
@@ -271,43 +270,3 @@ def test_in_eval_usage_and_perplexity_are_of_the_batch():
     expected = torch.distributions.Categorical(torch.tensor([2.0, 1, 4, 1])).entropy().exp()
     torch.testing.assert_close(out.perplexity, expected)
     assert module.step == 0
-
-
-# ---- no waiting for the device ----
-
-
-class NoHostSync(TorchDispatchMode):
-    """Fails on every op that would make a GPU's host wait; looks inside the module's own ops too."""
-
-    waits = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique", "bincount", "equal", "is_nonzero")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        inside = {"codebook_collect_": statistics._collect, "codebook_apply_": statistics._apply}
-        inside["codebook_observe_"] = statistics._observe
-        name = func.overloadpacket.__name__
-        assert not name.startswith(self.waits), f"{func} waits for the device"
-        if name in ("index", "index_put", "index_put_"):
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), f"{func} with a boolean mask"
-        if name in inside:
-            with self:
-                return inside[name](*args)
-        return func(*args, **(kwargs or {}))
-
-
-@every_option
-@pytest.mark.parametrize("masked", [False, True])
-def test_a_training_step_never_waits_for_the_device(options: dict, masked: bool):
-    module = make(**options)
-    mask = randn(3, 20) > 0 if masked else None
-    train_step(module, randn(3, 20, 8), mask)  # the first step may: k-means
-    with NoHostSync():
-        train_step(module, randn(3, 20, 8, seed=1), mask)
-        with defer_codebook_update(module):
-            train_step(module, randn(3, 20, 8, seed=2), mask)
-    assert module.step == 3
-
-
-def test_the_check_for_waiting_works():
-    for wait in (lambda t: t.sum().item(), lambda t: t[t > 0], lambda t: bool(t.any()), lambda t: t.unique()):
-        with pytest.raises(AssertionError, match=r"waits|mask"), NoHostSync():
-            wait(torch.ones(3))

@@ -23,6 +23,7 @@ from ..ops._library import check_choice
 from ..ops.ema import SMOOTHINGS
 from ..ops.nearest import METRICS, PRECISIONS
 from .distributed import all_reduce_packed, finish_all_reduce, rank_and_world
+from .first_step import enter, finish_first_step_
 from .kmeans import ITERATIONS, initialize_, kmeans_
 from .normalize import l2_normalize
 from .statistics import (
@@ -123,6 +124,7 @@ class Codebook(nn.Module):
         self.options = options
         self._deferring = 0  # how many defer_codebook_update blocks are open
         self._started = False  # whether the first training forward has done what only it does
+        self._number = enter(self)
         rows = self._random_rows()
         if options.update == "gradient":
             self.codebook = nn.Parameter(rows)
@@ -164,12 +166,11 @@ class Codebook(nn.Module):
 
     def _before_search(self, tokens: Tensor, mask: Tensor | None) -> None:  # [B, T, D], bool [B, T]
         """First training forward: rank 0's state, and k-means where asked for. Every one: apply what is pending."""
-        # the flag stays as it is where there is nothing to do: a compiled checkpoint may not set attributes
         if not self._started and (self.options.kmeans_init or rank_and_world()[1] > 1):
             synchronize_([tensor.detach() for tensor in self._own_tensors()])
             if self.options.kmeans_init:
                 self._initialize(tokens, mask)
-            self._started = True
+            finish_first_step_(self.initialized, self._number)  # sets self._started
         if self.options.update == "ema" and not self._deferring:
             apply_pending_(*self._ema_state(), *self._update_arguments())
 
@@ -252,10 +253,10 @@ class Codebook(nn.Module):
         Args:
             batches: one tensor, or an iterable of them, as the module's forward takes them. Their tokens are held
                 in memory at once: N * codebook_dim numbers.
-            iterations: Lloyd steps, >= 0 (0: random tokens).
+            iterations: Lloyd steps, >= 0 (0: k-means++ alone).
 
-        Starts from random tokens, none drawn twice; a code left without tokens restarts at a random one. The same
-        module and batches give the same codebook. Over several ranks every rank must call it, with its own batches
+        It is ``vqkernels.kmeans`` with the module's own seed: k-means++, then Lloyd's algorithm. The same module and
+        batches give the same codebook. Over several ranks every rank must call it, with its own batches
         (a rank may have none), and all get the same codebook. Tokens with NaN or Inf are left out.
 
         Raises:
@@ -269,6 +270,10 @@ class Codebook(nn.Module):
         self._fit(torch.cat([none, *tokens], dim=1), iterations)
 
     # ---- what torch calls ----
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of copy.deepcopy and pickle
+        super().__setstate__(state)
+        self._number = enter(self)
 
     def train(self, mode: bool = True) -> Codebook:
         """As for any module; switching to eval applies the pending statistics."""
