@@ -40,15 +40,31 @@ inline void transpose_tile(const float* in, int64_t in_stride, float* out, int64
 // KiB wide, strips of one line took five times as long to write, strips of four at D = 256 three times as
 // long to read); in a strip tiles of four dimensions by four tokens, and single elements where those do not
 // fit.
-template <class Tile, class Element>
-void walk_map(int64_t tokens, int64_t dim, const Tile& tile, const Element& element) {
-  constexpr int64_t STRIP = 32, SIDE = 4;
-  for (int64_t base = 0; base < tokens; base += STRIP) {
-    const int64_t end = tokens - base < STRIP ? tokens : base + STRIP;
-    for (int64_t d = 0; d < dim; d += SIDE) {
+constexpr int64_t MAP_STRIP = 32, MAP_TILE = 4;
+
+// The lines of the next strip, from dimension d on: they lie a page or so apart, where no prefetcher of the
+// CPU looks, and from memory the walk takes a third of the time with it. Beyond the map's end it does no
+// harm.
+template <int WRITE>
+inline void fetch_next_strip(const float* map, int64_t stride, int64_t base, int64_t d) {
+  constexpr int64_t LINE = 64, SIZE = static_cast<int64_t>(sizeof(float));
+  for (int64_t row = d; row < d + MAP_TILE; ++row) {
+    const auto next = reinterpret_cast<uintptr_t>(map) + (row * stride + base + MAP_STRIP) * SIZE;
+    for (int64_t byte = 0; byte < MAP_STRIP * SIZE; byte += LINE) {
+      __builtin_prefetch(reinterpret_cast<const void*>(next + byte), WRITE);
+    }
+  }
+}
+
+template <class Fetch, class Tile, class Element>
+void walk_map(int64_t tokens, int64_t dim, const Fetch& fetch, const Tile& tile, const Element& element) {
+  for (int64_t base = 0; base < tokens; base += MAP_STRIP) {
+    const int64_t end = tokens - base < MAP_STRIP ? tokens : base + MAP_STRIP;
+    for (int64_t d = 0; d < dim; d += MAP_TILE) {
+      fetch(base, d);
       int64_t n = base;
-      for (; d + SIDE <= dim && n + SIDE <= end; n += SIDE) tile(n, d);
-      for (int64_t left = d; left < dim && left < d + SIDE; ++left) {
+      for (; d + MAP_TILE <= dim && n + MAP_TILE <= end; n += MAP_TILE) tile(n, d);
+      for (int64_t left = d; left < dim && left < d + MAP_TILE; ++left) {
         for (int64_t rest = n; rest < end; ++rest) element(rest, left);
       }
     }
@@ -59,7 +75,7 @@ inline void map_to_rows(const float* map,  // [D, tokens], stride apart
                         int64_t stride, int64_t tokens, int64_t dim,
                         float* rows) {  // [tokens, D]
   walk_map(
-      tokens, dim,
+      tokens, dim, [&](int64_t base, int64_t d) { fetch_next_strip<0>(map, stride, base, d); },
       [&](int64_t n, int64_t d) { transpose_tile(map + d * stride + n, stride, rows + n * dim + d, dim); },
       [&](int64_t n, int64_t d) { rows[n * dim + d] = map[d * stride + n]; });
 }
@@ -69,7 +85,7 @@ inline void rows_to_map(const float* rows,  // [tokens, D]
                         float* map,  // [D, tokens], stride apart
                         int64_t stride) {
   walk_map(
-      tokens, dim,
+      tokens, dim, [&](int64_t base, int64_t d) { fetch_next_strip<1>(map, stride, base, d); },
       [&](int64_t n, int64_t d) { transpose_tile(rows + n * dim + d, dim, map + d * stride + n, stride); },
       [&](int64_t n, int64_t d) { map[d * stride + n] = rows[n * dim + d]; });
 }
