@@ -13,17 +13,22 @@ from ._version import __version__
 if TYPE_CHECKING:
     from .backends import BackendError, explain, use_backend
     from .nn import QuantizerOutput, VectorQuantizer, defer_codebook_update
-    from .ops import Quantized, codebook_stats, ema_update_, lookup, nearest, quantize
+    from .nn.kmeans import KMeansResult, kmeans
+    from .ops import Quantized, codebook_stats, ema_update_, lookup, nearest, nearest_tokens, quantize
+    from .ops.plain import plain_ops
 
 _HOMES = {
     "backends": ("BackendError", "explain", "use_backend"),
     "nn": ("QuantizerOutput", "VectorQuantizer", "defer_codebook_update"),
-    "ops": ("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "quantize"),
+    "nn.kmeans": ("KMeansResult", "kmeans"),
+    "ops": ("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "nearest_tokens", "quantize"),
+    "ops.plain": ("plain_ops",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BackendError",
+    "KMeansResult",
     "Quantized",
     "QuantizerOutput",
     "VectorQuantizer",
@@ -32,8 +37,11 @@ __all__ = [
     "defer_codebook_update",
     "ema_update_",
     "explain",
+    "kmeans",
     "lookup",
     "nearest",
+    "nearest_tokens",
+    "plain_ops",
     "quantize",
     "use_backend",
 ]
@@ -46,7 +54,7 @@ def __getattr__(name: str) -> Any:
         module = importlib.import_module(f"{__name__}.{_HOME_OF[name]}")
         globals().update({each: getattr(module, each) for each in _HOMES[_HOME_OF[name]]})
         return globals()[name]
-    if name in ("backends", "nn", "ops", "testing", "models", "benchmarks"):
+    if name in ("backends", "export", "nn", "ops", "testing", "models", "benchmarks"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

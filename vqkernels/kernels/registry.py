@@ -9,7 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-OPS = ("nearest", "gather", "quantize_backward", "codebook_stats", "ema_update_")
+OPS = (
+    "nearest",
+    "gather",
+    "quantize",
+    "quantize_backward",
+    "codebook_gradient",
+    "codebook_stats",
+    "add_statistics_",
+    "ema_update_",
+)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from .codebook_stats import codebook_stats
 from .ema import ema_update_
 from .lookup import lookup
 from .nearest import nearest
+from .nearest_tokens import nearest_tokens
 from .quantize import Quantized, quantize
 
-__all__ = ["Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "quantize"]
+__all__ = ["Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "nearest_tokens", "quantize"]
