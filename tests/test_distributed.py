@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -100,6 +101,7 @@ def worker(rank: int, folder: str, early: VectorQuantizer) -> None:
         results[f"{option}, {split}"] = {"state": snapshot(module), "metrics": metrics}
     results |= {"accumulation": run_accumulation(rank), "collectives": count_collectives(rank)}
     results["compiled"] = run_compiled(rank)
+    results["on their way"] = run_on_their_way(rank)
     results |= {"revival": run_revival(rank), "k-means": run_kmeans(rank)}
     results |= {f"ddp {flag}": run_ddp(rank, flag) for flag in (True, False)}
     torch.save(results, f"{folder}/rank{rank}.pt")
@@ -113,6 +115,21 @@ def run_compiled(rank: int) -> dict[str, Tensor]:
     for step in range(STEPS):
         fast(batches(step, (40, 40))[rank][0])
     return snapshot(module)
+
+
+def run_on_their_way(rank: int) -> dict[str, Any]:
+    """Sums that were still travelling when the module was saved, copied, pickled, cast or loaded."""
+    module, loaded, later = make(), make(), make()
+    first, second = (batches(step, (71, 9))[rank][0] for step in (0, 1))
+    later(first)
+    wide = copy.deepcopy(later).double()
+    ends = {"copied": snapshot(copy.deepcopy(later)), "pickled": snapshot(pickle.loads(pickle.dumps(later)))}
+    later(second)  # applies the first step's sums, and sends its own
+    module(first)
+    saved = snapshot(module)
+    loaded(second)
+    loaded.load_state_dict(saved)  # what loaded had collected is dropped, also what has not arrived
+    return ends | {"saved": saved, "wide": snapshot(wide), "loaded": snapshot(loaded), "later": snapshot(later)}
 
 
 def run_accumulation(rank: int) -> dict[str, Tensor]:
@@ -225,6 +242,21 @@ def test_a_compiled_quantizer_on_two_ranks_equals_the_joined_batch(ranks: list[d
     rounds(alone, joined, SPLITS["equal"])
     assert_same_bits(ranks[0]["compiled"], ranks[1]["compiled"])
     assert_close(ranks[0]["compiled"], alone.state_dict())
+
+
+def test_sums_on_their_way_are_never_lost_or_counted_twice(ranks: list[dict[str, Any]]):
+    alone = make()
+    alone(joined(batches(0, (71, 9)))[0])
+    first, second = (each["on their way"] for each in ranks)
+    for name in first:
+        assert_same_bits(first[name], second[name])
+    assert_close(first["saved"], alone.state_dict())
+    for name in ("copied", "pickled", "loaded"):
+        assert_same_bits(first[name], first["saved"])
+    for name, value in first["wide"].items():
+        torch.testing.assert_close(value.to(first["saved"][name].dtype), first["saved"][name])
+    alone(joined(batches(1, (71, 9)))[0])
+    assert_close(first["later"], alone.state_dict())
 
 
 def test_accumulation_over_ranks_equals_the_joined_batch(ranks: list[dict[str, Any]]):
