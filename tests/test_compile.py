@@ -11,7 +11,7 @@ from quantizers import OPTIONS, assert_same_state, every_option, make, randn, st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqkernels.nn import QuantizerOutput, VectorQuantizer, defer_codebook_update, first_step, kmeans, statistics
+from vqkernels.nn import QuantizerOutput, VectorQuantizer, defer_codebook_update, kmeans, passes, statistics
 
 
 @pytest.fixture(autouse=True)
@@ -91,10 +91,10 @@ def test_accumulation_works_compiled():
 class Model(nn.Module):
     """A quantizer inside a model, unpacked there."""
 
-    def __init__(self, recompute: bool = False, kmeans_init: bool = False) -> None:
+    def __init__(self, recompute: bool = False, **options) -> None:
         super().__init__()
         self.encoder, self.decoder = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.vq = make(dead_code_threshold=0.5, kmeans_init=kmeans_init)
+        self.vq = make(dead_code_threshold=0.5, **options)
         self.recompute = recompute
 
     def body(self, x: Tensor) -> Tensor:  # [N, 8] -> []
@@ -105,11 +105,14 @@ class Model(nn.Module):
         return checkpoint(self.body, x, use_reentrant=False) if self.recompute else self.body(x)
 
 
-@pytest.mark.parametrize("kmeans_init", [False, True], ids=["", "kmeans"])
+FIRST_STEPS = {"": {}, "kmeans": {"kmeans_init": True, "metric": "cosine", "codebook_dim": 5}}
+
+
+@pytest.mark.parametrize("options", FIRST_STEPS.values(), ids=FIRST_STEPS)
 @pytest.mark.parametrize("where", ["none", "inside", "around"])
-def test_a_compiled_model_with_activation_checkpointing_trains_like_the_eager_one(where: str, kmeans_init: bool):
+def test_a_compiled_model_with_activation_checkpointing_trains_like_the_eager_one(where: str, options: dict):
     torch.manual_seed(0)
-    eager = Model(kmeans_init=kmeans_init)
+    eager = Model(**options)
     model = copy.deepcopy(eager)
     model.recompute = where == "inside"
     fast = compiled(model)
@@ -150,9 +153,12 @@ def test_the_ops_pass_opcheck():
         ),
         (statistics.collect_, (tokens, codes, module.cluster_size, *own, *pending, *usage, 2.0, False, 10)),
         (statistics.observe_, (tokens, codes, *usage, 10)),
-        (statistics.synchronize_, ([module.codebook, module.step],)),
-        (first_step.finish_first_step_, (module.initialized, module._number)),
-        (kmeans.initialize_, (tokens, None, module.codebook, module.initialized, module.seed, "euclidean", "exact")),
+        (statistics.synchronize_, ([module.codebook, module.step], module._number)),
+        (passes.finish_first_forward_, (module.initialized, module._number)),
+        (
+            kmeans.initialize_,
+            (tokens, None, module.codebook, module.initialized, module.seed, "euclidean", "exact", module._number),
+        ),
     ]
     for op, args in calls:
         torch.library.opcheck(op, copy.deepcopy(args))

@@ -23,9 +23,9 @@ from ..ops._library import check_choice
 from ..ops.ema import SMOOTHINGS
 from ..ops.nearest import METRICS, PRECISIONS
 from .distributed import all_reduce_packed, finish_all_reduce, rank_and_world
-from .first_step import enter, finish_first_step_
 from .kmeans import ITERATIONS, initialize_, kmeans_
 from .normalize import l2_normalize
+from .passes import enter, finish_first_forward_
 from .statistics import (
     NEVER,
     apply_pending,
@@ -123,7 +123,8 @@ class Codebook(nn.Module):
         self.codebook_dim = codebook_dim
         self.options = options
         self._deferring = 0  # how many defer_codebook_update blocks are open
-        self._started = False  # whether the first training forward has done what only it does
+        self._first_done = False  # whether the first training forward has done what only it does
+        self._started = False  # whether later ones may know; both are set by ops, see passes.py
         self._number = enter(self)
         rows = self._random_rows()
         if options.update == "gradient":
@@ -167,10 +168,10 @@ class Codebook(nn.Module):
     def _before_search(self, tokens: Tensor, mask: Tensor | None) -> None:  # [B, T, D], bool [B, T]
         """First training forward: rank 0's state, and k-means where asked for. Every one: apply what is pending."""
         if not self._started and (self.options.kmeans_init or rank_and_world()[1] > 1):
-            synchronize_([tensor.detach() for tensor in self._own_tensors()])
+            synchronize_([tensor.detach() for tensor in self._own_tensors()], self._number)
             if self.options.kmeans_init:
                 self._initialize(tokens, mask)
-            finish_first_step_(self.initialized, self._number)  # sets self._started
+            finish_first_forward_(self.initialized, self._number)
         if self.options.update == "ema" and not self._deferring:
             apply_pending_(*self._ema_state(), *self._update_arguments())
 
@@ -218,7 +219,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def _initialize(self, tokens: Tensor, mask: Tensor | None) -> None:
         before = self.initialized.clone()
-        arguments = (self.seed, self.options.metric, self.options.precision)
+        arguments = (self.seed, self.options.metric, self.options.precision, self._number)
         initialize_(tokens.detach(), mask, self.codebook.detach(), self.initialized, *arguments)
         if self.options.update == "ema":  # a resumed codebook keeps its statistics
             size = self._first_size()
