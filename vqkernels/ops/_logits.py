@@ -23,6 +23,7 @@ from .codebook_stats import codebook_stats
 from .normalize import l2_normalize
 
 METRICS = ("euclidean", "cosine", "dot")
+_SERIAL_SUM = 1 << 12  # a sum this short is added up by one thread
 _BIAS_ENTRIES = 1 << 20  # codebook entries squared at a time: 8 MiB of float64
 
 
@@ -80,6 +81,16 @@ def per_token(
 ) -> Tensor:  # [B, T]
     """One number a token, in the shape that ``as_tokens`` gave the tokens."""
     return values.reshape(tokens.shape[:2])
+
+
+def steady_sum(
+    values: Tensor,  # any shape
+) -> Tensor:  # []
+    """The sum, in an order that does not depend on the number of threads, as that of ``sum`` does when it is long."""
+    rows = values.reshape(-1)
+    while rows.shape[0] > _SERIAL_SUM:
+        rows = torch.nn.functional.pad(rows, (0, -rows.shape[0] % _SERIAL_SUM)).view(-1, _SERIAL_SUM).sum(1)
+    return rows.sum()
 
 
 def _bias(

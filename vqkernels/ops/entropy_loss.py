@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ._logits import check_weight, make_logits, per_token
+from ._logits import check_weight, make_logits, per_token, steady_sum
 from .soft_assignment import assign
 
 
@@ -30,20 +30,23 @@ def mean_over_tokens(
 ) -> Tensor:  # []
     """Weighted mean, 0 without any weight; what has no weight may be NaN."""
     if weight is None:
-        return values.sum() / max(values.numel(), 1)
-    total = torch.where(weight != 0, values * weight, 0).sum()
-    return total / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)
+        return steady_sum(values) / max(values.numel(), 1)
+    total = steady_sum(torch.where(weight != 0, values * weight, 0))
+    return total / steady_sum(weight).clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def entropy_of(
     probabilities: Tensor,  # [..., K]
     eps: float,
 ) -> Tensor:  # []
-    """-sum p log(p + eps); a code whose probability is 0 adds nothing and gets gradient 0."""
-    if eps > 0:
-        return -(probabilities * (probabilities + eps).log()).sum()
-    positive = torch.where(probabilities > 0, probabilities, 1)  # log 0 = -inf would turn 0 * inf gradients into NaN
-    return -(positive * positive.log()).sum()
+    """-sum p log(p + eps); a code whose probability is 0 adds nothing and gets gradient 0.
+
+    In float64: torch's logarithm of a long float32 vector depends, in its last bit, on how threads share it out.
+    """
+    p = probabilities.double()
+    if eps == 0:
+        p = torch.where(p > 0, p, 1)  # log 0 = -inf would turn 0 * inf gradients into NaN
+    return -steady_sum(p * (p + eps).log()).to(probabilities.dtype)
 
 
 def check_loss_arguments(token_weight: float, batch_weight: float, eps: float) -> None:
@@ -68,7 +71,7 @@ def mean_distribution(
 ) -> Tensor:  # [..., K]
     """Code sums over the weight of the tokens that are in them."""
     counted = tokens_finite.to(code_sums.dtype)
-    total = (counted if weight is None else counted * weight).sum()
+    total = steady_sum(counted if weight is None else counted * weight)
     return code_sums / total.clamp(min=torch.finfo(code_sums.dtype).tiny)
 
 

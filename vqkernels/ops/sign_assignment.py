@@ -26,7 +26,7 @@ from torch.nn.functional import softplus
 
 from .._dtypes import accumulation_dtype
 from ._library import define
-from ._logits import check_temperature, check_weight
+from ._logits import check_temperature, check_weight, steady_sum
 from .sign_codes import check_signs, group_bits
 from .soft_assignment import SoftAssignment
 
@@ -40,13 +40,18 @@ def _blocks(z: Tensor) -> Iterator[slice]:  # z [N, G, C]
         yield slice(start, start + step)
 
 
+def _sigmoid(z: Tensor) -> Tensor:
+    """Rounded from float64: the last bit of torch's float32 one depends on how threads share a long vector out."""
+    return torch.sigmoid(z.double()).to(z.dtype)
+
+
 def _half(
     z: Tensor,  # [n, G, h]
 ) -> Tensor:  # [n, G, 2^h]
     """Probabilities of all patterns of h bits, the first bit the most significant."""
     out = z.new_ones((*z.shape[:2], 1))
     for one in z.unbind(-1):
-        pair = torch.stack([torch.sigmoid(-one), torch.sigmoid(one)], -1)  # [n, G, 2]
+        pair = torch.stack([_sigmoid(-one), _sigmoid(one)], -1)  # [n, G, 2]
         out = (out[..., None] * pair[..., None, :]).flatten(-2)
     return out
 
@@ -89,7 +94,7 @@ def _half_backward(
     bits = z.shape[2]
     shift = torch.arange(bits - 1, -1, -1, device=z.device)
     ones = ((torch.arange(1 << bits, device=z.device)[:, None] >> shift) & 1).to(z.dtype)  # [2^h, h]
-    return torch.sigmoid(-z) * (flow @ ones) - torch.sigmoid(z) * (flow @ (1 - ones))
+    return _sigmoid(-z) * (flow @ ones) - _sigmoid(z) * (flow @ (1 - ones))
 
 
 def _fake_sums(z: Tensor, weight: Tensor) -> Tensor:
@@ -120,9 +125,13 @@ class _SignCodeSums(torch.autograd.Function):
     def backward(ctx: Any, dsums: Tensor) -> tuple[Tensor, None]:  # [G, 2^C]
         z, weight, sums = ctx.saved_tensors
         # a constant added to dsums changes nothing, as probabilities sum to 1; without its mean less cancels
-        total = sums.sum(1, keepdim=True).clamp(min=torch.finfo(z.dtype).tiny)
-        mean = (sums * dsums).sum(1, keepdim=True) / total
-        return _sign_sums_backward(z, weight, (dsums - mean).contiguous()), None
+        groups = zip(sums, dsums, strict=True)
+        mean = torch.stack([steady_sum(p * dp) / steady_sum(p).clamp(min=_tiny(p)) for p, dp in groups])
+        return _sign_sums_backward(z, weight, (dsums - mean[:, None]).contiguous()), None
+
+
+def _tiny(values: Tensor) -> float:
+    return torch.finfo(values.dtype).tiny
 
 
 def bit_logits(
@@ -143,12 +152,29 @@ def bit_logits(
     return torch.where(weight[..., None] != 0, z, 0)
 
 
-def bit_entropies(
+class _BitEntropy(torch.autograd.Function):
+    """Saves z. float64 inside, as in ``_sigmoid``."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:  # [..., D] -> [...]
+        ctx.save_for_backward(z)
+        size = z.abs().double()
+        return (softplus(-size) + size * torch.sigmoid(-size)).sum(-1).to(z.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dentropy: Tensor) -> Tensor:  # [...] -> [..., D]
+        (z,) = ctx.saved_tensors
+        size = z.abs().double()
+        slope = torch.sigmoid(size) * torch.sigmoid(-size)
+        return (-z.double() * slope).to(z.dtype) * dentropy[..., None]
+
+
+def bit_entropy(
     z: Tensor,  # [..., D]
-) -> Tensor:  # [..., D] nats
-    """Entropy of a bit that is 1 with probability sigmoid(z)."""
-    size = z.abs()
-    return softplus(-size) + size * torch.sigmoid(-size)
+) -> Tensor:  # [...] nats
+    """Entropy of D bits that are 1 with probability sigmoid(z), each by itself."""
+    return _BitEntropy.apply(z)
 
 
 def sign_code_sums(
@@ -184,7 +210,7 @@ def sign_assignment(
     Returns:
         SoftAssignment(lse, entropy, code_sums), float32 (float64 for float64 inputs). ``lse`` and ``entropy`` do not
         depend on the groups. ``code_sums`` is [2^D], with ``group_size`` [D / C, 2^C], in the order of ``sign_codes``.
-        All are differentiable with respect to x, ``code_sums`` once. A token with NaN or Inf has lse and entropy NaN
+        All are differentiable with respect to x, once. A token with NaN or Inf has lse and entropy NaN
         and is left out of the sums.
 
     Raises:
@@ -197,4 +223,4 @@ def sign_assignment(
     bad = torch.where(z.detach().isfinite().all(-1), 0.0, math.nan).to(z.dtype)
     lse = (softplus(-size) - distance / temperature).sum(-1) + bad
     sums = sign_code_sums(z, bits, weight)
-    return SoftAssignment(lse, bit_entropies(z).sum(-1) + bad, sums[0] if group_size is None else sums)
+    return SoftAssignment(lse, bit_entropy(z) + bad, sums[0] if group_size is None else sums)

@@ -21,7 +21,7 @@ from .entropy_loss import (
     mean_over_tokens,
     shares_of,
 )
-from .sign_assignment import MAX_GROUP_BITS, bit_entropies, bit_logits, sign_code_sums
+from .sign_assignment import MAX_GROUP_BITS, bit_entropy, bit_logits, sign_code_sums
 from .sign_codes import group_bits
 
 
@@ -70,7 +70,7 @@ def sign_entropy_loss(
     bits = group_bits(x.shape[-1], group_size, MAX_GROUP_BITS)
     finite = z.detach().isfinite().all(-1)  # [...]
     shares = shares_of(weight, z)
-    entropies = torch.where(finite, bit_entropies(z).sum(-1), math.nan)
+    entropies = torch.where(finite, bit_entropy(z), math.nan)
     token_entropy = mean_over_tokens(entropies, shares)
     if batch_weight > 0:
         batch_entropy = entropy_of(mean_distribution(sign_code_sums(z, bits, weight), finite, shares), eps)
