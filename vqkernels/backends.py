@@ -26,7 +26,7 @@ ORDER = {"cpu": ("compiled", "reference"), "cuda": ("triton", "compiled", "refer
 DEFAULTS: dict[str, tuple[Any, ...]] = {"nearest": ("euclidean", "exact")}  # completes explain's arguments
 
 _MODULES = {
-    "compiled": ("compiled",),
+    "compiled": ("compiled", "compiled_softmax"),
     "triton": ("triton_nearest", "triton_training", "triton_codebook"),
     "reference": ("reference_nearest", "reference_training", "reference_softmax"),
 }
