@@ -57,7 +57,9 @@ class Call:
         return {"lse": lse, "entropy": entropy, "sums": sums, "dx": dx, "dcodebook": dcodebook, "dbias": dbias}
 
 
-def make_call(n: int, size: int, dim: int, scale: float = 1.0, dtype: torch.dtype = torch.float32, seed: int = 0) -> Call:
+def make_call(
+    n: int, size: int, dim: int, scale: float = 1.0, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Call:
     random = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -86,7 +88,11 @@ def oracle(call: Call) -> dict[str, Tensor]:
 
 
 def _or_zeros(tensor: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros(like.shape[:1] if like.dim() == 2 else like.shape, dtype=torch.float64) if tensor is None else tensor.double()
+    return (
+        torch.zeros(like.shape[:1] if like.dim() == 2 else like.shape, dtype=torch.float64)
+        if tensor is None
+        else tensor.double()
+    )
 
 
 def assert_close(call: Call, need_codebook: bool = True) -> None:

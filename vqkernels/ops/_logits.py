@@ -41,7 +41,7 @@ def make_logits(
     codebook: Tensor,  # [K, D]
     metric: str,
     temperature: float,
-    weight: Tensor | None = None,  # [...] checked; what it leaves out may hold anything
+    weight: Tensor | None = None,  # [...] checked; a token of weight 0 may hold anything
 ) -> Logits:
     """Check the arguments that every softmax op has, and bring them into the kernels' form."""
     check_choice("metric", metric, METRICS)
@@ -50,9 +50,9 @@ def make_logits(
     tokens, book = as_tokens(promoted(x, codebook)), codebook
     if book.dtype in HALF:
         tokens, book = tokens.float(), book.float()
+    if weight is not None:  # else NaN in padding would spoil gradients
+        tokens = torch.where(per_token(weight, tokens)[..., None] != 0, tokens, 0)
     if metric == "cosine":
-        if weight is not None:  # else NaN in padding would spoil these gradients
-            tokens = torch.where(per_token(weight, tokens)[..., None] != 0, tokens, 0)
         tokens, book = l2_normalize(tokens), l2_normalize(book)
     center = book.detach().mean(0) if metric == "euclidean" else None
     return Logits(tokens, book.contiguous(), center, (2.0 if metric == "euclidean" else 1.0) / temperature)

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._library import check_choice
-from ._logits import add_bias_gradient_, add_rows_, centred, make_logits, per_token
+from ._logits import add_rows_, centred, make_logits, per_token
 from .entropy_loss import mean_over_tokens
-from .soft_assignment import softmax_backward, softmax_forward
+from .soft_assignment import logits_gradient, softmax_forward
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -51,18 +51,14 @@ class _CodeCrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         x, codebook, center, codes, lse = ctx.saved_tensors
         scale = ctx.scale
-        tokens, bias = centred(x, codebook, center, scale)
         dlse = torch.where((codes < 0) | ~lse.isfinite(), 0, dloss)
-        none = torch.zeros_like(lse)
-        dx, dcodebook, dbias = softmax_backward(
-            tokens, codebook, bias, scale, lse, dlse, none, none, None, None, ctx.needs_input_grad[1]
-        )
+        need_codebook = ctx.needs_input_grad[1]
+        dx, dcodebook = logits_gradient(x, codebook, center, scale, lse, need_codebook=need_codebook, dlse=dlse)
         picked = codebook[codes.clamp(min=0)]
         dx = dx - (scale * dlse)[..., None] * picked
-        if not ctx.needs_input_grad[1]:
+        if dcodebook is None:
             return dx, None, None, None, None
-        dcodebook = add_bias_gradient_(dcodebook, dbias, codebook, center, scale)
-        pull = tokens if center is None else tokens - (picked - center)
+        pull = x if center is None else x - picked
         rows = torch.where((dlse != 0)[..., None], (-scale * dlse)[..., None] * pull, 0)
         return dx, add_rows_(dcodebook, codes, rows), None, None, None
 

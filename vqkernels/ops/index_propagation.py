@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 
 from .._dtypes import accumulation_dtype
 from ._library import check_mask, define, run
-from ._logits import add_bias_gradient_, add_rows_, centred, make_logits, per_token
+from ._logits import add_rows_, centred, make_logits, per_token
 from .quantize import Quantized
-from .soft_assignment import softmax_backward, softmax_forward
+from .soft_assignment import logits_gradient, softmax_forward
 
 _BLOCK_PRODUCTS = 1 << 22  # 16 MiB of float32
 
@@ -116,13 +116,7 @@ def _through_softmax(
         return torch.zeros_like(x), torch.zeros_like(codebook) if need_codebook else None
     tokens, bias = centred(x, codebook, center, ctx.scale)
     lse, _ = softmax_forward(tokens, codebook, bias, ctx.scale)
-    none = torch.zeros_like(lse)
-    dx, dcodebook, dbias = softmax_backward(
-        tokens, codebook, bias, ctx.scale, lse, none, none, none, None, direction, need_codebook
-    )
-    if not need_codebook:
-        return dx, None
-    return dx, add_bias_gradient_(dcodebook, dbias, codebook, center, ctx.scale)
+    return logits_gradient(x, codebook, center, ctx.scale, lse, need_codebook=need_codebook, direction=direction)
 
 
 def index_propagation(

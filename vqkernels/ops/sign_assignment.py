@@ -204,8 +204,8 @@ def sign_assignment(
         temperature: T > 0, of -|x - c|^2 / T.
         code_scale: s > 0; the codes are s times the vectors of +-1 (BSQ: 1 / sqrt D).
         group_size: C, a divisor of D of 24 at most; all D when None. ``code_sums`` are then of each group by itself.
-        weight: of each token in ``code_sums``, >= 0; a constant to autograd. False or 0 leaves it out, and gives it
-            lse and entropy of x = 0.
+        weight: of each token in ``code_sums``, >= 0; a constant to autograd. False or 0 leaves the token out: lse and
+            entropy 0, no gradient.
 
     Returns:
         SoftAssignment(lse, entropy, code_sums), float32 (float64 for float64 inputs). ``lse`` and ``entropy`` do not
@@ -218,9 +218,11 @@ def sign_assignment(
     """
     z = bit_logits(x, temperature, code_scale, weight)
     bits = group_bits(x.shape[-1], group_size, MAX_GROUP_BITS)
-    size = z.abs()
+    size = z.abs().double()
     distance = (size * (temperature / (4 * code_scale)) - code_scale).square()
     bad = torch.where(z.detach().isfinite().all(-1), 0.0, math.nan).to(z.dtype)
-    lse = (softplus(-size) - distance / temperature).sum(-1) + bad
-    sums = sign_code_sums(z, bits, weight)
-    return SoftAssignment(lse, bit_entropy(z) + bad, sums[0] if group_size is None else sums)
+    lse = (softplus(-size) - distance / temperature).sum(-1).to(z.dtype) + bad
+    sums, entropy = sign_code_sums(z, bits, weight), bit_entropy(z) + bad
+    if weight is not None:
+        lse, entropy = torch.where(weight != 0, lse, 0), torch.where(weight != 0, entropy, 0)
+    return SoftAssignment(lse, entropy, sums[0] if group_size is None else sums)

@@ -73,6 +73,32 @@ softmax_backward = define(
 )
 
 
+def logits_gradient(
+    x: Tensor,  # [B, T, D]
+    codebook: Tensor,  # [K, D]
+    center: Tensor | None,  # [D]
+    scale: float,
+    lse: Tensor,  # [B, T]
+    *,
+    need_codebook: bool,
+    dlse: Tensor | None = None,  # [B, T]
+    dentropy: Tensor | None = None,  # [B, T]
+    weight: Tensor | None = None,  # [B, T]
+    dcode_sums: Tensor | None = None,  # [K]
+    direction: Tensor | None = None,  # [B, T, D]
+) -> tuple[Tensor, Tensor | None]:  # dx [B, T, D], dcodebook [K, D]
+    """What reaches x and the codebook through the logits; nothing reaches a token that is not finite."""
+    tokens, bias = centred(x, codebook, center, scale)
+    none = torch.zeros_like(lse)
+    per_token_terms = (none if term is None else term for term in (dlse, dentropy, weight))
+    terms = (*per_token_terms, dcode_sums, direction, need_codebook)
+    dx, dcodebook, dbias = softmax_backward(tokens, codebook, bias, scale, lse, *terms)
+    dx = torch.where(lse.isfinite()[..., None], dx, 0)
+    if not need_codebook:
+        return dx, None
+    return dx, add_bias_gradient_(dcodebook, dbias, codebook, center, scale)
+
+
 class _SoftAssignment(torch.autograd.Function):
     """Saves x, the codebook, lse and the weights: O(N D + K D), never an [N, K] array."""
 
@@ -107,24 +133,19 @@ class _SoftAssignment(torch.autograd.Function):
         x, codebook, center, weight, lse = ctx.saved_tensors
         if dlse is None and dentropy is None and dcode_sums is None:
             return None, None, None, None, None
-        tokens, bias = centred(x, codebook, center, ctx.scale)
-        none = torch.zeros_like(lse)
-        dx, dcodebook, dbias = softmax_backward(
-            tokens,
+        dx, dcodebook = logits_gradient(
+            x,
             codebook,
-            bias,
+            center,
             ctx.scale,
             lse,
-            none if dlse is None else dlse,
-            none if dentropy is None else dentropy,
-            none if weight is None else weight,
-            None if weight is None else dcode_sums,
-            None,
-            ctx.needs_input_grad[1],
+            need_codebook=ctx.needs_input_grad[1],
+            dlse=dlse,
+            dentropy=dentropy,
+            weight=weight,
+            dcode_sums=None if weight is None else dcode_sums,
         )
-        if not ctx.needs_input_grad[1]:
-            return dx, None, None, None, None
-        return dx, add_bias_gradient_(dcodebook, dbias, codebook, center, ctx.scale), None, None, None
+        return dx, dcodebook, None, None, None
 
 
 def assign(
@@ -157,15 +178,15 @@ def soft_assignment(
         metric: what is divided by the temperature: "euclidean" -|x - c|^2 (the square, not the distance), "cosine"
             cos(x, c), "dot" <x, c>.
         temperature: T > 0.
-        weight: of each token in ``code_sums``, >= 0; a constant to autograd. False or 0 leaves it out; ``lse`` and
-            ``entropy`` are of each token alone and know no weight.
+        weight: of each token in ``code_sums``, >= 0; a constant to autograd. False or 0 leaves the token out: lse and
+            entropy 0, no gradient.
 
     Returns:
         SoftAssignment(lse, entropy, code_sums): the log of each token's sum of exponentials, the entropy of its
         probabilities in nats, and the weighted sum over tokens of the probabilities of each code. All three are
         differentiable once, with respect to x and the codebook. ``code_sums / weight.sum()`` is the mean distribution
         of the batch. The same bits on every run and for any number of threads. A token with NaN or Inf has lse and
-        entropy NaN, weight 0 in the sums, and passes no gradient of theirs to the codebook.
+        entropy NaN and is left out of the sums; whatever gradient comes for it, the codebook gets none.
 
     Raises:
         TypeError, ValueError: a bad argument, named.
@@ -179,5 +200,7 @@ def soft_assignment(
     lse, entropy, sums = assign(logits, weight, code_sums=True)
     if logits.center is not None:  # the part of -|x - c|^2 / T that all codes share
         lse = lse - 0.5 * logits.scale * ((logits.x - logits.center) * (logits.x + logits.center)).sum(-1)
-    shape = x.shape[:-1]
-    return SoftAssignment(lse.reshape(shape), entropy.reshape(shape), sums)
+    lse, entropy = lse.reshape(x.shape[:-1]), entropy.reshape(x.shape[:-1])
+    if weight is not None:
+        lse, entropy = torch.where(weight != 0, lse, 0), torch.where(weight != 0, entropy, 0)
+    return SoftAssignment(lse, entropy, sums)
