@@ -167,9 +167,10 @@ def test_padding_may_hold_anything_and_bad_tokens_hurt_no_other(backend, metric:
         dx, dcodebook = torch.autograd.grad(masked.loss, (spoiled, codebook))
         alone = vq.entropy_loss(clean, codebook, metric=metric, temperature=T)
         true_dx, true_dcodebook = torch.autograd.grad(alone.loss, (clean, codebook))
-        torch.testing.assert_close(masked.loss, alone.loss)
-        torch.testing.assert_close(dx[keep.to(device)], true_dx)
-        torch.testing.assert_close(dcodebook, true_dcodebook)
+        error = float32_error(x, codebook, metric, T)
+        pairs = ((masked.loss, alone.loss), (dx[keep.to(device)], true_dx), (dcodebook, true_dcodebook))
+        for mine, true in pairs:
+            assert_near(mine, true.detach().cpu().double(), error)
         assert (dx[~keep.to(device)] == 0).all()
     bad = vq.soft_assignment(spoiled, codebook, metric=metric, temperature=T)  # not masked: NaN there, nowhere else
     assert bad.lse.isnan().tolist() == bad.entropy.isnan().tolist() == (~keep).tolist()
@@ -420,8 +421,9 @@ def test_index_propagation_with_masked_and_bad_tokens(backend):
     clean = x.detach()[good].requires_grad_()
     alone = vq.index_propagation(clean, codebook, temperature=T).quantized.square().sum()
     true_dx, true_dcodebook = torch.autograd.grad(alone, (clean, codebook))
-    torch.testing.assert_close(dx[good], true_dx)
-    torch.testing.assert_close(dcodebook, true_dcodebook)
+    error = float32_error(x, codebook, "dot", T)
+    assert_near(dx[good], true_dx.cpu().double(), error)
+    assert_near(dcodebook, true_dcodebook.cpu().double(), error)
     assert not dx[~good].any()
 
 

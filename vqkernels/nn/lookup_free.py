@@ -115,10 +115,10 @@ class LookupFreeQuantizer(nn.Module):
         with no_autocast(x):
             tokens, real = self._tokens(x, mask)
             codes = sign_codes(tokens)  # [B, T]
-            if real is not None:
-                codes = torch.where(real, codes, -1)
             rows = torch.where(tokens.detach() > 0, self.code_scale, -self.code_scale).to(tokens.dtype)
             rows = torch.where((codes < 0)[..., None], torch.nan, rows)
+            if real is not None:
+                codes = torch.where(real, codes, -1)
             through = rows + (tokens - tokens.detach())  # the second term is 0: rows come through bit for bit
             error = (tokens - rows).square().sum(-1)
             if real is not None:
