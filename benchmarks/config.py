@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from .shapes import parse_shape
 
-Operation = Literal["search", "quantize", "ema", "train-step"]
+Operation = Literal["search", "quantize", "ema", "train-step", "kmeans"]
 Data = Literal[
     "normal",
     "kmeans",
@@ -30,7 +30,7 @@ class BenchConfig:
 
     operation: Operation = field(default="search", metadata={"positional": True})
     """what to measure: search | quantize (search, lookup, errors: what inference does) | ema (statistics and update) |
-    train-step (forward, backward and EMA)"""
+    train-step (forward, backward and EMA) | kmeans (Lloyd's iterations from given centroids)"""
     shape: list[str] = field(default_factory=list)
     """N,K,D or a model's name (vqgan-1024, llamagen, open-magvit2, encodec ...); repeat for more"""
     provider: list[str] = field(default_factory=list)
@@ -51,6 +51,8 @@ class BenchConfig:
     """fixed: prepared once where a provider can | changing: one element is written before every call"""
     gradient: Literal["rotation", "straight_through"] = "rotation"
     """how the training step sends gradients past the codes: rotation | straight_through"""
+    iterations: int = 3
+    """Lloyd iterations of kmeans"""
     measure: Literal["time", "memory", "both"] = "time"
     """time | memory | both"""
     seconds: float = 20.0
@@ -68,7 +70,7 @@ class BenchConfig:
         for name, allowed in _choices().items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name in ("seconds", "check_rows"):
+        for name in ("seconds", "check_rows", "iterations"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         if any(count < 1 for count in self.threads):

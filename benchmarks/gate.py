@@ -13,18 +13,23 @@ from torch import Tensor
 
 from vqkernels.testing import true_codes, wrong_codes
 
+from .plain import blocked_argmin, lloyd_step
 from .problem import EMA_DECAY, Problem, initial_state
 from .providers import Lookup
 
 UNIT = 2.0**-24  # float32 unit roundoff
+INERTIA_TOLERANCE = 1e-3
+BLOCK = 65536  # tokens whose distances are summed at once
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How many of the checked results are wrong (tokens, or codebook rows for ``ema``)."""
+    """How many of the checked results are wrong (tokens, or codebook rows for ``ema``
+    and ``kmeans``)."""
 
     checked: int
     wrong: int
+    inertia: float | None = None  # of ``kmeans``, as a share of the plain form's
 
     @property
     def error_rate(self) -> float:
@@ -94,6 +99,42 @@ class EmaGate:
         return Verdict(len(self.codebook), int(apart.any(dim=1).sum()))
 
 
-def make_gate(problem: Problem, limit: int) -> SearchGate | EmaGate:
+class KMeansGate:
+    """The inertia of Lloyd's iterations in plain torch, which centroids may not exceed.
+
+    A token that ties to within float32's rounding may go either way, and from there on two runs part; at 10^4 tokens
+    and more their inertia then differs in the fifth digit. ``INERTIA_TOLERANCE`` leaves room for that on small inputs.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._x = problem.x.detach().cpu().float()  # [N, D]
+        rows = problem.codebook.detach().cpu().float()
+        for _ in range(problem.iterations):
+            rows = lloyd_step(self._x, rows)
+        self.inertia = self._inertia(rows)
+
+    def _inertia(self, rows: Tensor) -> float:  # [K, D]
+        codes = blocked_argmin(self._x, rows)
+        parts = zip(self._x.split(BLOCK), codes.split(BLOCK), strict=True)
+        return sum(float((x.double() - rows[own].double()).square().sum()) for x, own in parts)
+
+    def check(
+        self,
+        codebook: Tensor | Lookup,  # [K, D]
+        *,
+        lowest_on_ties: bool,
+    ) -> Verdict:
+        """All centroids are wrong together, or none."""
+        assert isinstance(codebook, Tensor)
+        share = self._inertia(codebook.detach().cpu().float()) / self.inertia if self.inertia else 1.0
+        return Verdict(len(codebook), len(codebook) if not share <= 1 + INERTIA_TOLERANCE else 0, share)
+
+
+Gate = SearchGate | EmaGate | KMeansGate
+
+
+def make_gate(problem: Problem, limit: int) -> Gate:
     """The gate of the problem's operation."""
+    if problem.operation == "kmeans":
+        return KMeansGate(problem)
     return EmaGate(problem) if problem.operation == "ema" else SearchGate(problem, limit)

@@ -117,6 +117,7 @@ def peak_memory(names: list[str], problem: Problem, *, threads: int | None = Non
             "operation": problem.operation,
             "gradient": problem.gradient,
             "changing": problem.changing,
+            "iterations": problem.iterations,
             "threads": threads or torch.get_num_threads(),
         }
         answer = _in_child(spec)
@@ -133,7 +134,7 @@ def _load_problem(spec: dict[str, Any]) -> tuple[Problem, Problem]:
     tiny = make_problem(spec["operation"], TRIAL_SHAPE, dtype=dtype, gradient=spec["gradient"])
     shape = replace(TRIAL_SHAPE, tokens=x.shape[0], codes=codebook.shape[0], dim=x.shape[1])
     dquantized = torch.randn_like(x) if spec["operation"] == "train-step" else None
-    rest = (dquantized, inputs["codes"], spec["gradient"], spec["changing"])
+    rest = (dquantized, inputs["codes"], spec["gradient"], spec["changing"], spec["iterations"])
     return Problem(spec["operation"], shape, x, codebook, *rest), tiny
 
 

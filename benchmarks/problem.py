@@ -27,6 +27,7 @@ class Problem:
     codes: Tensor | None = None  # [N] int64; ema
     gradient: str = "rotation"
     changing: bool = False  # the codebook is written to before every call
+    iterations: int = 3  # kmeans; the codebook is where it starts
 
     @property
     def scores(self) -> int:
@@ -36,7 +37,8 @@ class Problem:
     @property
     def flops(self) -> int | None:
         """Multiply-adds of the search counted as two, whatever a provider executes; None where there is no search."""
-        return None if self.operation == "ema" else 2 * self.scores * self.shape.dim
+        searches = {"ema": 0, "kmeans": self.iterations}.get(self.operation, 1)
+        return 2 * self.scores * self.shape.dim * searches or None
 
     @property
     def bytes(self) -> int:
@@ -47,6 +49,7 @@ class Problem:
             "quantize": size * (2 * n * d + k * d) + 12 * n,
             "ema": size * n * d + 8 * n + 20 * k * d,
             "train-step": 6 * size * n * d + 24 * n + 24 * k * d,
+            "kmeans": self.iterations * (2 * size * n * d + 20 * n + 3 * size * k * d),
         }[self.operation]
 
 
@@ -55,6 +58,7 @@ FLOPS_FORMULA = {
     "quantize": "2*N*K*D (the search)",
     "ema": None,
     "train-step": "2*N*K*D (the search)",
+    "kmeans": "2*N*K*D an iteration (the search)",
 }
 BYTES_FORMULA = {
     "search": "s*(N*D + K*D) + 12*N, s = bytes of a number: read x and codebook, write codes and distance",
@@ -62,6 +66,8 @@ BYTES_FORMULA = {
     "ema": "s*N*D + 8*N + 20*K*D: read x and codes; write and read sums, update embed_sum, write the codebook",
     "train-step": "6*s*N*D + 24*N + 24*K*D: read x and write quantized; read x, quantized, dquantized and"
     " write dx; statistics and EMA",
+    "kmeans": "s*(2*N*D + 3*K*D) + 20*N an iteration: read x and the centroids, write codes and distance; read x and"
+    " codes, write and read sums",
 }
 
 
@@ -86,6 +92,7 @@ def make_problem(
     device: str = "cpu",
     gradient: str = "rotation",
     changing: bool = False,
+    iterations: int = 3,
 ) -> Problem:
     """The inputs of ``operation`` at ``shape``; see ``data`` for where they come from."""
     x, codebook = (tensor.to(device, getattr(torch, dtype)) for tensor in make_inputs(shape, data, seed))
@@ -97,7 +104,9 @@ def make_problem(
     if operation == "ema":
         generator = torch.Generator().manual_seed(2 * seed + 5)
         codes = torch.randint(shape.codes, (shape.tokens,), generator=generator).to(device)
-    return Problem(operation, shape, x, codebook, dquantized, codes, gradient, changing)
+    if operation == "kmeans" and shape.codes <= shape.tokens:  # where k-means starts: tokens, spread evenly
+        codebook = x[torch.linspace(0, shape.tokens - 1, shape.codes, dtype=torch.float64).long().to(device)]
+    return Problem(operation, shape, x, codebook, dquantized, codes, gradient, changing, iterations)
 
 
 @dataclass(eq=False)

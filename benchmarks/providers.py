@@ -27,10 +27,12 @@ class Lookup(NamedTuple):
     errors: Tensor  # [N] |x - quantized|^2; or a peer's loss
 
 
-# codes [N] ("search", "train-step"), a Lookup ("quantize"), the updated codebook [K, D] ("ema"); None: nothing to check
+# codes [N] ("search", "train-step"), a Lookup ("quantize"), the new codebook [K, D] ("ema", "kmeans"); None: no check
 Result = Tensor | Lookup | None
 Call = Callable[[], Result]  # what is timed
-PROVIDER_MODULES = ("search_providers", "gpu_providers", "quantize_providers", "ema_providers", "step_providers")
+PROVIDER_MODULES = (
+    *("search_providers", "gpu_providers", "quantize_providers", "ema_providers", "step_providers", "kmeans_providers"),
+)
 MEMORY_SHARE = 0.7  # of what is free, that a provider may take for its N x K intermediates
 TRIAL_SHAPE = Shape(4, 3, 2)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         VectorQuantizer,
         defer_codebook_update,
     )
+    from .nn.kmeans import KMeansResult, kmeans
     from .ops import (
         EntropyLoss,
         Quantized,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         index_propagation,
         lookup,
         nearest,
+        nearest_tokens,
         quantize,
         sample_codes,
         sign_assignment,
@@ -47,8 +49,9 @@ _HOMES = {
         *("EntropyOptions", "EntropyQuantizerOutput", "IndexPropagationQuantizer", "LookupFreeQuantizer"),
         *("QuantizerOutput", "VectorQuantizer", "defer_codebook_update"),
     ),
+    "nn.kmeans": ("KMeansResult", "kmeans"),
     "ops": (
-        *("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "quantize"),
+        *("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "nearest_tokens", "quantize"),
         *("EntropyLoss", "SoftAssignment", "code_cross_entropy", "entropy_loss", "index_propagation", "sample_codes"),
         *("sign_assignment", "sign_codes", "sign_entropy_loss", "sign_rows", "soft_assignment"),
     ),
@@ -61,6 +64,7 @@ __all__ = [
     "EntropyOptions",
     "EntropyQuantizerOutput",
     "IndexPropagationQuantizer",
+    "KMeansResult",
     "LookupFreeQuantizer",
     "Quantized",
     "QuantizerOutput",
@@ -74,8 +78,10 @@ __all__ = [
     "entropy_loss",
     "explain",
     "index_propagation",
+    "kmeans",
     "lookup",
     "nearest",
+    "nearest_tokens",
     "quantize",
     "sample_codes",
     "sign_assignment",

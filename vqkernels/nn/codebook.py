@@ -233,10 +233,10 @@ class Codebook(nn.Module):
         Args:
             batches: one tensor, or an iterable of them, as the module's forward takes them. Their tokens are held
                 in memory at once: N * codebook_dim numbers.
-            iterations: Lloyd steps, >= 0 (0: random tokens).
+            iterations: Lloyd steps, >= 0 (0: k-means++ alone).
 
-        Starts from random tokens, none drawn twice; a code left without tokens restarts at a random one. The same
-        module and batches give the same codebook. Over several ranks every rank must call it, with its own batches
+        It is ``vqkernels.kmeans`` with the module's own seed: k-means++, then Lloyd's algorithm. The same module and
+        batches give the same codebook. Over several ranks every rank must call it, with its own batches
         (a rank may have none), and all get the same codebook. Tokens with NaN or Inf are left out.
 
         Raises:
