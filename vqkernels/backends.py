@@ -117,7 +117,7 @@ def explain(op: str, *args: Any) -> str:
     """One line a backend: can it run ``op`` on these tensors, which one is chosen, and why; for ``nearest`` also how.
 
     Args:
-        op: "nearest", "gather", "quantize_backward", "codebook_stats" or "ema_update_".
+        op: one of ``kernels.registry.OPS``.
         args: the op's arguments; what is left out at the end of ``nearest`` takes its default.
     """
     if op not in OPS:

@@ -10,8 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 OPS = (
-    *("nearest", "gather", "quantize_backward", "codebook_stats", "ema_update_"),
-    *("softmax_forward", "softmax_code_sums", "softmax_backward", "softmax_sample"),
+    "nearest",
+    "gather",
+    "quantize",
+    "quantize_backward",
+    "codebook_gradient",
+    "codebook_stats",
+    "add_statistics_",
+    "ema_update_",
+    "softmax_forward",
+    "softmax_code_sums",
+    "softmax_backward",
+    "softmax_sample",
 )
 
 
