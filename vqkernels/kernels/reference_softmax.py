@@ -37,7 +37,6 @@ class _Block(NamedTuple):
 class _PerToken(NamedTuple):
     """What the backward is given for each token."""
 
-    lse: Tensor  # [N]
     dlse: Tensor  # [N]
     dentropy: Tensor  # [N]
     weight: Tensor  # [N]
@@ -81,12 +80,9 @@ def softmax_forward(
     return lse.view(x.shape[:2]), entropy.view(x.shape[:2])
 
 
-def _log_probabilities(
-    block: _Block,
-    lse: Tensor,  # [N]
-) -> Tensor:  # [n, K]
-    """0 in a row that is not finite: its caller multiplies by a weight of 0."""
-    return torch.where(block.finite[:, None], block.logits - lse[block.rows, None].double(), 0.0)
+def _log_probabilities(block: _Block) -> Tensor:  # [n, K]
+    """From the logits alone: lse was rounded to x's dtype, and p would not sum to 1 by as much."""
+    return block.logits.log_softmax(1)
 
 
 def softmax_code_sums(
@@ -99,11 +95,11 @@ def softmax_code_sums(
 ) -> Tensor:  # sums [K]
     """The weighted sum over tokens of their probabilities, in token order."""
     sums = torch.zeros(codebook.shape[0], dtype=torch.float64, device=x.device)
-    lse, weight = lse.reshape(-1), weight.reshape(-1)
+    weight = weight.reshape(-1)
     with torch.autocast(x.device.type, enabled=False):
         for block in _blocks(x, codebook.double(), bias, scale):
             share = torch.where(block.finite, weight[block.rows].double(), 0.0)  # [n]
-            sums += (_log_probabilities(block, lse).exp() * share[:, None]).sum(0)
+            sums += (_log_probabilities(block).exp() * share[:, None]).sum(0)
     return sums.to(x.dtype)
 
 
@@ -122,7 +118,7 @@ def softmax_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx [B, T, D] laid out like x, dcodebook [K, D], dbias [K]
     """Gradients of the logits' inputs; the last two are empty unless ``need_codebook``."""
     book = codebook.double()
-    per_token = _PerToken(*(value.reshape(-1) for value in (lse, dlse, dentropy, weight)))
+    per_token = _PerToken(*(value.reshape(-1) for value in (dlse, dentropy, weight)))
     towards = None if direction is None else direction.reshape(-1, x.shape[-1])
     dtokens = x.new_empty(x.shape[0] * x.shape[1], x.shape[2])
     kept = book.shape[0] if need_codebook else 0
@@ -147,8 +143,8 @@ def _dlogits(
 ) -> Tensor:  # [n, K]
     """p_nk (f_nk - sum_j p_nj f_nj + dlse_n), f the gradient with respect to p."""
     rows = block.rows
-    dlse, dentropy, weight = (value[rows, None].double() for value in per_token[1:])  # [n, 1]
-    log_p = _log_probabilities(block, per_token.lse)
+    dlse, dentropy, weight = (value[rows, None].double() for value in per_token)  # [n, 1]
+    log_p = _log_probabilities(block)
     p = log_p.exp()
     f = -dentropy * log_p
     if dcode_sums is not None:
@@ -169,10 +165,10 @@ def softmax_sample(
 ) -> Tensor:  # codes int64 [B, T]
     """The first code whose cumulative probability exceeds ``uniform``; -1 for a token that is not finite."""
     codes = torch.empty(x.shape[0] * x.shape[1], dtype=torch.int64, device=x.device)
-    lse, uniform = lse.reshape(-1), uniform.reshape(-1)
+    uniform = uniform.reshape(-1)
     with torch.autocast(x.device.type, enabled=False):
         for block in _blocks(x, codebook.double(), bias, scale):
-            below = _log_probabilities(block, lse).exp().cumsum(1) <= uniform[block.rows, None].double()
+            below = _log_probabilities(block).exp().cumsum(1) <= uniform[block.rows, None].double()
             drawn = below.sum(1).clamp(max=codebook.shape[0] - 1)
             codes[block.rows] = torch.where(block.finite, drawn, -1)
     return codes.view(x.shape[:2])
