@@ -46,7 +46,7 @@ inline SoftmaxPlan plan_softmax(int64_t tokens, int64_t codes, int64_t dim) {
   plan.chunk = round_up(ceil_div(codes, ITEMS), plan.block);
   plan.chunks = ceil_div(codes, plan.chunk);
   const int64_t fitting = clamp(PARTIAL / (plan.chunks * dim), BLOCK_TOKENS, STRIP_TOKENS);
-  const int64_t strip = fitting < tokens ? fitting : tokens;
+  const int64_t strip = clamp(tokens, 1, fitting);
   plan.group = round_up(ceil_div(strip, ceil_div(ITEMS, plan.chunks)), BLOCK_TOKENS);
   plan.groups = ceil_div(strip, plan.group);
   plan.strip = plan.group * plan.groups;
