@@ -96,11 +96,11 @@ def oracle(call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     size = call.scale * x.abs() @ codebook.abs().T + bias.abs().clamp_max(1e9) + 2 * lse.abs()
     off = unit * ((x.shape[-1] + 8) * (p * size).amax(-1, keepdim=True) + 64) + unit * size
     off_p = off * p + torch.finfo(call.x.dtype).tiny
-    spread = off_p * (f.abs() + (p * f.abs()).sum(-1, keepdim=True) + dlse.abs() + 2 * dentropy.abs() * (1 - logp))
-    spread, many = 4 * spread, 4 * (off_p * (1 - logp)).sum(-1)
+    size_of_f = f.abs() + (p * f.abs()).sum(-1, keepdim=True) + dlse.abs() + 2 * dentropy.abs() * (1 - logp)
+    spread, many = 4 * off_p * size_of_f, 4 * (off_p * (1 - logp)).sum(-1)
     bound = {"lse": off.amax(-1), "entropy": many, "sums": 2 * (weight.abs() * off_p).sum((0, 1))}
     bound["dx"] = call.scale * spread @ codebook.abs()
-    summed = spread.flatten(0, 1) * (1 + tokens / 64)
+    summed = (spread + unit * (tokens / 48) * p * size_of_f).flatten(0, 1)  # blocks of tokens are added up in x's dtype
     return true, bound | {"dcodebook": call.scale * summed.T @ x.abs().flatten(0, 1), "dbias": summed.sum(0)}
 
 
