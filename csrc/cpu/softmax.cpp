@@ -238,19 +238,6 @@ struct SoftmaxGradient {
         });
   }
 
-  // Adds, or for the first strip writes, the panels' gradient to rows. x was packed times scale / log 2.
-  void unpack_dcodes(const SoftmaxVisit<Word>& place, bool first, Word* rows) const {  // [K, D]
-    const int64_t width = call.table.width;
-    for (int64_t k = 0; k < place.codes; ++k) {
-      const Word* panel = place.scratch.dpanels.get() + k / width * width * dim() + k % width;
-      Word* row = rows + (place.code + k) * dim();
-      for (int64_t d = 0; d < dim(); ++d) {
-        const Word value = static_cast<Word>(LOG_2) * panel[d * width];
-        row[d] = first ? value : row[d] + value;
-      }
-    }
-  }
-
   void run_strip(const TokenStrip<Word>& strip, Word* rows, GroupSums& sums) const {
     const bool codes_too = dcodebook != nullptr, first = strip.begin == 0;
     const int64_t words = call.plan.block * dim();
@@ -271,8 +258,12 @@ struct SoftmaxGradient {
       call.table.add_dcodes(place.block, strip.x.get() + place.token * dim(), dim(),
                             place.scratch.dpanels.get());
     };
+    // x was packed times scale / log 2
     const auto close = [&](const SoftmaxVisit<Word>& place) {
-      if (codes_too) unpack_dcodes(place, first, rows + place.group * call.codes * dim());
+      if (!codes_too) return;
+      Word* out = rows + (place.group * call.codes + place.code) * dim();
+      call.table.unpack_codes(place.scratch.dpanels.get(), place.codes, dim(), static_cast<Word>(LOG_2),
+                              !first, out);
     };
     const double products = 2.0 + (direction ? 1.0 : 0.0) + (codes_too ? 1.0 : 0.0);
     call.for_blocks(strip, products, direction.has_value(), codes_too, begin, open, visit, close);

@@ -58,7 +58,7 @@ struct Pass {
       value = fma(value, rest, broadcast(PowerSeries<T>::C[i]));
     value = fma(value, rest, broadcast(T(1)));
     const Vector scaled = (Vector)((Integers)value + ((Integers)shifted << Bits<T>::FRACTION));
-    return t <= LEAST ? broadcast(T(0)) : scaled;
+    return t <= LEAST ? broadcast(T(0)) : t == t ? scaled : t;
   }
 };
 

@@ -44,6 +44,11 @@ struct SoftmaxTable {
                      int64_t count, int64_t dim,
                      Word* panels);  // [count rounded up to panels, D, width]
 
+  // Panels, times a factor, to rows, or added to them.
+  void (*unpack_codes)(const Word* panels,  // [panels, D, width]
+                       int64_t count, int64_t dim, Word factor, bool add,
+                       Word* rows);  // [count, D]
+
   // scores = x . codes + bias
   void (*score)(const Word* x,       // [tokens, D]
                 const Word* panels,  // [panels, D, width]

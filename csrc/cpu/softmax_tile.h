@@ -4,10 +4,12 @@
 //
 // P: Word, Vector, LANES, VECTORS (of a panel), ROWS (of a register tile), TOKENS (of a tile of add_dx),
 // load, store, broadcast, add, subtract, multiply, fma(a, b, c) = a * b + c, maximum(a, b) = a > b ? a : b,
-// power(t) = 2^t for t <= 127, 0 where t <= LEAST, sum_of, largest_of.
+// power(t) = 2^t for t <= 127, 0 where t <= LEAST, sum_of, largest_of;
+// with 4 TOKENS also add_sums, which sums the lanes of many vectors at once.
 #pragma once
 
 #include "softmax_table.h"
+#include "strips.h"
 
 namespace vqkernels {
 namespace cpu {
@@ -23,17 +25,89 @@ struct SoftmaxTile {
 
   // ------------------------------------------------------------------------------------ products
 
+  // Whole panels are turned 16 codes by 16 dimensions at a time.
+  static constexpr bool IN_STRIPS = sizeof(Word) == sizeof(float) && WIDTH % STRIP == 0;
+
   static void pack_codes(const Word* rows,  // [count, D]
                          int64_t count, int64_t dim,
                          Word* panels) {  // [panels, D, WIDTH]
+    const Word* end = rows + count * dim;
     for (int64_t base = 0; base < count; base += WIDTH, panels += dim * WIDTH) {
       const int64_t here = count - base < WIDTH ? count - base : WIDTH;
-      for (int64_t d = 0; d < dim; ++d) {
-        Word* out = panels + d * WIDTH;
-        for (int64_t j = 0; j < here; ++j) out[j] = rows[(base + j) * dim + d];
-        for (int64_t j = here; j < WIDTH; ++j) out[j] = Word(0);
+      if constexpr (IN_STRIPS) {
+        for (int64_t j = 0; j < WIDTH; j += STRIP)
+          pack_strips(rows + (base + j) * dim, here - j, dim, end, panels + j);
+      } else {
+        for (int64_t d = 0; d < dim; ++d) {
+          Word* out = panels + d * WIDTH;
+          for (int64_t j = 0; j < here; ++j) out[j] = rows[(base + j) * dim + d];
+          for (int64_t j = here; j < WIDTH; ++j) out[j] = Word(0);
+        }
       }
     }
+  }
+
+  static void pack_strips(const float* rows,  // [count, D]
+                          int64_t count, int64_t dim,
+                          const float* end,  // of what may be read
+                          float* out) {      // [D, WIDTH], 16 columns of it
+    IntStrip square[STRIP];
+    for (int64_t d = 0; d < dim; d += STRIP) {
+      for (int64_t j = 0; j < STRIP; ++j) {
+        square[j] = j < count ? (IntStrip)load_strip(rows + j * dim + d, dim - d, end) : IntStrip{};
+      }
+      transpose(square);
+      for (int64_t i = 0; i < STRIP && d + i < dim; ++i) {
+        __builtin_memcpy(out + (d + i) * WIDTH, &square[i], sizeof(square[i]));
+      }
+    }
+  }
+
+  static void unpack_codes(const Word* panels,  // [panels, D, WIDTH]
+                           int64_t count, int64_t dim, Word factor, bool add,
+                           Word* rows) {  // [count, D]
+    for (int64_t base = 0; base < count; base += WIDTH, panels += dim * WIDTH) {
+      const int64_t here = count - base < WIDTH ? count - base : WIDTH;
+      for (int64_t j = 0; j < here; j += STRIP) {
+        const int64_t some = here - j < STRIP ? here - j : STRIP;
+        if constexpr (IN_STRIPS) {
+          unpack_strips(panels + j, some, dim, factor, add, rows + (base + j) * dim);
+        } else {
+          for (int64_t i = j; i < j + some; ++i) {
+            Word* row = rows + (base + i) * dim;
+            for (int64_t d = 0; d < dim; ++d)
+              row[d] = factor * panels[d * WIDTH + i] + (add ? row[d] : Word(0));
+          }
+        }
+      }
+    }
+  }
+
+  static void unpack_strips(const float* panel,  // [D, WIDTH], 16 columns of it
+                            int64_t count, int64_t dim, float factor, bool add,
+                            float* rows) {  // [count, D]
+    IntStrip square[STRIP];
+    for (int64_t d = 0; d < dim; d += STRIP) {
+      const int64_t width = dim - d < STRIP ? dim - d : STRIP;
+      for (int64_t i = 0; i < STRIP; ++i)
+        square[i] = i < width ? load_vector<IntStrip>(panel + (d + i) * WIDTH) : IntStrip{};
+      transpose(square);
+      for (int64_t j = 0; j < count; ++j) {
+        write_strip((FloatStrip)square[j] * factor, width, add, rows + j * dim + d);
+      }
+    }
+  }
+
+  static inline __attribute__((always_inline)) void write_strip(FloatStrip value, int64_t width, bool add,
+                                                                float* out) {  // [width]
+    if (width == STRIP) {
+      if (add) value += load_vector<FloatStrip>(out);
+      __builtin_memcpy(out, &value, sizeof(value));
+      return;
+    }
+    float values[STRIP];
+    __builtin_memcpy(values, &value, sizeof(value));
+    for (int64_t i = 0; i < width; ++i) out[i] = add ? out[i] + values[i] : values[i];
   }
 
   // out[row] = start[row] + sum_step a[row, step] b[step]: rows x vectors sums stay in registers.
@@ -132,11 +206,15 @@ struct SoftmaxTile {
         }
       }
     }
+    if constexpr (P::TOKENS == 4) {
+      P::add_sums(sums, tokens, dim, dx);
+    } else {
 #pragma GCC unroll 4
-    for (int n = 0; n < P::TOKENS; ++n) {
-      if (n >= tokens) break;
+      for (int n = 0; n < P::TOKENS; ++n) {
+        if (n >= tokens) break;
 #pragma GCC unroll 8
-      for (int d = 0; d < DIMS; ++d) dx[n * dim + d] += P::sum_of(sums[d][n]);
+        for (int d = 0; d < DIMS; ++d) dx[n * dim + d] += P::sum_of(sums[d][n]);
+      }
     }
   }
 
@@ -343,8 +421,8 @@ struct SoftmaxTile {
   }
 
   static constexpr SoftmaxTable<Word> make_table(const char* name) {
-    return {name,      WIDTH,         pack_codes, score,  fold,      row_sums,
-            code_sums, probabilities, gradients,  add_dx, add_dcodes};
+    return {name,     WIDTH,     pack_codes,    unpack_codes, score,  fold,
+            row_sums, code_sums, probabilities, gradients,    add_dx, add_dcodes};
   }
 };
 
