@@ -26,10 +26,11 @@ from requirements import skip_or_fail
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 PROCESSES = ((80, 120), (90, 100))
 # bytes of stack a thread: what ptxas saves around its calls to float64 division and square roots
-# (the gradients of the softmax: two registers saved once)
-MAX_STACK = {"finish_kernel": 64, "operands_kernel": 32, "token_kernel": 8, "code_kernel": 8}
+MAX_STACK = {"finish_kernel": 64, "operands_kernel": 32}
 SCORE_KERNELS = {"forward_kernel", "code_sums_kernel", "mean_kernel"}
 SOFTMAX_KERNELS = {*SCORE_KERNELS, "sample_kernel", "token_kernel", "code_kernel"}
+# up to four registers, which ptxas puts there to fit one more program on a multiprocessor (it stops at 168 or 128)
+MAX_STACK |= dict.fromkeys(SOFTMAX_KERNELS, 16)
 KERNELS = {
     *("operands_kernel", "coarse_kernel", "finish_kernel", "gather_kernel", "backward_kernel"),
     *("piece_kernel", "join_kernel", "kept_kernel", "size_kernel", "row_kernel", "merge_kernel"),
@@ -221,22 +222,22 @@ def launch_softmax(
     dims: tuple[int, ...],
     sizes: tuple[tuple[int, int, int], ...],  # batch, tokens, K
 ) -> None:
-    """Every op, with the codes or tokens in one part and in several, with the least and the most arguments."""
+    """Every op: with the least arguments and what streams in one part, with the most and in many parts."""
     import torch
 
     from vqkernels.kernels import triton_softmax, triton_softmax_backward, triton_softmax_tiles
 
     triton_softmax.device_of = triton_softmax_backward.device_of = lambda x: gpu_of(arch)
-    for dim, (batch, tokens, k), slots in itertools.product(dims, sizes, (1, 1000)):
-        triton_softmax_tiles.slots_of = lambda x, config, slots=slots: slots
+    for dim, (batch, tokens, k), most in itertools.product(dims, sizes, (False, True)):
+        triton_softmax_tiles.slots_of = lambda x, config, most=most: 1000 if most else 1
         x, codebook = torch.zeros(batch, tokens, dim), torch.zeros(k, dim)
         each, per_code = torch.zeros(batch, tokens), torch.zeros(k)
-        for bias, sums, direction in ((None, None, None), (per_code, per_code, x)):
-            logits = (x, codebook, bias, 0.5)
-            triton_softmax.softmax_forward(*logits)
-            triton_softmax.softmax_code_sums(*logits, each, each)
-            triton_softmax.softmax_sample(*logits, each, each)
-            triton_softmax_backward.softmax_backward(*logits, *[each] * 4, sums, direction, True)
+        bias, sums, direction = (per_code, per_code, x) if most else (None, None, None)
+        logits = (x, codebook, bias, 0.5)
+        triton_softmax.softmax_forward(*logits)
+        triton_softmax.softmax_code_sums(*logits, each, each)
+        triton_softmax.softmax_sample(*logits, each, each)
+        triton_softmax_backward.softmax_backward(*logits, *[each] * 4, sums, direction, True)
 
 
 def launch_training() -> None:

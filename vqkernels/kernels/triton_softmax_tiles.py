@@ -129,7 +129,7 @@ class SoftmaxConfig:
 
 STAGES = 3
 # For mma.sync, whose operands are in registers, each with its second tf32 term: 32 passing rows are what fits. By an
-# A100's rates, 170 such products a clock, a block of 64 takes 170 x 4 / 64 = 11 bytes a clock from L2, which has some 47.
+# A100's rates, 170 such products a clock, a block of 64 takes 170 x 4 / 64 = 11 bytes a clock from L2, of some 47.
 SCORES = (
     SoftmaxConfig(keep=64, stream=32, block_d=16, resident=True, chunk=0, num_warps=4),
     SoftmaxConfig(keep=64, stream=32, block_d=32, resident=True, chunk=0, num_warps=4),
@@ -171,7 +171,8 @@ def gradient_config(dim: int, gpu: Gpu) -> SoftmaxConfig:
 
 def sample_config(dim: int, gpu: Gpu) -> SoftmaxConfig:
     """As for scores, with streaming dims: Triton 3.7.1 fails to compile the running sum of resident ones for 10.0."""
-    return replace(score_config(dim, gpu), resident=False)
+    config = score_config(dim, gpu)
+    return replace(config, block_d=min(config.block_d, 32), resident=False)
 
 
 def _choose(configs: tuple[SoftmaxConfig, ...], dim: int) -> SoftmaxConfig:
