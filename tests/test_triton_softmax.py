@@ -69,7 +69,7 @@ def _case(batch: int, tokens: int, k: int, dim: int, first: bool, bias: bool, sc
 @pytest.fixture(params=[1, 1000], ids=["one split", "every split"])
 def _slots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """With a thousand programs to fill, every tile that streams is a program of its own."""
-    monkeypatch.setattr(tiles, "slots_of", lambda x: request.param)
+    monkeypatch.setattr(tiles, "slots_of", lambda x, config: request.param)
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())

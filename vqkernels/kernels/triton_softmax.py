@@ -23,14 +23,17 @@ from torch import Tensor
 
 from .registry import register
 from .triton_common import on_device
+from .triton_nearest import device_of
 from .triton_softmax_tiles import (
+    STAGES,
     add,
     as_rows,
     load_bias,
     load_lse,
     load_rows,
     products,
-    softmax_config,
+    sample_config,
+    score_config,
     softmax_unsupported,
     split_of,
     split_row,
@@ -66,7 +69,9 @@ def forward_kernel(
     x_ptr,  # [N, D]
     codebook_ptr,  # [K, D]
     bias_ptr,  # [K] or None
-    out_ptr,  # [2, N] lse and entropy; SPLIT: [splits, N, 4] m, s, its error and the moment
+    lse_ptr,  # [N]
+    entropy_ptr,  # [N]
+    part_ptr,  # [splits, N, 4], written instead where SPLIT: m, s, its error and the moment
     scale,
     N,
     K,
@@ -105,21 +110,22 @@ def forward_kernel(
         total, total_error = add(total * shrink, total_error * shrink, tl.sum(p, 1))
         top = higher
     if SPLIT:
-        out = out_ptr + split_row(tl.program_id(1), rows, N) * 4
-        tl.store(out, top, mask=live)
-        tl.store(out + 1, total, mask=live)
-        tl.store(out + 2, total_error, mask=live)
-        tl.store(out + 3, moment, mask=live)
+        part = part_ptr + split_row(tl.program_id(1), rows, N) * 4
+        tl.store(part, top, mask=live)
+        tl.store(part + 1, total, mask=live)
+        tl.store(part + 2, total_error, mask=live)
+        tl.store(part + 3, moment, mask=live)
     else:
         lse, entropy = finish_forward(top, total, total_error, moment)
-        tl.store(out_ptr + rows, lse, mask=live)
-        tl.store(out_ptr + N + rows, entropy, mask=live)
+        tl.store(lse_ptr + rows, lse, mask=live)
+        tl.store(entropy_ptr + rows, entropy, mask=live)
 
 
 @triton.jit(do_not_specialize=["N", "splits"])
 def merge_kernel(
     part_ptr,  # [splits, N, 4]
-    out_ptr,  # [2, N] lse and entropy
+    lse_ptr,  # [N]
+    entropy_ptr,  # [N]
     N,
     splits,
     BLOCK_N: tl.constexpr,
@@ -142,8 +148,8 @@ def merge_kernel(
         moment += tl.load(part + 3, mask=live, other=0.0) * shrink + tl.where(some > 0, some * lift, 0.0)
         total, total_error = add(total, total_error + error, some)
     lse, entropy = finish_forward(top, total, total_error, moment)
-    tl.store(out_ptr + rows, lse, mask=live)
-    tl.store(out_ptr + N + rows, entropy, mask=live)
+    tl.store(lse_ptr + rows, lse, mask=live)
+    tl.store(entropy_ptr + rows, entropy, mask=live)
 
 
 def softmax_forward(
@@ -154,21 +160,21 @@ def softmax_forward(
 ) -> tuple[Tensor, Tensor]:  # lse [B, T], entropy [B, T]
     """log sum_k exp l_k and -sum_k p_k log p_k of each token, in one pass over the codes (Milakov, Gimelshein 2018)."""
     tokens, (k, dim) = as_rows(x), codebook.shape
-    n, config = tokens.shape[0], softmax_config(dim)
-    out = torch.empty(2, *x.shape[:2], dtype=torch.float32, device=x.device)
+    n, config = tokens.shape[0], score_config(dim, device_of(x))
+    lse, entropy = x.new_empty(x.shape[:2]), x.new_empty(x.shape[:2])
     if n > 0:
         blocks = triton.cdiv(n, config.keep)
-        split = split_of(x, blocks, k, config.stream)
-        parts = out if split.count == 1 else x.new_empty(split.count, n, 4)
+        split = split_of(x, blocks, k, config)
+        parts = x.new_empty(split.count, n, 4) if split.count > 1 else lse
         with on_device(x):
             forward_kernel[(blocks, split.count)](
-                tokens, codebook, bias, parts, scale, n, k, dim, split.length,
+                tokens, codebook, bias, lse, entropy, parts, scale, n, k, dim, split.length,
                 SPLIT=split.count > 1, RESIDENT=config.resident, BLOCK_N=config.keep, BLOCK_K=config.stream,
-                BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
+                BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=STAGES,
             )  # fmt: skip
             if split.count > 1:
-                merge_kernel[(triton.cdiv(n, MERGE_ROWS),)](parts, out, n, split.count, BLOCK_N=MERGE_ROWS)
-    return out[0], out[1]
+                merge_kernel[(triton.cdiv(n, MERGE_ROWS),)](parts, lse, entropy, n, split.count, BLOCK_N=MERGE_ROWS)
+    return lse, entropy
 
 
 # ------------------------------------------------------------------------------------- sums over the tokens
@@ -222,17 +228,17 @@ def softmax_code_sums(
 ) -> Tensor:  # [K]
     """sum_n weight_n p_nk of each code; tokens whose lse is not finite have no weight."""
     tokens, (k, dim) = as_rows(x), codebook.shape
-    n, config = tokens.shape[0], softmax_config(dim)
+    n, config = tokens.shape[0], score_config(dim, device_of(x))
     if n == 0:
         return x.new_zeros(k)
     blocks = triton.cdiv(k, config.keep)
-    split = split_of(x, blocks, n, config.stream)
+    split = split_of(x, blocks, n, config)
     sums = x.new_empty(split.count, k)
     with on_device(x):
         code_sums_kernel[(blocks, split.count)](
             tokens, codebook, bias, lse.contiguous(), weight.contiguous(), sums, scale, n, k, dim, split.length,
             RESIDENT=config.resident, BLOCK_N=config.stream, BLOCK_K=config.keep, BLOCK_D=config.block_d,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=STAGES,
         )  # fmt: skip
     return sums.sum(0)
 
@@ -329,18 +335,18 @@ def softmax_sample(
 ) -> Tensor:  # int64 [B, T]
     """The first code at which the running sum of p exceeds ``uniform``, K - 1 at most; -1 where lse is not finite."""
     tokens, (k, dim) = as_rows(x), codebook.shape
-    n, config = tokens.shape[0], softmax_config(dim)
+    n, config = tokens.shape[0], sample_config(dim, device_of(x))
     codes = torch.full(x.shape[:2], -1, dtype=torch.int64, device=x.device)
     if n > 0:
         blocks = triton.cdiv(n, config.keep)
-        split = split_of(x, blocks, k, config.stream)
+        split = split_of(x, blocks, k, config)
         lse, uniform, mass = lse.contiguous(), uniform.contiguous(), x.new_empty(split.count, n)
         with on_device(x):
             for only_mass in (True, False) if split.count > 1 else (False,):
                 sample_kernel[(blocks, split.count)](
                     tokens, codebook, bias, lse, uniform, mass, codes, scale, n, k, dim, split.length,
                     MASS=only_mass, RESIDENT=config.resident, BLOCK_N=config.keep, BLOCK_K=config.stream,
-                    BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=config.num_stages,
+                    BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=STAGES,
                 )  # fmt: skip
     return codes
 

@@ -29,22 +29,23 @@ from torch import Tensor
 
 from .registry import register
 from .triton_common import on_device, row_offsets, store_tile
+from .triton_configs import Gpu
+from .triton_nearest import device_of
 from .triton_softmax_tiles import (
-    SoftmaxConfig,
+    PRECISION,
+    STAGES,
     add,
     as_rows,
+    gradient_config,
     load_bias,
     load_lse,
     load_rows,
     products,
-    softmax_config,
+    score_config,
     softmax_unsupported,
     split_of,
     split_row,
 )
-
-PRECISION = tl.constexpr("tf32x3")
-CHUNK = 128  # dims of one program's sums where not all are one step
 
 
 @triton.jit
@@ -280,12 +281,7 @@ class Problem:
     weight: Tensor  # [N]
     dcode_sums: Tensor | None  # [K]
     direction: Tensor | None  # [N, D]
-    config: SoftmaxConfig
-
-    @property
-    def chunk(self) -> int:
-        """Dims that one program sums."""
-        return self.config.block_d if self.config.resident else CHUNK
+    gpu: Gpu
 
 
 def mean_slopes(
@@ -293,14 +289,15 @@ def mean_slopes(
 ) -> Tensor:  # [N]
     """r of each token."""
     p, (n, dim), k = problem, problem.x.shape, problem.codebook.shape[0]
-    blocks = triton.cdiv(n, p.config.keep)
-    split = split_of(p.x, blocks, k, p.config.stream)
+    config = score_config(dim, p.gpu)
+    blocks = triton.cdiv(n, config.keep)
+    split = split_of(p.x, blocks, k, config)
     mean = p.x.new_empty(split.count, n)
     mean_kernel[(blocks, split.count)](
         p.x, p.codebook, p.bias, p.lse, p.dentropy, p.weight, p.dcode_sums, p.direction, mean,
         p.scale, n, k, dim, split.length,
-        RESIDENT=p.config.resident, BLOCK_N=p.config.keep, BLOCK_K=p.config.stream, BLOCK_D=p.config.block_d,
-        num_warps=p.config.num_warps, num_stages=p.config.num_stages,
+        RESIDENT=config.resident, BLOCK_N=config.keep, BLOCK_K=config.stream, BLOCK_D=config.block_d,
+        num_warps=config.num_warps, num_stages=STAGES,
     )  # fmt: skip
     return mean.sum(0)
 
@@ -312,15 +309,16 @@ def token_gradient(
 ) -> None:
     """Straight into dx, or by way of the splits' parts."""
     p, (n, dim), k = problem, problem.x.shape, problem.codebook.shape[0]
-    blocks = triton.cdiv(n, p.config.keep) * triton.cdiv(dim, p.chunk)
-    split = split_of(p.x, blocks, k, p.config.stream)
+    config = gradient_config(dim, p.gpu)
+    blocks = triton.cdiv(n, config.keep) * triton.cdiv(dim, config.chunk)
+    split = split_of(p.x, blocks, k, config)
     out = dx if split.count == 1 else p.x.new_empty(split.count, n, dim)
     where = (dx.shape[1], *dx.stride()) if split.count == 1 else (n, 0, dim, 1)
     token_kernel[(blocks, split.count)](
         p.x, p.codebook, p.bias, p.lse, p.dentropy, p.weight, shift, p.dcode_sums, p.direction, out,
         p.scale, n, k, dim, split.length, *where,
-        RESIDENT=p.config.resident, BLOCK_N=p.config.keep, BLOCK_K=p.config.stream, BLOCK_D=p.config.block_d,
-        BLOCK_O=p.chunk, num_warps=p.config.num_warps, num_stages=p.config.num_stages,
+        RESIDENT=config.resident, BLOCK_N=config.keep, BLOCK_K=config.stream, BLOCK_D=config.block_d,
+        BLOCK_O=config.chunk, num_warps=config.num_warps, num_stages=STAGES,
     )  # fmt: skip
     if split.count > 1:
         dx.copy_(out.sum(0).view(dx.shape))
@@ -332,14 +330,15 @@ def code_gradient(
 ) -> tuple[Tensor, Tensor]:  # dcodebook [K, D], dbias [K]
     """Parts of a small codebook's splits are joined in order; they take no more memory than the programs' registers."""
     p, (n, dim), k = problem, problem.x.shape, problem.codebook.shape[0]
-    blocks = triton.cdiv(k, p.config.keep) * triton.cdiv(dim, p.chunk)
-    split = split_of(p.x, blocks, n, p.config.stream)
+    config = gradient_config(dim, p.gpu)
+    blocks = triton.cdiv(k, config.keep) * triton.cdiv(dim, config.chunk)
+    split = split_of(p.x, blocks, n, config)
     dcodebook, dbias = p.x.new_empty(split.count, k, dim), p.x.new_empty(split.count, k)
     code_kernel[(blocks, split.count)](
         p.x, p.codebook, p.bias, p.lse, p.dentropy, p.weight, shift, p.dcode_sums, p.direction, dcodebook, dbias,
         p.scale, n, k, dim, split.length,
-        RESIDENT=p.config.resident, BLOCK_N=p.config.stream, BLOCK_K=p.config.keep, BLOCK_D=p.config.block_d,
-        BLOCK_O=p.chunk, num_warps=p.config.num_warps, num_stages=p.config.num_stages,
+        RESIDENT=config.resident, BLOCK_N=config.stream, BLOCK_K=config.keep, BLOCK_D=config.block_d,
+        BLOCK_O=config.chunk, num_warps=config.num_warps, num_stages=STAGES,
     )  # fmt: skip
     return (dcodebook[0], dbias[0]) if split.count == 1 else (dcodebook.sum(0), dbias.sum(0))
 
@@ -363,8 +362,8 @@ def softmax_backward(
         size = k if need_codebook else 0
         return dx, x.new_zeros(size, dim), x.new_zeros(size)
     problem = Problem(
-        as_rows(x), codebook.contiguous(), bias, scale, flat(lse), flat(dentropy), flat(weight),
-        dcode_sums, None if direction is None else as_rows(direction), softmax_config(dim),
+        as_rows(x), codebook, bias, scale, flat(lse), flat(dentropy), flat(weight),
+        dcode_sums, None if direction is None else as_rows(direction), device_of(x),
     )  # fmt: skip
     with on_device(x):
         shift = flat(dlse) - mean_slopes(problem)

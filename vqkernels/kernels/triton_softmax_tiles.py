@@ -8,7 +8,7 @@ would take some three times as long, by the rates. The interpreter multiplies in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_common import MAX_CODES, MAX_DIM, unsupported
-from .triton_configs import count_splits
+from .triton_configs import Gpu, count_splits
 
 PRECISION = tl.constexpr("tf32x3")
 
@@ -119,22 +119,64 @@ class SoftmaxConfig:
     stream: int
     block_d: int  # dims of one step of a product
     resident: bool  # all dims are one step: the program's own rows stay on the chip
+    chunk: int  # dims of the sums that one program of a gradient has in registers; else 0
     num_warps: int
-    num_stages: int
+
+    def serves(self, dim: int) -> bool:
+        """Whether all dims are one step, or one chunk; the last configuration of a list takes the rest."""
+        return dim <= (self.block_d if self.resident else self.chunk)
 
 
-# every configuration that softmax_config can return; the compile test builds each for each architecture
-CONFIGS = (
-    SoftmaxConfig(keep=64, stream=64, block_d=16, resident=True, num_warps=4, num_stages=2),
-    SoftmaxConfig(keep=64, stream=64, block_d=32, resident=True, num_warps=4, num_stages=2),
-    SoftmaxConfig(keep=64, stream=64, block_d=64, resident=True, num_warps=4, num_stages=2),
-    SoftmaxConfig(keep=64, stream=64, block_d=32, resident=False, num_warps=4, num_stages=3),
+STAGES = 3
+# For mma.sync, whose operands are in registers, each with its second tf32 term: 32 passing rows are what fits. By an
+# A100's rates, 170 such products a clock, a block of 64 takes 170 x 4 / 64 = 11 bytes a clock from L2, of some 47.
+SCORES = (
+    SoftmaxConfig(keep=64, stream=32, block_d=16, resident=True, chunk=0, num_warps=4),
+    SoftmaxConfig(keep=64, stream=32, block_d=32, resident=True, chunk=0, num_warps=4),
+    SoftmaxConfig(keep=64, stream=32, block_d=64, resident=True, chunk=0, num_warps=4),
+    SoftmaxConfig(keep=64, stream=32, block_d=32, resident=False, chunk=0, num_warps=4),
+)
+GRADIENTS = (
+    SoftmaxConfig(keep=64, stream=32, block_d=16, resident=True, chunk=16, num_warps=4),
+    SoftmaxConfig(keep=64, stream=32, block_d=32, resident=True, chunk=32, num_warps=4),
+    SoftmaxConfig(keep=64, stream=16, block_d=32, resident=False, chunk=64, num_warps=4),
+    SoftmaxConfig(keep=64, stream=16, block_d=16, resident=False, chunk=128, num_warps=4),
+)
+# For wgmma and tcgen05, which read from shared memory. By an H100's rates, 356 products a clock, a block of 128 takes
+# 11 bytes, of some 25; three times that past D = 32 where its own rows are read again: L2 is the limit there.
+LARGE = (90, 100, 103)
+LARGE_SCORES = (
+    SoftmaxConfig(keep=128, stream=32, block_d=16, resident=True, chunk=0, num_warps=8),
+    SoftmaxConfig(keep=128, stream=32, block_d=32, resident=True, chunk=0, num_warps=8),
+    SoftmaxConfig(keep=128, stream=64, block_d=32, resident=False, chunk=0, num_warps=8),
+)
+LARGE_GRADIENTS = (
+    SoftmaxConfig(keep=128, stream=32, block_d=16, resident=True, chunk=16, num_warps=8),
+    SoftmaxConfig(keep=128, stream=32, block_d=32, resident=True, chunk=32, num_warps=8),
+    SoftmaxConfig(keep=128, stream=32, block_d=32, resident=False, chunk=64, num_warps=8),
+    SoftmaxConfig(keep=64, stream=32, block_d=16, resident=False, chunk=128, num_warps=4),
 )
 
 
-def softmax_config(dim: int) -> SoftmaxConfig:
-    """By D alone, so that any GPU is served and a batch of another size compiles nothing."""
-    return next((config for config in CONFIGS if config.resident and dim <= config.block_d), CONFIGS[-1])
+def score_config(dim: int, gpu: Gpu) -> SoftmaxConfig:
+    """For kernels that keep a number or two of each row. By D and the kind of tensor core alone: any GPU is served, and
+    a batch of another size compiles nothing."""
+    return _choose(LARGE_SCORES if gpu.capability in LARGE else SCORES, dim)
+
+
+def gradient_config(dim: int, gpu: Gpu) -> SoftmaxConfig:
+    """For kernels that keep sums over D."""
+    return _choose(LARGE_GRADIENTS if gpu.capability in LARGE else GRADIENTS, dim)
+
+
+def sample_config(dim: int, gpu: Gpu) -> SoftmaxConfig:
+    """As for scores, with streaming dims: Triton 3.7.1 fails to compile the running sum of resident ones for 10.0."""
+    config = score_config(dim, gpu)
+    return replace(config, block_d=min(config.block_d, 32), resident=False)
+
+
+def _choose(configs: tuple[SoftmaxConfig, ...], dim: int) -> SoftmaxConfig:
+    return next((config for config in configs if config.serves(dim)), configs[-1])
 
 
 @dataclass(frozen=True)
@@ -149,19 +191,23 @@ def split_of(
     x: Tensor,  # [B, T, D]
     blocks: int,
     rows: int,
-    tile: int,
+    config: SoftmaxConfig,
 ) -> Split:
-    """Whole tiles of the streaming ``rows`` to each program; the fewest programs that fill the device."""
-    tiles = triton.cdiv(rows, tile)
-    length = triton.cdiv(tiles, count_splits(blocks, tiles, slots_of(x)))
-    return Split(triton.cdiv(tiles, length), length * tile)
+    """Whole tiles of the streaming ``rows`` to each program; the fewest programs that end first."""
+    tiles = triton.cdiv(rows, config.stream)
+    length = triton.cdiv(tiles, count_splits(blocks, tiles, slots_of(x, config), SPLITS))
+    return Split(triton.cdiv(tiles, length), length * config.stream)
+
+
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
 def slots_of(
     x: Tensor,  # [B, T, D]
+    config: SoftmaxConfig,
 ) -> int:
-    """Programs that run at once: registers hold two on a multiprocessor."""
-    return 2 * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    """Programs that run at once: registers of a multiprocessor hold eight warps of these kernels."""
+    return 8 // config.num_warps * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
 
 
 def as_rows(
