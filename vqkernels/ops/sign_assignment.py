@@ -94,7 +94,8 @@ def _half_backward(
     bits = z.shape[2]
     shift = torch.arange(bits - 1, -1, -1, device=z.device)
     ones = ((torch.arange(1 << bits, device=z.device)[:, None] >> shift) & 1).to(z.dtype)  # [2^h, h]
-    return _sigmoid(-z) * (flow @ ones) - _sigmoid(z) * (flow @ (1 - ones))
+    with_one, with_zero = (flow @ torch.cat([ones, 1 - ones], 1)).chunk(2, -1)  # [n, G, h]
+    return _sigmoid(-z) * with_one - _sigmoid(z) * with_zero
 
 
 def _fake_sums(z: Tensor, weight: Tensor) -> Tensor:
