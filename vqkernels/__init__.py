@@ -14,13 +14,22 @@ if TYPE_CHECKING:
     from .backends import BackendError, explain, use_backend
     from .nn import QuantizerOutput, VectorQuantizer, defer_codebook_update
     from .nn.kmeans import KMeansResult, kmeans
-    from .ops import Quantized, codebook_stats, ema_update_, lookup, nearest, nearest_tokens, quantize
+    from .ops import Quantized, codebook_stats, ema_update_, lookup, nearest, nearest_k, nearest_tokens, quantize
 
 _HOMES = {
     "backends": ("BackendError", "explain", "use_backend"),
     "nn": ("QuantizerOutput", "VectorQuantizer", "defer_codebook_update"),
     "nn.kmeans": ("KMeansResult", "kmeans"),
-    "ops": ("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "nearest_tokens", "quantize"),
+    "ops": (
+        "Quantized",
+        "codebook_stats",
+        "ema_update_",
+        "lookup",
+        "nearest",
+        "nearest_k",
+        "nearest_tokens",
+        "quantize",
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -38,6 +47,7 @@ __all__ = [
     "kmeans",
     "lookup",
     "nearest",
+    "nearest_k",
     "nearest_tokens",
     "quantize",
     "use_backend",

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {"nearest": ("euclidean", "exact")}  # co
 _MODULES = {
     "compiled": ("compiled",),
     "triton": ("triton_nearest", "triton_training", "triton_codebook"),
-    "reference": ("reference_nearest", "reference_training"),
+    "reference": ("reference_nearest", "reference_nearest_k", "reference_training"),
 }
 _requested: str | None = None
 

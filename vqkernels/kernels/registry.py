@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-OPS = ("nearest", "gather", "quantize_backward", "codebook_stats", "ema_update_")
+OPS = ("nearest", "nearest_k", "gather", "quantize_backward", "codebook_stats", "ema_update_")
 
 
 @dataclass(frozen=True)
