@@ -10,6 +10,7 @@ tell, the token is decided by integers that hold every product exactly.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 
 import torch
 from torch import Tensor
@@ -17,14 +18,16 @@ from torch import Tensor
 from .reference_nearest import (
     SAFE_LOW,
     UNIT64,
-    _best_candidate,
     _blocks,
     _distance_of,
     _integers,
+    _negative_cosine,
     _scaled,
     _squared_distance,
 )
 from .registry import register
+
+TIE = 1 << 210  # cosines in units of 2^-300 that are no farther apart are the same, as in reference_nearest
 
 
 def nearest_k(
@@ -97,14 +100,20 @@ def _ordered(
     metric: str,
 ) -> list[int]:
     """The first k of the candidates, decided without rounding."""
-    if metric == "euclidean":
-        target = _integers(token)
-        distances = [(_squared_distance(target, tuple(_integers(book[code]))), code) for code in candidates]
-        return [code for _, code in sorted(distances)[:k]]
-    found = []
-    for _ in range(k):
-        found.append(_best_candidate(token, book, candidates, metric))
-        candidates = [code for code in candidates if code != found[-1]]
+    measure, tie = (_squared_distance, 0) if metric == "euclidean" else (_negative_cosine, TIE)
+    target, known = _integers(token), dict[tuple[int, ...], int]()
+    left = []
+    for candidate in candidates:
+        code = tuple(_integers(book[candidate]))
+        if code not in known:
+            known[code] = measure(target, code)
+        left.append((known[code], candidate))
+    left.sort()
+    found: list[int] = []
+    while len(found) < k:  # the lowest index among those that tie with the best that is left
+        tied = bisect_right(left, (left[0][0] + tie, book.shape[0]))
+        place = min(range(tied), key=lambda i: left[i][1])
+        found.append(left.pop(place)[1])
     return found
 
 
