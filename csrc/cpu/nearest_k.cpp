@@ -29,6 +29,7 @@ namespace {
 constexpr int64_t LARGEST_INT16_DIM = 8192;
 constexpr int64_t TOKENS = 96;             // that share a block of panels in the cache
 constexpr float LARGEST_SQUARE = 0x1p80f;  // of a token's norm; beyond it all codes are looked at in float64
+constexpr int64_t FIRST_PIECE = 64;        // granules, a multiple of every pass's lanes
 constexpr int64_t ROOM = 4;                // times k candidates, before those that are beaten are dropped
 
 void scale_direction(double* row, int64_t dim) {
@@ -198,33 +199,33 @@ enum class Way : int32_t { COARSE, ALL, INVALID };
 
 struct KState {
   Way way = Way::COARSE;
-  std::vector<double> uppers;  // the k least upper bounds, as a heap with the largest on top
+  double limit = std::numeric_limits<double>::infinity();  // the k-th least score is not above it
+  std::vector<double> uppers;                              // bounds below the limit, the k least among them
   std::vector<Kept> kept;
 
-  void start(int64_t k) {
+  void start() {
     way = Way::COARSE;
+    limit = std::numeric_limits<double>::infinity();
     uppers.clear();
-    uppers.reserve(k);
     kept.clear();
   }
 
-  double limit(int64_t k) const {
-    return static_cast<int64_t>(uppers.size()) < k ? std::numeric_limits<double>::infinity() : uppers.front();
-  }
-
   void bound_by(double upper, int64_t k) {
-    if (!(upper < limit(k))) return;
-    if (static_cast<int64_t>(uppers.size()) == k) {
-      std::pop_heap(uppers.begin(), uppers.end());
-      uppers.pop_back();
-    }
+    if (!(upper < limit)) return;
     uppers.push_back(upper);
-    std::push_heap(uppers.begin(), uppers.end());
+    if (static_cast<int64_t>(uppers.size()) >= 2 * k + 32) settle(k);
   }
 
-  void drop_beaten(int64_t k) {
-    const double most = limit(k);
-    std::erase_if(kept, [&](const Kept& each) { return !(each.lower <= most); });
+  // Leaves the k least bounds; the largest of them is the limit.
+  void settle(int64_t k) {
+    if (static_cast<int64_t>(uppers.size()) < k) return;
+    std::nth_element(uppers.begin(), uppers.begin() + (k - 1), uppers.end());
+    uppers.resize(k);
+    limit = uppers[k - 1];
+  }
+
+  void drop_beaten() {
+    std::erase_if(kept, [&](const Kept& each) { return !(each.lower <= limit); });
   }
 };
 
@@ -280,7 +281,7 @@ class KSearch {
   void search(int64_t first, Scratch& scratch) {
     scratch.count = std::min(rows_, tokens_.count() - first);
     scratch.given = read_rows(tokens_, first, first + scratch.count, scratch.rows.get());
-    for (int64_t i = 0; i < scratch.count; ++i) scratch.states[i].start(out_.k);
+    for (int64_t i = 0; i < scratch.count; ++i) scratch.states[i].start();
     int32_t packed_for = -1;
     for (size_t b = 0; b < coarse_.blocks.size(); ++b) {
       const CoarseBlock& block = coarse_.blocks[b];
@@ -362,21 +363,36 @@ class KSearch {
   static double above(double value) { return value + std::fabs(value) * 0x1p-48; }
   static double below(double value) { return value - std::fabs(value) * 0x1p-48; }
 
+  // In pieces that grow: the first one sets a limit, which leaves little of the others.
   void collect(int32_t b, const CoarseBlock& block, const char* scores, double error, double unit,
                KState& state, Scratch& scratch) const {
-    const double limit = above(above(state.limit(out_.k) * unit) + error);
-    const int64_t number = pass_.find_scores(scores, coarse_.granules(block), limit, scratch.found.data(),
-                                             scratch.values.data(), most_);
-    for (int64_t i = 0; i < number; ++i) {
-      if (is_whole(block, scratch.found[i]))
-        state.bound_by(above(above(scratch.values[i] + error) / unit), out_.k);
+    const int64_t granules = coarse_.granules(block);
+    int64_t piece = ceil_div(std::max(FIRST_PIECE, 2 * out_.k), FIRST_PIECE) * FIRST_PIECE;
+    if (std::isfinite(state.limit)) piece = granules;
+    for (int64_t first = 0; first < granules; first += piece, piece *= 4) {
+      piece = std::min(piece, granules - first);
+      const double limit = above(above(state.limit * unit) + error);
+      const int64_t number = pass_.find_scores(scores + first * pass_.word_bytes, piece, limit,
+                                               scratch.found.data(), scratch.values.data(), most_);
+      keep(b, block, static_cast<int32_t>(first), number, error, unit, state, scratch);
     }
+  }
+
+  void keep(int32_t b, const CoarseBlock& block, int32_t first, int64_t number, double error, double unit,
+            KState& state, Scratch& scratch) const {
+    const double real = 1.0 / unit;
     for (int64_t i = 0; i < number; ++i) {
-      if (coarse_.group == 0 && scratch.found[i] >= block.codes) break;  // the same codes again
-      const double lower = below(below(scratch.values[i] - error) / unit);
-      if (lower <= state.limit(out_.k)) state.kept.push_back({lower, b, scratch.found[i]});
+      if (is_whole(block, first + scratch.found[i]))
+        state.bound_by(above(above(scratch.values[i] + error) * real), out_.k);
     }
-    if (static_cast<int64_t>(state.kept.size()) > ROOM * out_.k + 256) state.drop_beaten(out_.k);
+    state.settle(out_.k);
+    for (int64_t i = 0; i < number; ++i) {
+      const int32_t granule = first + scratch.found[i];
+      if (coarse_.group == 0 && granule >= block.codes) break;  // the same codes again
+      const double lower = below(below(scratch.values[i] - error) * real);
+      if (lower <= state.limit) state.kept.push_back({lower, b, granule});
+    }
+    if (static_cast<int64_t>(state.kept.size()) > ROOM * out_.k + 256) state.drop_beaten();
   }
 
   // Whether none of a granule's slots holds a code that another granule has, too.
@@ -393,7 +409,7 @@ class KSearch {
     std::vector<int64_t>& codes = scratch.rank.codes;
     codes.clear();
     if (state.way == Way::COARSE) {
-      state.drop_beaten(out_.k);
+      state.drop_beaten();
       for (const Kept& each : state.kept) {
         coarse_.for_codes(coarse_.blocks[each.block], each.granule, [&](int64_t k) { codes.push_back(k); });
       }
