@@ -30,6 +30,7 @@ TIMES_FAISS = {  # at its best setting
 LARGE = ("1024,16384,256", "4096,8192,64")  # bound by arithmetic: (64,262144,256) reads a codebook for 64 tokens
 PERCENT_OF_INT16 = 85.0
 STEP, LONG_STEP = "4096,16384,8", "131072,16384,8"
+SIGNS, LARGE_CODEBOOK = "1024,262144,18", "1024,262144,256"
 
 
 def _beside_faiss(data: Data) -> BenchConfig:
@@ -81,8 +82,23 @@ _MEMORY = BenchConfig(
     measure="memory",
     check_rows=256,  # the reference scans them against all codes in float64
 )
+_ENTROPY = BenchConfig(
+    operation="entropy",
+    shape=[SIGNS],
+    provider=[OURS, "vqkernels-signs", "torch-chunked"],
+    baseline=["torch-chunked"],
+    threads=[1, 2],
+    data="signs",
+    seconds=10.0,
+)
+_ENTROPY_MEMORY = BenchConfig(
+    operation="entropy", shape=[LARGE_CODEBOOK], provider=[OURS], threads=[2], measure="memory"
+)
 _CPU = Preset(
-    configs=(_beside_faiss("normal"), _CHANGING, _beside_faiss("kmeans"), _EVERYBODY, _QUANTIZE, _STEP, _MEMORY),
+    configs=(
+        *(_beside_faiss("normal"), _CHANGING, _beside_faiss("kmeans"), _EVERYBODY, _QUANTIZE, _STEP, _MEMORY),
+        *(_ENTROPY, _ENTROPY_MEMORY),
+    ),
     goals=(
         *(Goal("search", shape, baseline="faiss", at_least=times) for shape, times in TIMES_FAISS.items()),
         *(
@@ -91,6 +107,8 @@ _CPU = Preset(
         *(Goal("search", shape, baseline="torch-cdist", at_least=3.0) for shape in _EVERYBODY.shape[1:]),
         Goal("train-step", STEP, baseline="vector-quantize-pytorch", at_least=5.0),
         Goal("train-step", LONG_STEP, max_bytes=64_000_000),
+        Goal("entropy", SIGNS, baseline="torch-chunked", at_least=3.0),
+        Goal("entropy", LARGE_CODEBOOK, max_bytes=64_000_000 + 4 * 262144 * 256),  # beyond the codebook's gradient
     ),
 )
 
