@@ -150,12 +150,7 @@ class VQVAE(
         images: Tensor,  # [B, 3, H, W] in [-1, 1]
     ) -> Tensor:  # [B, h, w]
         """Codes int64 [B, H / factor, W / factor] of images; changes nothing in the model, not differentiable."""
-        was_training = self.quantizer.training
-        self.quantizer.eval()
-        try:
-            return self.quantizer(self._tokens(images)).codes
-        finally:
-            self.quantizer.train(was_training)
+        return self.quantizer.encode(self._tokens(images))
 
     def decode(
         self,
@@ -170,7 +165,8 @@ class VQVAE(
         if codes.dim() != 3 or codes.is_floating_point() or codes.dtype is torch.bool:
             raise ValueError(f"codes must be integers of shape [B, h, w], got {codes.dtype} {list(codes.shape)}")
         codes = codes.long()
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+        looking = not torch.compiler.is_compiling() and codes.numel()  # a graph cannot; lookup complains when it runs
+        if looking and not 0 <= int(codes.min()) <= int(codes.max()) < size:
             raise ValueError(f"codes must lie in [0, {size - 1}], got {int(codes.min())} to {int(codes.max())}")
         return self.decoder(self.quantizer.lookup(codes)).float().clamp(-1, 1)
 
