@@ -79,7 +79,7 @@ Word* results(const Tensor& tensor) {
 
 template <class Word>
 SoftmaxCall<Word> make_call(const Tensor& x, const Tensor& codebook, const MaybeTensor& bias,
-                            const MaybeTensor& dcode_sums, double scale) {
+                            const MaybeTensor& dcode_sums, double scale, bool twice = false) {
   const int64_t tokens = x.size(0) * x.size(1);
   return {table_for(Word{}),
           tokens_of<Word>(x),
@@ -88,7 +88,7 @@ SoftmaxCall<Word> make_call(const Tensor& x, const Tensor& codebook, const Maybe
           numbers<Word>(dcode_sums),
           codebook.size(0),
           scale,
-          plan_softmax(tokens, codebook.size(0), x.size(2))};
+          plan_softmax(tokens, codebook.size(0), x.size(2), twice)};
 }
 
 template <class Word>
@@ -238,10 +238,23 @@ struct SoftmaxGradient {
         });
   }
 
-  void run_strip(const TokenStrip<Word>& strip, Word* rows, GroupSums& sums) const {
+  // What every strip needs anew; fresh memory would cost more than what keeping logits saves.
+  struct Store {
+    Buffer<Word> partial;        // [chunks, strip, D]
+    Buffer<Word> scores, along;  // see TokenStrip
+  };
+
+  Store make_store() const {
+    const int64_t longest = call.plan.strip < call.x.count() ? call.plan.strip : call.x.count();
+    const int64_t kept = call.plan.keep ? call.kept_numbers(longest) : 0;
+    return {Buffer<Word>(call.plan.chunks * longest * dim()), Buffer<Word>(kept),
+            Buffer<Word>(direction ? kept : 0)};
+  }
+
+  void run_strip(const TokenStrip<Word>& strip, const Buffer<Word>& partial, Word* rows,
+                 GroupSums& sums) const {
     const bool codes_too = dcodebook != nullptr, first = strip.begin == 0;
     const int64_t words = call.plan.block * dim();
-    const Buffer<Word> partial(call.plan.chunks * strip.count * dim());
     const auto begin = [&](int64_t token, int64_t tokens, int64_t chunk) {
       Word* out = partial.get() + (chunk * strip.count + token) * dim();
       for (int64_t i = 0; i < tokens * dim(); ++i) out[i] = Word(0);
@@ -290,11 +303,15 @@ struct SoftmaxGradient {
       Word* all = call.x.count() == 0 ? dcodebook : rows;
       for (int64_t i = 0; i < numbers * (call.x.count() == 0 ? 1 : groups); ++i) all[i] = Word(0);
     }
+    const Store store = make_store();
     GroupSums sums(groups, codes_too ? call.padded_codes() : 0);
     call.for_strips([&](int64_t begin, int64_t count) {
-      const TokenStrip<Word> strip = pack(begin, count);
+      TokenStrip<Word> strip = pack(begin, count);
+      strip.scores = store.scores.get();
+      strip.along = store.along.get();
       subtract_means(strip);
-      run_strip(strip, rows, sums);
+      strip.scored = call.plan.keep;
+      run_strip(strip, store.partial, rows, sums);
     });
     if (!codes_too) return;
     if (groups > 1) add_groups(rows);
@@ -376,15 +393,14 @@ struct SoftmaxSampler {
       std::memcpy(rows.get() + i * dim, strip.x.get() + tokens[i] * dim, sizeof(Word) * dim);
       lse_here[i] = strip.lse[tokens[i]];
     }
-    const ScoreBlock<Word> block{scratch.scores.get(), nullptr, count,
+    const ScoreBlock<Word> block{scratch.scores.get(), nullptr, call.plan.stride(), count,
                                  round_up(code_count, call.table.width)};
     call.table.score(rows.get(), scratch.panels.get(), scratch.bias.get(), count, block.codes, dim,
-                     block.scores);
+                     block.scores, block.stride);
     call.table.probabilities(block, {lse_here, nullptr, nullptr, nullptr});
     for (int64_t i = 0; i < count; ++i) {
       int64_t& chosen = codes[strip.begin + tokens[i]];
-      chosen =
-          choose_code(block.scores + i * SCORES_STRIDE, code_count, code, &draws[tokens[i]].left, chosen);
+      chosen = choose_code(block.scores + i * block.stride, code_count, code, &draws[tokens[i]].left, chosen);
     }
   }
 
@@ -478,7 +494,7 @@ std::tuple<Tensor, Tensor, Tensor> softmax_backward(Tensor x, Tensor codebook, M
   Tensor dbias = torch::stable::new_empty(x, {codes});
   dispatch_word(x, [&](auto word) {
     using Word = decltype(word);
-    SoftmaxGradient<Word>{make_call<Word>(x, codebook, bias, dcode_sums, scale),
+    SoftmaxGradient<Word>{make_call<Word>(x, codebook, bias, dcode_sums, scale, true),
                           numbers<Word>(lse),
                           numbers<Word>(dlse),
                           numbers<Word>(dentropy),
