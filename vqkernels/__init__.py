@@ -12,11 +12,13 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .backends import BackendError, explain, use_backend
+    from .compat import ReplaceReport, replace_quantizers
     from .nn import QuantizerOutput, VectorQuantizer, defer_codebook_update
     from .ops import Quantized, codebook_stats, ema_update_, lookup, nearest, quantize
 
 _HOMES = {
     "backends": ("BackendError", "explain", "use_backend"),
+    "compat": ("ReplaceReport", "replace_quantizers"),
     "nn": ("QuantizerOutput", "VectorQuantizer", "defer_codebook_update"),
     "ops": ("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "quantize"),
 }
@@ -26,6 +28,7 @@ __all__ = [
     "BackendError",
     "Quantized",
     "QuantizerOutput",
+    "ReplaceReport",
     "VectorQuantizer",
     "__version__",
     "codebook_stats",
@@ -35,6 +38,7 @@ __all__ = [
     "lookup",
     "nearest",
     "quantize",
+    "replace_quantizers",
     "use_backend",
 ]
 
@@ -46,7 +50,7 @@ def __getattr__(name: str) -> Any:
         module = importlib.import_module(f"{__name__}.{_HOME_OF[name]}")
         globals().update({each: getattr(module, each) for each in _HOMES[_HOME_OF[name]]})
         return globals()[name]
-    if name in ("backends", "nn", "ops", "testing", "models", "benchmarks"):
+    if name in ("backends", "compat", "nn", "ops", "testing", "models", "benchmarks"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
