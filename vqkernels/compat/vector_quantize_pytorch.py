@@ -230,7 +230,7 @@ class VectorQuantize(nn.Module):
             self._codebook.update_codebook(tokens, found.codes, ema_update)
         if entropy is not None:
             return quantized, entropy
-        loss = commitment * self.commitment_weight
+        loss = (commitment * self.commitment_weight).to(torch.promote_types(x.dtype, self._codebook.embed.dtype))
         if self.training and not (loss.requires_grad or torch.compiler.is_compiling()):
             loss.requires_grad_()  # so that backward() can be called on it, as on the peer's
         output = self._restored(x, self._unmasked(self.project_out(quantized), original, mask))
