@@ -40,8 +40,9 @@ class TamingQuantizer(nn.Module):
         return z_q, loss, (None, None, indices)
 
     def _place(self, code: int) -> int:
-        used = self.used.tolist()
-        return used.index(code) if code in used else int(self.unknown_index)
+        used, other = self.used.tolist(), self.unknown_index
+        other = torch.randint(self.re_embed, ()).item() if other == "random" else other
+        return used.index(code) if code in used else other
 
     def get_codebook_entry(self, indices: Tensor, shape):
         if self.remap is not None:

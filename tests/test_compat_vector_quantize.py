@@ -298,7 +298,7 @@ def train(model: Autoencoder, disturbance: float = 0.0) -> tuple[list[Tensor], l
 
 def test_ten_steps_of_a_model_agree_as_nearly_as_the_peer_agrees_with_itself():
     """The yardstick: the same ten steps of the peer with its tokens disturbed by float32's roundoff, six units, which
-    is less than its rotation loses (``row_tolerance``)."""
+    is less than its rotation loses (``row_tolerance``); and sums of tokens in another order."""
     torch.manual_seed(0)
     start = Autoencoder()
     swapped = copy.deepcopy(start)
@@ -307,7 +307,7 @@ def test_ten_steps_of_a_model_agree_as_nearly_as_the_peer_agrees_with_itself():
     assert all(torch.equal(a, b) for a, b in zip(theirs[1], ours[1], strict=True))
     for moved, a, b in zip(disturbed[0], theirs[0], ours[0], strict=True):
         spread = float((moved.double() - a.double()).abs().max())
-        torch.testing.assert_close(b, a, rtol=4 * UNIT, atol=4 * spread)
+        torch.testing.assert_close(b, a, rtol=0, atol=4 * spread + 16 * UNIT * float(a.double().abs().max()))
     back = Autoencoder()
     back.load_state_dict(swapped.state_dict())
     swapped.load_state_dict(start.state_dict())
