@@ -108,6 +108,25 @@ def test_what_sits_on_the_instance_is_not_lost_silently():
         assert reason in report.left[path]
 
 
+class Sampling(peer.VectorQuantize):
+    """Somebody's subclass."""
+
+
+class OtherImages(DiffusersQuantizer):
+    """Somebody's subclass."""
+
+
+def test_subclasses_are_left_and_from_peer_refuses_what_would_be_left():
+    modules = [Sampling(8, 16), OtherImages(16, 8, 0.25)]
+    report = vq.replace_quantizers(nn.ModuleList(modules))
+    assert ["subclass" in reason for reason in report.left.values()] == [True, True]
+    for module, ours in zip(modules, (compat.VectorQuantize, compat.VectorQuantizer), strict=True):
+        with pytest.raises(ValueError, match="subclass"):
+            ours.from_peer(module)
+    with pytest.raises(ValueError, match="its z_q differs"):
+        compat.VectorQuantizer2.from_peer(Normalizing(16, 8, 0.25))
+
+
 class Renamed(TamingQuantizer):
     """Somebody's copy."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .embedding_quantizer import OPTIONS, EmbeddingQuantizer, Result, adopt, refusals
-from .peer import Peer, comes_from
+from .peer import Peer, comes_from, is_subclass, refuse
 
 
 class VectorQuantizer(EmbeddingQuantizer):
@@ -41,19 +41,31 @@ class VectorQuantizer(EmbeddingQuantizer):
 
     @classmethod
     def from_peer(cls, peer: Any) -> VectorQuantizer:
-        """The drop-in for one instance of the peer's class; it shares the peer's parameters."""
-        with torch.device("meta"):
-            fresh = cls(peer.n_e, peer.vq_embed_dim, peer.beta)
-        adopt(fresh, peer)
-        return fresh
+        """The drop-in for one instance of the peer's class; it shares the peer's parameters.
+
+        Raises:
+            ValueError: an instance that ``replace_quantizers`` would leave as it is.
+        """
+        refuse(_refusals(peer))
+        return _convert(peer)
 
 
 def _recognises(module: nn.Module) -> bool:
-    return type(module).__name__ == "VectorQuantizer" and comes_from(module, "diffusers")
+    own = type(module).__name__ == "VectorQuantizer" and comes_from(module, "diffusers")
+    return own or is_subclass(module, "diffusers", "VectorQuantizer")
 
 
-def _refusals(module: nn.Module, _around: Sequence[nn.Module]) -> list[str]:
+def _refusals(module: nn.Module, _around: Sequence[nn.Module] = ()) -> list[str]:
+    if is_subclass(module, "diffusers", "VectorQuantizer"):
+        return [f"{type(module).__name__} is a subclass of it"]
     return refusals(module, OPTIONS | {"vq_embed_dim"})
 
 
-PEER = Peer("diffusers VectorQuantizer", _recognises, _refusals, VectorQuantizer.from_peer)
+def _convert(peer: Any) -> VectorQuantizer:
+    with torch.device("meta"):
+        fresh = VectorQuantizer(peer.n_e, peer.vq_embed_dim, peer.beta)
+    adopt(fresh, peer)
+    return fresh
+
+
+PEER = Peer("diffusers VectorQuantizer", _recognises, _refusals, _convert)

@@ -144,7 +144,11 @@ class EmaCodebook(nn.Module):
 
     def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)  # type: ignore[arg-type]
-        self._surely_initted = False
+        self.look_at_initted()
+
+    def look_at_initted(self) -> None:
+        """Learn whether k-means is still to run, from the device."""
+        self._surely_initted = not self.initted.is_meta and bool(self.initted)
 
 
 def _write(

@@ -23,7 +23,22 @@ class Peer:
 
 def comes_from(module: nn.Module, package: str) -> bool:
     """Whether the module's class is defined in that package."""
-    return type(module).__module__.split(".")[0] == package
+    return _is_from(type(module), package)
+
+
+def is_subclass(module: nn.Module, package: str, name: str) -> bool:
+    """Whether the module's class was made from the package's class of that name."""
+    return any(base.__name__ == name and _is_from(base, package) for base in type(module).__mro__[1:])
+
+
+def _is_from(kind: type, package: str) -> bool:
+    return kind.__module__.split(".")[0] == package
+
+
+def refuse(reasons: list[str]) -> None:
+    """Raise ValueError if there is a reason."""
+    if reasons:
+        raise ValueError(f"peer: expected an instance that can be swapped, got one that cannot: {'; '.join(reasons)}")
 
 
 def tampered(module: nn.Module) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .embedding_quantizer import OPTIONS, EmbeddingQuantizer, Result, adopt, refusals
-from .peer import Peer
+from .peer import Peer, refuse
 
 _CALL = ["z", "temp", "rescale_logits", "return_logits"]
 
@@ -55,11 +55,13 @@ class VectorQuantizer2(EmbeddingQuantizer):
 
     @classmethod
     def from_peer(cls, peer: Any) -> VectorQuantizer2:
-        """The drop-in for one instance of the peer's class; it shares the peer's parameters."""
-        with torch.device("meta"):
-            fresh = cls(peer.n_e, peer.e_dim, peer.beta)
-        adopt(fresh, peer)
-        return fresh
+        """The drop-in for one instance of the peer's class; it shares the peer's parameters.
+
+        Raises:
+            ValueError: an instance that ``replace_quantizers`` would leave as it is.
+        """
+        refuse(_refusals(peer))
+        return _convert(peer)
 
 
 def _recognises(module: nn.Module) -> bool:
@@ -71,7 +73,7 @@ def _recognises(module: nn.Module) -> bool:
     return call == _CALL and all(hasattr(module, name) for name in wanted)
 
 
-def _refusals(module: nn.Module, _around: Sequence[nn.Module]) -> list[str]:
+def _refusals(module: nn.Module, _around: Sequence[nn.Module] = ()) -> list[str]:
     reasons = refusals(module, OPTIONS | {"e_dim"})
     return reasons if reasons or next(module.parameters()).is_meta else _answers_differ(module)
 
@@ -87,7 +89,7 @@ def _answers_differ(peer: Any) -> list[str]:
     z = torch.tensor([0.25, 1.25 if peer.n_e > 1 else 0.25], device=weight.device).expand(1, peer.e_dim, 1, 2)
     try:
         with torch.random.fork_rng(), torch.enable_grad():
-            answers = [_answer(each, trial, z) for each in (peer, VectorQuantizer2.from_peer(peer))]
+            answers = [_answer(each, trial, z) for each in (peer, _convert(peer))]
     except Exception as error:
         return [f"a copy of the class that fails on a trial: {error}"]
     for name, theirs, ours in zip(("z_q", "loss", "indices", "dz", "dcodebook"), *answers, strict=True):
@@ -108,4 +110,11 @@ def _answer(module: Any, state: dict[str, Tensor], z: Tensor) -> tuple[Tensor, .
     return z_q.detach(), loss.detach(), indices, *torch.autograd.grad(loss, (z, weight))
 
 
-PEER = Peer("taming-transformers VectorQuantizer2", _recognises, _refusals, VectorQuantizer2.from_peer)
+def _convert(peer: Any) -> VectorQuantizer2:
+    with torch.device("meta"):
+        fresh = VectorQuantizer2(peer.n_e, peer.e_dim, peer.beta)
+    adopt(fresh, peer)
+    return fresh
+
+
+PEER = Peer("taming-transformers VectorQuantizer2", _recognises, _refusals, _convert)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..ops import Quantized, quantize
 from ..ops._library import check_mask
 from .ema_codebook import NORM_EPS, EmaCodebook, EmaOptions
-from .peer import Peer
+from .peer import Peer, refuse
 from .vector_quantize_pytorch_options import recognises, refusals, settings
 
 
@@ -38,7 +38,9 @@ class VectorQuantize(nn.Module):
     * Activation checkpointing's second forward is no second EMA step. A batch without tokens changes nothing.
     * A token with NaN or Inf has index -1 and is in no statistic; with a mask and a projection, where the peer
       raises, the commitment loss is that of the unmasked tokens in codebook space; with all masked it is 0, not NaN.
-    * ``_codebook.initted`` is read in the first forward and after ``load_state_dict``, not in every one.
+    * ``_codebook.initted`` is read in the first forward, if k-means was asked for, and by ``load_state_dict``, not in
+      every forward.
+    * ``lens`` counts tokens where channels come first, too; the peer counts channels there.
     """
 
     def __init__(
@@ -95,17 +97,13 @@ class VectorQuantize(nn.Module):
 
     @classmethod
     def from_peer(cls, peer: nn.Module) -> VectorQuantize:
-        """The drop-in for one instance of the peer's class; it shares the peer's parameters, buffers, projections."""
-        inner, theirs = settings(peer), peer.get_submodule("_codebook")
-        with torch.device("meta"):
-            fresh = cls(**inner)
-        ours = fresh._codebook
-        ours._buffers.update({name: theirs._buffers[name] for name in ours._buffers})
-        ours._parameters.update({name: theirs._parameters[name] for name in ours._parameters})
-        ours._surely_initted = not ours.initted.is_meta and bool(ours.initted)
-        fresh.project_in, fresh.project_out = peer.get_submodule("project_in"), peer.get_submodule("project_out")
-        fresh.training, ours.training = peer.training, theirs.training
-        return fresh
+        """The drop-in for one instance of the peer's class; it shares the peer's parameters, buffers, projections.
+
+        Raises:
+            ValueError: an instance that ``replace_quantizers`` would leave as it is.
+        """
+        refuse(refusals(peer))
+        return _convert(peer)
 
     def extra_repr(self) -> str:
         options = self._codebook.options
@@ -358,4 +356,16 @@ def _refuse(topk: object, transform: object, weight: object, accumulate: bool) -
         )
 
 
-PEER = Peer("vector-quantize-pytorch VectorQuantize", recognises, refusals, VectorQuantize.from_peer)
+def _convert(peer: nn.Module) -> VectorQuantize:
+    with torch.device("meta"):
+        fresh = VectorQuantize(**settings(peer))
+    ours, theirs = fresh._codebook, peer.get_submodule("_codebook")
+    ours._buffers.update({name: theirs._buffers[name] for name in ours._buffers})
+    ours._parameters.update({name: theirs._parameters[name] for name in ours._parameters})
+    ours.look_at_initted()
+    fresh.project_in, fresh.project_out = peer.get_submodule("project_in"), peer.get_submodule("project_out")
+    fresh.training, ours.training = peer.training, theirs.training
+    return fresh
+
+
+PEER = Peer("vector-quantize-pytorch VectorQuantize", recognises, refusals, _convert)

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from .ema_codebook import NORM_EPS
-from .peer import attribute_refusals, comes_from, tampered
+from .peer import attribute_refusals, comes_from, is_subclass, tampered
+
+_PACKAGE = "vector_quantize_pytorch"
 
 
 def _names(text: str) -> frozenset[str]:
@@ -60,13 +62,16 @@ _UNSUPPORTED_AROUND = ("beam_size", "eval_beam_size", "implicit_neural_codebook"
 
 
 def recognises(module: nn.Module) -> bool:
-    """An instance of the class, from the package or a copy of it that keeps its ``_codebook``."""
-    named = type(module).__name__ == "VectorQuantize" and not comes_from(module, "vqkernels")
-    return named and isinstance(getattr(module, "_codebook", None), nn.Module)
+    """An instance of the class, from the package or a copy of it that keeps its ``_codebook``, or of a subclass."""
+    if comes_from(module, "vqkernels") or not isinstance(getattr(module, "_codebook", None), nn.Module):
+        return False
+    return type(module).__name__ == "VectorQuantize" or is_subclass(module, _PACKAGE, "VectorQuantize")
 
 
-def refusals(module: nn.Module, around: Sequence[nn.Module]) -> list[str]:
+def refusals(module: nn.Module, around: Sequence[nn.Module] = ()) -> list[str]:
     """Every option that is in the way, by the name of its constructor argument."""
+    if is_subclass(module, _PACKAGE, "VectorQuantize"):
+        return [f"{type(module).__name__} is a subclass of it"]
     codebook = module.get_submodule("_codebook")
     reasons = attribute_refusals(module, _ATTRIBUTES) + tampered(module)
     reasons += [f"_codebook: {each}" for each in tampered(codebook)]
@@ -78,7 +83,7 @@ def refusals(module: nn.Module, around: Sequence[nn.Module]) -> list[str]:
     used = [name for name, uses in _UNSUPPORTED.items() if uses(module)]
     reasons = [f"option {', '.join(used)}"] if used else []
     for outer in around:
-        if comes_from(outer, "vector_quantize_pytorch"):
+        if comes_from(outer, _PACKAGE):
             asked = [name for name in _UNSUPPORTED_AROUND if getattr(outer, name, None)]
             reasons += [f"{type(outer).__name__} around it has {', '.join(asked)}"] if asked else []
     return reasons
