@@ -11,6 +11,8 @@ import vector_quantize_pytorch as peer
 from diffusers.models.autoencoders.vae import VectorQuantizer as DiffusersQuantizer
 from peers import TamingQuantizer
 from torch import Tensor, nn
+from vqkernels.benchmarks import replace
+from vqkernels.benchmarks.memory import Peak
 
 import vqkernels as vq
 from vqkernels import compat
@@ -219,3 +221,17 @@ def test_levels_of_a_residual_quantizer_are_swapped_where_it_asks_nothing_specia
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
     shared = peer.ResidualVQ(dim=8, num_quantizers=2, codebook_size=16, shared_codebook=True)
     assert "shared_codebook" in vq.replace_quantizers(shared).left["layers.0"]
+
+
+@pytest.mark.parametrize("case", replace.CASES)
+def test_the_benchmark_measures_both_models(case: str, monkeypatch: pytest.MonkeyPatch):
+    kind, _, tiny = replace.CASES[case]
+    monkeypatch.setattr(replace, "CODES", 64)
+    monkeypatch.setitem(replace.CASES, case, (kind, tiny, tiny))
+    monkeypatch.setattr(replace, "peak_of", lambda *_: Peak(None, "needs a process of its own"))
+    result = replace.run_case(case, 1, 0.0)
+    assert result["our_code_farther"] == 0
+    assert result["codes_that_differ"] == result["peers_code_farther"]
+    assert result["loss"]["after"] == pytest.approx(result["loss"]["before"], rel=1e-5)
+    assert min(result["step_ms"].values()) > 0
+    assert replace.table([result]).row_count == 1
