@@ -171,9 +171,9 @@ def test_cross_entropy_of_given_codes():
         given[0, 3] = -1
         grads = []
         results = []
-        for module in (old, new):
+        for module, frozen in ((old, True), (new, False)):  # a codebook that learns meanwhile changes nothing in ours
             leaf = x.clone().requires_grad_()
-            quantized, entropy = module(leaf, indices=given)
+            quantized, entropy = module(leaf, indices=given, freeze_codebook=frozen)
             grads.append(torch.autograd.grad(entropy, leaf)[0])
             results.append((quantized.detach(), entropy.detach()))
         # a distance of two tokens at length 10 has an error of about 100 units; the gradient divides by distances > 0.5

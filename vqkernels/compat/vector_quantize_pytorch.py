@@ -40,6 +40,7 @@ class VectorQuantize(nn.Module):
       raises, the commitment loss is that of the unmasked tokens in codebook space; with all masked it is 0, not NaN.
     * ``_codebook.initted`` is read in the first forward, if k-means was asked for, and by ``load_state_dict``, not in
       every forward.
+    * With ``indices`` the gradient is of the codebook before its update; the peer's backward reads some of it after.
     * ``lens`` counts tokens where channels come first, too; the peer counts channels there.
     """
 
@@ -309,6 +310,7 @@ class VectorQuantize(nn.Module):
         return loss
 
     def _cross_entropy(self, tokens: Tensor, rows: Tensor, indices: Tensor) -> Tensor:  # []
+        rows = rows.clone()  # the backward needs them as they are now, before the codebook learns
         if self.use_cosine_sim:
             logits = tokens @ rows.T
         else:
