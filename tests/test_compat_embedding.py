@@ -288,3 +288,12 @@ def test_vqmodel_looks_up_codes():
     codes = torch.arange(2 * 16) % CODES
     arguments = {"force_not_quantize": True, "shape": (2, 4, 4, DIM)}
     assert torch.equal(swapped.decode(codes, **arguments).sample, model.decode(codes, **arguments).sample)
+
+
+def test_a_swapped_vqmodel_is_one_graph():
+    torch._dynamo.reset()
+    model = swapped_copy(make_model())
+    x = randn(1, 3, 16, 16)
+    fast, plain = torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x)
+    torch.testing.assert_close(fast.sample, plain.sample)
+    torch.testing.assert_close(fast.commit_loss, plain.commit_loss)

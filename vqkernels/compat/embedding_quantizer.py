@@ -63,7 +63,7 @@ class EmbeddingQuantizer(nn.Module):
         to_encoder, to_codebook = (1.0, self.beta) if self.legacy else (self.beta, 1.0)
         loss = to_encoder * found.commitment_error.sum() + to_codebook * found.codebook_error.sum()
         z_q = found.quantized.transpose(1, 2).reshape(z.shape).contiguous()
-        return z_q, (loss / z.numel()).to(wide), (None, None, self._indices(found.codes, z))
+        return z_q, (loss / max(z.numel(), 1)).to(wide), (None, None, self._indices(found.codes, z))
 
     def _indices(self, codes: Tensor, z: Tensor) -> Tensor:  # [B, H W] -> [B H W] | [B H W, 1] | [B, H, W]
         if self.remap is not None:

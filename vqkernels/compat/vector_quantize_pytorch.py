@@ -302,7 +302,7 @@ class VectorQuantize(nn.Module):
             # as the peer has it: with a mask, the distance from the input before it was brought to length 1
             apart = (found.quantized.detach() - original).square().sum(-1)
             error = torch.where(mask, apart, 0)
-        count = error.numel() if mask is None else mask.sum().clamp(min=1)
+        count = max(error.numel(), 1) if mask is None else mask.sum().clamp(min=1)
         loss = error.sum() / (count * found.quantized.shape[-1])
         if self.learnable_codebook and not frozen:  # the same value: only its gradient is wanted
             pull = found.codebook_error.sum() / (count * found.quantized.shape[-1])
