@@ -12,6 +12,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .backends import BackendError, explain, use_backend
+    from .compat import ReplaceReport, replace_quantizers
     from .nn import (
         EntropyOptions,
         EntropyQuantizerOutput,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "backends": ("BackendError", "explain", "use_backend"),
+    "compat": ("ReplaceReport", "replace_quantizers"),
     "nn": (
         *("EntropyOptions", "EntropyQuantizerOutput", "IndexPropagationQuantizer", "LookupFreeQuantizer"),
         *("QuantizerOutput", "VectorQuantizer", "defer_codebook_update"),
@@ -71,6 +73,7 @@ __all__ = [
     "LookupFreeQuantizer",
     "Quantized",
     "QuantizerOutput",
+    "ReplaceReport",
     "SoftAssignment",
     "VectorQuantizer",
     "__version__",
@@ -88,6 +91,7 @@ __all__ = [
     "nearest_tokens",
     "plain_ops",
     "quantize",
+    "replace_quantizers",
     "sample_codes",
     "sign_assignment",
     "sign_codes",
@@ -105,7 +109,7 @@ def __getattr__(name: str) -> Any:
         module = importlib.import_module(f"{__name__}.{_HOME_OF[name]}")
         globals().update({each: getattr(module, each) for each in _HOMES[_HOME_OF[name]]})
         return globals()[name]
-    if name in ("backends", "export", "nn", "ops", "testing", "models", "benchmarks"):
+    if name in ("backends", "compat", "export", "nn", "ops", "testing", "models", "benchmarks"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
