@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from vqkernels.models import VQVAE
+from vqkernels.models import ImageTokenizer
 from vqkernels.models.data import load_image
 
 from .loading import HUB, collect_images, fit_to_factor, load_model, report_skipped
@@ -149,7 +149,7 @@ def read_latents(path: str, key: str | None, channels: str) -> Tensor:  # [N, D]
 
 
 @torch.no_grad()
-def _model_latents(model: VQVAE, images: list[str], console: Console) -> Tensor:  # [N, D]
+def _model_latents(model: ImageTokenizer, images: list[str], console: Console) -> Tensor:  # [N, D]
     """The tokens that the model's quantizer searches for, before they are normalised."""
     device, held, skipped = next(model.parameters()).device, [], []
     for file in tracked(console, collect_images(images), "encoding"):
@@ -158,7 +158,7 @@ def _model_latents(model: VQVAE, images: list[str], console: Console) -> Tensor:
         except ValueError as error:
             skipped.append((file, str(error)))
             continue
-        tokens = model.encoder(image[None].to(device)).float().movedim(1, -1).flatten(0, -2)
+        tokens = model.tokens(image[None].to(device)).movedim(1, -1).flatten(0, -2)
         held.append(model.quantizer.project_in(tokens).cpu())
     if not held:
         raise ValueError(f"--images: none of the {len(skipped)} images can be read; {skipped[0][1]}")
