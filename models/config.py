@@ -84,15 +84,8 @@ class VQGANConfig:
     def __post_init__(self) -> None:
         if isinstance(self.quantizer, dict):  # huggingface_hub restores nested dataclasses as plain dicts
             self.quantizer = from_dict(QuantizerConfig, self.quantizer, "quantizer")
-        for name in (
-            "in_channels",
-            "out_channels",
-            "channels",
-            "blocks",
-            "resolution",
-            "norm_groups",
-            "latent_channels",
-        ):
+        positive = ("in_channels", "out_channels", "channels", "blocks", "resolution", "norm_groups", "latent_channels")
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:

@@ -160,6 +160,7 @@ def _assembled(network: dict[str, Tensor], layout: str, resolution: int, groups:
 def load_foreign(
     path: str | Path,
     *,
+    layout: str = "auto",
     weights: str = "auto",
     resolution: int = 256,
 ) -> Converted:
@@ -170,6 +171,8 @@ def load_foreign(
 
     Args:
         path: a .ckpt, .pt, .pth, .bin or .safetensors file; for diffusers also the folder with its config.json.
+        layout: "taming" (and latent diffusion), "llamagen" or "diffusers"; "auto" sees it by the names, and asks
+            where more than one project uses them.
         weights: "ema" for the averaged weights that training kept beside the last ones ("raw"); "auto" takes the
             averaged ones where there are some, as the authors' own evaluations do.
         resolution: side of the images that the config counts attention_resolutions for; the network is the same.
@@ -179,13 +182,14 @@ def load_foreign(
         ValueError: the file is truncated, would run code, is no VQGAN of a known layout, or is not a whole one;
             names the file and what is wrong or missing.
     """
-    if weights not in CHOICES:
-        raise ValueError(f"weights: expected one of {', '.join(CHOICES)}, got {weights!r}")
+    for name, value, choices in (("weights", weights, CHOICES), ("layout", layout, ("auto", *QUANTIZERS))):
+        if value not in choices:
+            raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     file = _weight_file(Path(path))
     data = read_weights(file)
     try:
         parts = _sorted_out(data, weights)
-        layout = layout_of(parts.network)
+        layout = layout_of(parts.network, layout)
         groups = _diffusers_groups(file) if layout == "diffusers" else 32
         return Converted(_assembled(parts.network, layout, resolution, groups), layout, parts.weights, parts.skipped)
     except ValueError as error:

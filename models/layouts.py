@@ -15,7 +15,6 @@ from torch import Tensor
 from .config import QuantizerConfig, VQGANConfig
 from .vqgan import VQGAN
 
-LAYOUTS = ("taming", "llamagen", "diffusers")
 CODEBOOK = "quantizer.codebook"
 FOREIGN_CODEBOOK = "quantize.embedding.weight"
 MARKS = {"taming": "encoder.down.", "llamagen": "encoder.conv_blocks.", "diffusers": "encoder.down_blocks."}
@@ -85,17 +84,28 @@ def _levels(names: Mapping[str, object], prefix: str) -> int:
     return 1 + max((int(found[1]) for name in names if (found := pattern.match(name))), default=0)
 
 
-def layout_of(names: Mapping[str, object]) -> str:
+def layout_of(names: Mapping[str, object], layout: str = "auto") -> str:
     """Which layout the names of a file's tensors have.
 
+    Args:
+        names: the names.
+        layout: what the user says, or "auto".
+
     Raises:
-        ValueError: none of the known ones, or several.
+        ValueError: none of the known ones, several, or not the one the user says.
     """
     found = [layout for layout, mark in MARKS.items() if any(name.startswith(mark) for name in names)]
     if len(found) != 1:
         shown = listed(sorted(names))
         what = f"names of {' and '.join(found)}" if found else f"none; it has {shown}"
-        raise ValueError(f"expected the weights of a VQGAN in one layout of {', '.join(LAYOUTS)}, found {what}")
+        raise ValueError(f"expected the weights of a VQGAN in one layout of {', '.join(MARKS)}, found {what}")
+    if layout not in ("auto", found[0]):
+        raise ValueError(f"layout: its names are those of {found[0]}, got {layout!r}")
+    if layout == "auto" and found[0] == "taming" and "encoder.down.0.block.2.conv1.weight" in names:
+        # as all of IBQ's and none of the others; its codes are found by another rule
+        raise ValueError(
+            "layout: 'taming' or another with the same names? It has more than 2 blocks a level; say which"
+        )
     return found[0]
 
 
@@ -207,9 +217,7 @@ def check_weights(weights: Mapping[str, Tensor], config: VQGANConfig) -> None:
         for name, tensor in sorted(expected.items())
         if name in weights and weights[name].shape != tensor.shape
     ]
-    problems = [
-        f"{what} {listed(names)}" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
-    ]
-    problems += [f"of another shape {listed(wrong)}"] if wrong else []
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
+    problems = [f"{what} {listed(names)}" for what, names in found.items() if names]
     if problems:
         raise ValueError(f"the weights are not those of one VQGAN: {'; '.join(problems)}")

@@ -17,9 +17,8 @@ def _kind(config: Path) -> type[ImageTokenizer]:
         values = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config} is not the config of a model: {error}") from error
-    kind = (
-        values.get("kind", "vqvae") if isinstance(values, dict) else None
-    )  # VQVAEs were saved before there were kinds
+    # a VQVAE's has none: it was the only model
+    kind = values.get("kind", "vqvae") if isinstance(values, dict) else None
     if kind not in MODELS:
         raise ValueError(f"{config}: kind: expected one of {', '.join(MODELS)}, got {kind!r}")
     return MODELS[kind]

@@ -1,4 +1,4 @@
-"""What every image tokenizer here has in common: images in, codes out, images back; saved to and loaded from folders."""
+"""What every image tokenizer here has in common: images to codes and back, saved to and loaded from folders."""
 
 from __future__ import annotations
 
@@ -253,7 +253,7 @@ class ImageTokenizer(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", 
             if not (folder / file).is_file():
                 raise FileNotFoundError(f"model folder {str(folder)!r} has no {file}")
         try:
-            config = from_dict(cls.config_type, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+            config: Any = from_dict(cls.config_type, json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(f"{folder / CONFIG_FILE} is not the config of a {cls.__name__}: {error}") from error
         model = cls(config)  # type: ignore[call-arg]

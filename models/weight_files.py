@@ -152,9 +152,8 @@ def _check_length(path: Path) -> None:
         if needed <= size:
             try:
                 entries = json.loads(file.read(header))
-                needed += max(
-                    (each["data_offsets"][1] for name, each in entries.items() if name[:2] != "__"), default=0
-                )
+                ends = [each["data_offsets"][1] for name, each in entries.items() if name != "__metadata__"]
+                needed += max(ends, default=0)
             except (ValueError, AttributeError, TypeError, LookupError):
                 raise ValueError(f"{path}: cannot be read as safetensors: its header is damaged") from None
     if header > LARGEST_HEADER:

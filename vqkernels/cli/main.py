@@ -43,6 +43,10 @@ COMMANDS = {
     ),
     "encode": Command("turn a folder of images into an .npy file of codes", "cli.options:EncodeConfig"),
     "decode": Command("turn a folder of codes back into images", "cli.options:DecodeConfig"),
+    "convert": Command(
+        "turn a VQGAN checkpoint of taming-transformers, latent diffusion, LlamaGen or diffusers into a model folder",
+        "cli.options:ConvertConfig",
+    ),
     "bench": Command("time the operators of this package beside others", "benchmarks.config:BenchConfig"),
     "profile": Command(
         "show where the time and memory of a search or a training step go, as one HTML page and as JSON",
