@@ -61,7 +61,8 @@ class Attention(nn.Module):
         x: Tensor,  # [B, C, H, W]
     ) -> Tensor:  # [B, C, H, W]
         y = self.norm(x)
-        q, k, v = (conv(y).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        # with channels last in memory: from other strides torch would build the table of all pairs of pixels
+        q, k, v = (conv(y).flatten(2).mT.contiguous().unsqueeze(1) for conv in (self.q, self.k, self.v))
         mixed = F.scaled_dot_product_attention(q, k, v)  # [B, 1, H W, C]; scaled by C^-1/2
         return x + self.proj_out(mixed.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
 
