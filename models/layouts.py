@@ -103,9 +103,7 @@ def layout_of(names: Mapping[str, object], layout: str = "auto") -> str:
         raise ValueError(f"layout: its names are those of {found[0]}, got {layout!r}")
     if layout == "auto" and found[0] == "taming" and "encoder.down.0.block.2.conv1.weight" in names:
         # as all of IBQ's and none of the others; its codes are found by another rule
-        raise ValueError(
-            "layout: 'taming' or another with the same names? It has more than 2 blocks a level; say which"
-        )
+        raise ValueError("layout: more than 2 blocks a level under names that several projects share; say whose")
     return found[0]
 
 
