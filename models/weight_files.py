@@ -108,7 +108,10 @@ def _foreign(imports: set[str]) -> list[str]:
 
 def _refusal(path: Path, foreign: list[str]) -> ValueError:
     names = ", ".join(foreign[:4]) + (f" and {len(foreign) - 4} more" if len(foreign) > 4 else "")
-    return ValueError(f"{path}: refused, nothing of it was run: it would call {names}, which is code and no weights")
+    return ValueError(
+        f"{path}: refused, nothing of it was run: it would call {names}, which is code and no weights; "
+        "save its state_dict alone, or as .safetensors"
+    )
 
 
 def _read_pickled(path: Path, start: bytes) -> Any:

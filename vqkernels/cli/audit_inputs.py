@@ -14,12 +14,12 @@ from torch import Tensor
 
 from vqkernels.models import ImageTokenizer
 from vqkernels.models.data import load_image
+from vqkernels.models.weight_files import PICKLED, read_weights
 
 from .loading import HUB, collect_images, fit_to_factor, load_model, report_skipped
 from .options import AuditConfig
 from .terminal import tracked
 
-PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".npy", ".safetensors", *PICKLED)
 CODEBOOK_WORDS = ("codebook", "embed", "quantiz", "vq", "codes")
 NO_CODEBOOK = ("avg", "sum", "pending", "ema_w", "cluster", "pos", "proj", "conv", "norm", "token_emb")
@@ -58,17 +58,12 @@ def read_tensors(path: str) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path}: no such file")
     if file.suffix not in SUFFIXES:
         raise ValueError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}")
+    if file.suffix != ".npy":
+        return dict(_flatten(read_weights(file)))
     try:
-        if file.suffix == ".npy":
-            return {"": torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))}
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        return dict(_flatten(torch.load(file, map_location="cpu", weights_only=True)))
-    except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, KeyError and others
-        hint = "; save its state_dict alone, or as .safetensors" if file.suffix in PICKLED else ""
-        raise ValueError(f"{path}: cannot be read as plain tensors ({str(error).splitlines()[0]}){hint}") from error
+        return {"": torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))}
+    except Exception as error:  # of numpy, by kind of damage: ValueError, EOFError, OSError, TypeError
+        raise ValueError(f"{path}: cannot be read as plain tensors ({str(error).splitlines()[0]})") from error
 
 
 def _listed(tensors: dict[str, Tensor]) -> str:
