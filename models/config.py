@@ -79,6 +79,42 @@ class VQVAEConfig:
 
 
 @dataclass
+class DiscriminatorConfig:
+    """The network that tells pictures from reconstructions, and what its opinion weighs."""
+
+    kind: Literal["patch", "style"] = "patch"
+    """patch: one logit per patch, as in VQGAN; style: one per image, as in StyleGAN2 (sides that are powers of two)."""
+    channels: int = 64
+    """Channels of its first layer."""
+    layers: int = 3
+    """Strided convolutions of kind patch."""
+    norm: Literal["batch", "act"] = "batch"
+    """Normalisation of kind patch: batch statistics, or a scale and shift set by the first batch (ActNorm)."""
+    loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    """What the two networks minimise."""
+    start_step: int = 0
+    """First step at which it takes part; before, it is neither run nor trained."""
+    weight: float = 0.8
+    """Weight of its loss for the autoencoder; a factor on the adaptive weight where that is on."""
+    adaptive: bool = True
+    """Weigh its loss so that its gradient at the last layer is as large as the reconstruction's (Esser et al. 2021)."""
+    lecam_weight: float = 0.0
+    """Weight of the LeCAM regularisation (Tseng et al. 2021); 0.001 to 0.05 where it is used."""
+    r1_weight: float = 0.0
+    """Weight of the R1 gradient penalty (Mescheder et al. 2018)."""
+    augmentation: list[Literal["color", "translation", "cutout"]] = field(default_factory=list)
+    """Differentiable augmentations of what it sees (Zhao et al. 2020), against overfitting of small datasets."""
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("start_step", "weight", "lecam_weight", "r1_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or greater, got {getattr(self, name)}")
+
+
+@dataclass
 class TrainConfig:
     """Everything about one training run; `vqkernels.models.train` takes it, configs/*.yaml are examples."""
 
