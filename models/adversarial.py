@@ -18,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from vqkernels._dtypes import HALF
+from vqkernels.nn.distributed import all_reduce_packed, rank_and_world
+
 LARGEST_ADAPTIVE_WEIGHT = 1e4
 ADAPTIVE_EPSILON = 1e-4
 
@@ -111,58 +114,82 @@ class LeCam(nn.Module):
         return F.relu(real - self.average_fake).square().mean() + F.relu(self.average_real - fake).square().mean()
 
 
-class Balanced(NamedTuple):
-    """The gradient that an autoencoder's decoder is sent, and how it came about."""
+class LastLayer:
+    """What went into a model's last convolution in the newest forward, and what came out."""
 
-    gradient: Tensor  # [B, 3, H, W] of the whole loss with respect to the reconstruction
+    def __init__(self, convolution: nn.Conv2d) -> None:
+        self.convolution = convolution
+        self.input: Tensor | None = None  # [B, C, H, W]
+        self.output: Tensor | None = None  # [B, C_out, H, W]
+        convolution.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.input, self.output = inputs[0].detach(), output
+
+    def release(self) -> None:
+        """Lets the tensors go, and the graph that hangs on them."""
+        self.input = self.output = None
+
+    def weight_gradient(
+        self,
+        gradient: Tensor,  # [B, C_out, H, W] for the output
+    ) -> Tensor:  # as the convolution's weight, at least float32
+        """What ``gradient`` makes of the weights, on this rank."""
+        assert self.input is not None
+        own = self.convolution
+        return conv2d_weight(
+            widened(self.input),
+            own.weight.shape,
+            widened(gradient),
+            stride=own.stride,  # type: ignore[arg-type]
+            padding=own.padding,  # type: ignore[arg-type]
+            dilation=own.dilation,  # type: ignore[arg-type]
+            groups=own.groups,
+        )
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x``, half precision as float32."""
+    return x.float() if x.dtype in HALF else x
+
+
+class Balanced(NamedTuple):
+    """The gradient that a decoder is sent, and how it came about."""
+
+    gradient: Tensor  # [B, C_out, H, W] of the whole loss for the last layer's output
     adaptive_weight: Tensor  # [] what the adversarial loss was multiplied with, `weight` included
 
 
 def balance(
-    reconstruction: Tensor,  # [B, 3, H, W], of the last convolution
+    last: LastLayer,
     reconstruction_loss: Tensor,  # []
     adversarial_loss: Tensor,  # []
     *,
     weight: float,
-    last: nn.Conv2d,
-    last_input: Tensor,  # [B, C, H, W], what the last convolution was given
     adaptive: bool = True,
 ) -> Balanced:
-    """d (reconstruction_loss + w adversarial_loss) / d reconstruction, w the adaptive weight of VQGAN.
+    """d (reconstruction_loss + w adversarial_loss) / d output of the last layer, w the adaptive weight of VQGAN.
 
         w = weight * clamp(|g_rec| / (|g_adv| + 1e-4), 0, 1e4)         (Esser et al. 2021, eq. 7)
 
     g_rec and g_adv are the two losses' gradients for the weights of the decoder's last layer. Both follow from the
-    gradients for the reconstruction, which the backward pass needs anyhow: VGG and discriminator are passed once, where
-    the published form passes them twice. Call ``reconstruction.backward(gradient)`` then (with what else there is).
+    gradients for its output, which the backward pass needs anyhow: VGG and discriminator are passed once, where the
+    published form passes them twice. They are those of all ranks' batches together, so that w does not depend on how
+    a batch is spread; every rank must call this. Then call ``last.output.backward(gradient)``.
 
     Args:
+        last: of the forward that the losses come from.
         weight: factor on the adversarial loss.
-        last, last_input: the convolution that made the reconstruction, and its input.
         adaptive: without it, w = weight.
     """
-    (d_reconstruction,) = torch.autograd.grad(reconstruction_loss, reconstruction, retain_graph=False)
-    (d_adversarial,) = torch.autograd.grad(adversarial_loss, reconstruction, retain_graph=False)
-    w = reconstruction.new_full((), weight, dtype=torch.float32)
+    assert last.output is not None
+    (d_reconstruction,) = torch.autograd.grad(reconstruction_loss, last.output)
+    (d_adversarial,) = torch.autograd.grad(adversarial_loss, last.output)
+    w = widened(last.output.new_full((), weight))
     if adaptive:
-        own, other = (_weight_gradient(last, last_input, each) for each in (d_reconstruction, d_adversarial))
-        ratio = own.norm() / (other.norm() + ADAPTIVE_EPSILON)
-        w = w * ratio.clamp(0, LARGEST_ADAPTIVE_WEIGHT).detach()
+        with torch.no_grad():
+            own, other = all_reduce_packed(*map(last.weight_gradient, (d_reconstruction, d_adversarial)))
+        world = rank_and_world()[1]
+        ratio = (own / world).norm() / ((other / world).norm() + ADAPTIVE_EPSILON)
+        w = w * ratio.clamp(0, LARGEST_ADAPTIVE_WEIGHT)
     return Balanced(d_reconstruction + w.to(d_adversarial.dtype) * d_adversarial, w)
-
-
-@torch.no_grad()
-def _weight_gradient(
-    last: nn.Conv2d,
-    last_input: Tensor,  # [B, C, H, W]
-    gradient: Tensor,  # [B, 3, H, W]
-) -> Tensor:  # as last.weight, float32
-    return conv2d_weight(
-        last_input.detach().float(),
-        last.weight.shape,
-        gradient.float(),
-        stride=last.stride,  # type: ignore[arg-type]
-        padding=last.padding,  # type: ignore[arg-type]
-        dilation=last.dilation,  # type: ignore[arg-type]
-        groups=last.groups,
-    )

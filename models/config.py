@@ -82,7 +82,7 @@ class VQVAEConfig:
 class DiscriminatorConfig:
     """The network that tells pictures from reconstructions, and what its opinion weighs."""
 
-    kind: Literal["patch", "style"] = "patch"
+    kind: Literal["none", "patch", "style"] = "none"
     """patch: one logit per patch, as in VQGAN; style: one per image, as in StyleGAN2 (sides that are powers of two)."""
     channels: int = 64
     """Channels of its first layer."""
@@ -93,7 +93,9 @@ class DiscriminatorConfig:
     loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
     """What the two networks minimise."""
     start_step: int = 0
-    """First step at which it takes part; before, it is neither run nor trained."""
+    """Steps before it takes part; until then it is neither run nor trained."""
+    learning_rate: float | None = None
+    """Largest learning rate of its optimizer; null: that of the autoencoder."""
     weight: float = 0.8
     """Weight of its loss for the autoencoder; a factor on the adaptive weight where that is on."""
     adaptive: bool = True
@@ -152,6 +154,14 @@ class TrainConfig:
     """Weight of the mean absolute error of the reconstruction, in units of [-1, 1]."""
     l2_weight: float = 1.0
     """Weight of the mean squared error of the reconstruction."""
+    perceptual_weight: float = 0.0
+    """Weight of the distance between the VGG16 features of image and reconstruction (LPIPS)."""
+    vgg: str | None = None
+    """File with VGG16's weights as torchvision saves them; null: random features, which is not LPIPS."""
+    lpips: str | None = None
+    """File with LPIPS's linear weights (lin0.model.1.weight ...); needs vgg."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """The discriminator that makes the run a VQGAN's; kind none: a VQ-VAE."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
     weight_ema_decay: float = 0.999
@@ -188,6 +198,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.model, dict):
             self.model = from_dict(VQVAEConfig, self.model, "model")
+        if isinstance(self.discriminator, dict):
+            self.discriminator = from_dict(DiscriminatorConfig, self.discriminator, "discriminator")
+        if self.discriminator.kind != "none" and self.mixed_precision == "fp16":
+            raise ValueError("mixed_precision must be bf16 or no with a discriminator, got fp16")
+        if self.perceptual_weight < 0:
+            raise ValueError(f"perceptual_weight must be 0 or greater, got {self.perceptual_weight}")
         if self.steps is None and self.max_seconds is None:
             self.steps = 10_000
         for name in ("image_size", "batch_size", "gradient_accumulation", "log_every", "checkpoint_every"):

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqkernels.nn.distributed import all_reduce_packed
+
 from .config import DiscriminatorConfig
 
 IMAGE_CHANNELS = 3
@@ -30,6 +32,7 @@ class ActNorm(nn.Module):
     """(x + loc) * scale per channel; the first training batch sets both so that its channels have mean 0, deviation 1.
 
     Kingma & Dhariwal 2018, "Glow", sec. 3.1. Without running statistics: an image's logit never depends on the others.
+    The first batch is that of all ranks together: each must have one.
     """
 
     initialized: Tensor  # uint8 []
@@ -39,6 +42,7 @@ class ActNorm(nn.Module):
         self.loc = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
+        self._started = False
 
     @torch.no_grad()
     def _initialize(
@@ -47,8 +51,12 @@ class ActNorm(nn.Module):
     ) -> None:
         """Without waiting for the device: what is there stays where it had been set before."""
         fresh = self.initialized == 0
-        mean = x.float().mean((0, 2, 3), keepdim=True)
-        deviation = x.float().std((0, 2, 3), keepdim=True)
+        wide = x.double()
+        sums = wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), wide.new_full((1,), x.numel() / x.shape[1])
+        total, squares, count = all_reduce_packed(*sums)
+        mean = (total / count).view(1, -1, 1, 1)
+        variance = (squares - total.square() / count) / (count - 1).clamp(min=1)
+        deviation = variance.clamp(min=0).sqrt().view(1, -1, 1, 1)
         self.loc.copy_(torch.where(fresh, -mean, self.loc))
         self.scale.copy_(torch.where(fresh, 1 / (deviation + 1e-6), self.scale))
         self.initialized.fill_(1)
@@ -57,8 +65,9 @@ class ActNorm(nn.Module):
         self,
         x: Tensor,  # [B, C, H, W]
     ) -> Tensor:  # [B, C, H, W]
-        if self.training:
-            self._initialize(x)
+        if self.training and not self._started:
+            self._initialize(x.detach())
+            self._started = True  # what initialized says, known without waiting for the device
         return self.scale * (x + self.loc)
 
 
@@ -241,7 +250,7 @@ def _init_style_layer(module: nn.Module) -> None:
 
 
 def make_discriminator(config: DiscriminatorConfig, image_size: int) -> PatchDiscriminator | StyleDiscriminator:
-    """The discriminator of a config, for images of ``image_size`` pixels each way.
+    """The discriminator of a config (kind "patch" or "style"), for images of ``image_size`` pixels each way.
 
     Raises:
         ValueError: the images are too small for it, or of a size that it cannot take; the option is named.

@@ -28,10 +28,11 @@ from .checkpoint import (
 )
 from .config import TrainConfig, save_config, to_dict
 from .data import EndlessBatches, ImageFolder
+from .objective import Objective
 from .optimization import learning_rate_at, make_optimizer
 from .run_log import RunLog, delete_run, run_exists
 from .validation import HeldOut
-from .vqvae import VQVAE, VQVAEOutput
+from .vqvae import VQVAE
 from .weight_average import WeightAverage
 
 try:
@@ -44,10 +45,6 @@ except ImportError as error:
     ) from error
 
 __all__ = ["NonFiniteLossError", "TrainConfig", "TrainProgress", "TrainResult", "train"]
-
-# What is summed up on the device between two lines of metrics.jsonl, in this order
-WINDOW = ("loss", "l1", "mse", "commitment_loss", "perplexity", "usage", "grad_norm")
-
 
 MAX_NAMED = 5  # unreadable files that the warning names
 
@@ -133,7 +130,8 @@ class Trainer:
             warnings.warn(_skipped_in_words(self.data), stacklevel=3)
         self._build_model()
         self.step, self.seconds_before = 0, 0.0
-        self.window, self.window_steps, self.window_started = torch.zeros(len(WINDOW), device=self.device), 0, 0.0
+        self.names = (*self.objective.names, "grad_norm")  # summed up on the device between two lines of metrics.jsonl
+        self.window, self.window_steps, self.window_started = torch.zeros(len(self.names), device=self.device), 0, 0.0
         self.metrics: dict[str, float] = {}
         self.rate = 0.0
         self.unchecked: tuple[int, Tensor] | None = None
@@ -177,6 +175,7 @@ class Trainer:
             nn.Module.to(self.raw_model, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = WeightAverage(self.raw_model.to(self.device), self.config.weight_ema_decay)
         optimizer = make_optimizer(self.raw_model, self.config)
+        self.objective = Objective(self.config, self.raw_model, self.accelerator)
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, optimizer)
 
     def _batches(self) -> Iterator[Tensor]:  # [B, 3, S, S]
@@ -221,6 +220,7 @@ class Trainer:
         self.raw_model.load_state_dict(state["model"])
         self.average.model.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.objective.load_state_dict(state.get("discriminator", {}))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds_before = state["step"], state["seconds"]
@@ -254,6 +254,7 @@ class Trainer:
             "model": self.raw_model.state_dict(),
             "average": self.average.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "discriminator": self.objective.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": random,
             "window": self.window,
@@ -279,28 +280,14 @@ class Trainer:
 
     # One step
 
-    def _loss(
-        self,
-        images: Tensor,  # [B, 3, S, S]
-        out: VQVAEOutput,
-    ) -> tuple[Tensor, Tensor]:  # loss [], its parts for the log [6]
-        error = out.reconstruction.float() - images
-        l1, mse = error.abs().mean(), error.square().mean()
-        loss = self.config.l1_weight * l1 + self.config.l2_weight * mse + out.quantizer.loss
-        quantizer = out.quantizer
-        parts = (loss, l1, mse, quantizer.commitment_loss, quantizer.perplexity, quantizer.usage)
-        return loss, torch.stack([part.detach().float() for part in parts])
-
-    def _micro_batch(self, last: bool) -> Tensor:  # [6]
+    def _micro_batch(self, last: bool) -> Tensor:  # as the objective's names
         images = next(self.batches).to(self.device, non_blocking=True)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             with self.accelerator.autocast():
                 out = self.model(images)
-            loss, parts = self._loss(images, out)
-            self.accelerator.backward(loss / self.config.gradient_accumulation)
-        return parts
+            return self.objective.backward(images, out, self.step)
 
     def _train_step(self, share: float) -> None:
         self.rate = learning_rate_at(self.config, self.step, share)
@@ -316,6 +303,7 @@ class Trainer:
         self._check_finite(values)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.objective.step(self.step, self.rate)
         self.raw_model.quantizer.update_codebook()  # now, so that the copy of its buffers is up to date
         self.step += 1
         self.average.update(self.raw_model, self.step)
@@ -324,7 +312,7 @@ class Trainer:
 
     def _check_finite(
         self,
-        values: Tensor,  # [7] as WINDOW
+        values: Tensor,  # as `names`
     ) -> None:
         """Raises before the optimizer steps on a CPU; on a GPU one step later, so that no step waits for it."""
         previous, self.unchecked = self.unchecked, (self.step + 1, values)
@@ -341,9 +329,9 @@ class Trainer:
     def _raise_unless_finite(
         self,
         step: int,
-        values: Tensor,  # [7] as WINDOW
+        values: Tensor,  # as `names`
     ) -> None:
-        found = dict(zip(WINDOW, values.tolist(), strict=True))
+        found = dict(zip(self.names, values.tolist(), strict=True))
         if self.accelerator.scaler is not None:  # fp16: the scaler skips such steps by itself
             found.pop("grad_norm")
         if all(map(math.isfinite, found.values())):
@@ -364,7 +352,7 @@ class Trainer:
         seconds = self._seconds()
         images = self.window_steps * self.config.gradient_accumulation * self.config.batch_size
         images *= self.accelerator.num_processes
-        values = {"learning_rate": self.rate, **dict(zip(WINDOW, means, strict=True))}
+        values = {"learning_rate": self.rate, **dict(zip(self.names, means, strict=True))}
         values["psnr"] = 10 * math.log10(4 / max(values["mse"], 1e-12))
         values["images_per_second"] = images / max(seconds - self.window_started, 1e-9)
         values["seconds"] = seconds

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from vqkernels._dtypes import HALF
 from vqkernels.nn import QuantizerOutput, VectorQuantizer
 
 from .config import QuantizerConfig, VQVAEConfig, from_dict
@@ -104,6 +105,13 @@ class VQVAE(
         """Image pixels per code, each way."""
         return self.config.factor
 
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """The decoder's last convolution; after it pixels only change places."""
+        layer = self.decoder[-2]
+        assert isinstance(layer, nn.Conv2d)
+        return layer
+
     def _check_images(
         self,
         images: Tensor,  # [B, 3, H, W]
@@ -122,9 +130,10 @@ class VQVAE(
         self,
         images: Tensor,  # [B, 3, H, W]
     ) -> Tensor:  # [B, latent_channels, h, w]
-        """float32 also under autocast: neighbouring codes differ by less than bf16 resolves."""
+        """At least float32, also under autocast: neighbouring codes differ by less than bf16 resolves."""
         self._check_images(images)
-        return self.encoder(images).float()
+        tokens = self.encoder(images)
+        return tokens.float() if tokens.dtype in HALF else tokens
 
     def forward(
         self,

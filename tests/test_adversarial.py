@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vqkernels.models.adversarial import LeCam, balance, discriminator_loss, generator_loss, gradient_penalty
+from vqkernels.models.adversarial import LastLayer, LeCam, balance, discriminator_loss, generator_loss, gradient_penalty
 from vqkernels.models.augmentation import augment
 from vqkernels.models.config import DiscriminatorConfig, from_dict
 from vqkernels.models.discriminator import ActNorm, PatchDiscriminator, StyleDiscriminator, make_discriminator
@@ -91,39 +91,27 @@ def test_gradient_penalty_of_a_known_function():
 # ---- the adaptive weight
 
 
-class _Decoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(4, 8, 3, padding=1)
-        self.last = nn.Conv2d(8, 3, 3, padding=1)
-
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        h = F.silu(self.first(z))
-        return self.last(h), h
-
-
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_balanced_gradient_is_the_published_one(adaptive: bool):
     """Against the form that passes both networks again for the last layer's gradients, in float64."""
     torch.manual_seed(0)
-    decoder = _Decoder().double()
+    convolutions = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 12, 3, padding=1)
+    decoder = nn.Sequential(convolutions[0], nn.SiLU(), convolutions[1], nn.PixelShuffle(2)).double()
     network = PatchDiscriminator(4, 1, "act").double().eval()
-    images, z = torch.randn(2, 3, 16, 16).double(), torch.randn(2, 4, 16, 16).double()
+    images, z = torch.randn(2, 3, 16, 16).double(), torch.randn(2, 4, 8, 8).double()
 
     def losses(reconstruction: Tensor) -> tuple[Tensor, Tensor]:
         return (reconstruction - images).abs().mean(), generator_loss("hinge", network(reconstruction))
 
-    reconstruction, _ = decoder(z)
+    reconstruction = decoder(z)
     rec, adv = losses(reconstruction)
-    own, other = (torch.autograd.grad(loss, decoder.last.weight, retain_graph=True)[0] for loss in (rec, adv))
+    own, other = (torch.autograd.grad(loss, convolutions[1].weight, retain_graph=True)[0] for loss in (rec, adv))
     weight = 0.8 * (own.norm() / (other.norm() + 1e-4)).clamp(0, 1e4).detach() if adaptive else torch.tensor(0.8)
     expected = torch.autograd.grad(rec + weight * adv, list(decoder.parameters()))
 
-    reconstruction, hidden = decoder(z)
-    balanced = balance(
-        reconstruction, *losses(reconstruction), weight=0.8, last=decoder.last, last_input=hidden, adaptive=adaptive
-    )
-    reconstruction.backward(balanced.gradient)
+    last = LastLayer(convolutions[1])
+    balanced = balance(last, *losses(decoder(z)), weight=0.8, adaptive=adaptive)
+    last.output.backward(balanced.gradient)
     assert balanced.adaptive_weight.item() == pytest.approx(weight.item(), rel=1e-5)  # it is computed in float32
     for parameter, right in zip(decoder.parameters(), expected, strict=True):
         assert torch.allclose(parameter.grad, right, rtol=1e-5, atol=1e-9)
@@ -300,7 +288,7 @@ def test_lpips_is_the_published_distance(tmp_path):
     vgg, linear = _vgg_file(tmp_path)
     distance = PerceptualDistance(tmp_path / "vgg16.pth", tmp_path / "lpips.pth")
     assert distance.label == "LPIPS (VGG16)"
-    a, b = torch.rand(2, 3, 32, 32) * 2 - 1, (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_()
+    a, b = torch.rand(2, 3, 16, 16) * 2 - 1, (torch.rand(2, 3, 16, 16) * 2 - 1).requires_grad_()
     found = distance(a, b)
     assert torch.allclose(found.double(), _lpips(a, b, vgg, linear), rtol=1e-4)
     found.sum().backward()
