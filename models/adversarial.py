@@ -183,7 +183,7 @@ def balance(
         adaptive: without it, w = weight.
     """
     assert last.output is not None
-    (d_reconstruction,) = torch.autograd.grad(reconstruction_loss, last.output)
+    (d_reconstruction,) = torch.autograd.grad(reconstruction_loss, last.output, retain_graph=True)  # what both share
     (d_adversarial,) = torch.autograd.grad(adversarial_loss, last.output)
     w = widened(last.output.new_full((), weight))
     if adaptive:

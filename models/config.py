@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +165,10 @@ class TrainConfig:
     """The discriminator that makes the run a VQGAN's; kind none: a VQ-VAE."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
+    max_skipped_steps: int = 0
+    """Steps with a loss or gradient that is NaN or infinite which are left out; the next one ends the run."""
+    collapse_usage: float = 0.05
+    """A warning comes when less than this share of the codebook is in use, from the 200th step on; 0: never."""
     weight_ema_decay: float = 0.999
     """Decay of the moving average of the weights that is saved as the model; 0 saves the last weights."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -221,7 +226,10 @@ class TrainConfig:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other, got both")
-        for name, low, high in (("min_crop", 0, 1), ("final_learning_rate", 0, 1), ("weight_ema_decay", 0, 1)):
+        for name, low, high in (
+            *(("min_crop", 0, 1), ("final_learning_rate", 0, 1), ("weight_ema_decay", 0, 1)),
+            *(("collapse_usage", 0, 1), ("max_skipped_steps", 0, math.inf)),
+        ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(self, name)}")
 

@@ -172,6 +172,11 @@ class Objective:
         if self.critic is not None and self.is_adversarial(step):
             self.critic.step(rate)
 
+    def zero_grad(self) -> None:
+        """Drops the discriminator's gradients of a step that is left out."""
+        if self.critic is not None:
+            self.critic.optimizer.zero_grad()
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         return {} if self.critic is None else self.critic.state_dict()

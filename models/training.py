@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vqkernels.nn import defer_codebook_update
+from vqkernels.nn.distributed import all_reduce_packed
 
 from .checkpoint import (
     different_option,
@@ -46,6 +47,7 @@ except ImportError as error:
 
 __all__ = ["NonFiniteLossError", "TrainConfig", "TrainProgress", "TrainResult", "train"]
 
+COLLAPSE_FROM = 200  # steps: twice the window over which usage is taken
 MAX_NAMED = 5  # unreadable files that the warning names
 
 
@@ -135,6 +137,8 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.rate = 0.0
         self.unchecked: tuple[int, Tensor] | None = None
+        self.skipped = 0
+        self.alarmed = False
         self.sampled_at = -1
         state = self._restore() if config.resume else None
         self.log = RunLog(self.output, self.step) if self.is_main else None
@@ -224,6 +228,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds_before = state["step"], state["seconds"]
+        self.skipped = state.get("skipped", 0)
         self.window = state["window"].to(self.device)
         self.window_steps, self.window_started = state["window_steps"], state["window_started"]
         return state
@@ -249,6 +254,7 @@ class Trainer:
         state = {
             "step": self.step,
             "seconds": self._seconds(),
+            "skipped": self.skipped,
             "model_config": to_dict(self.config.model),
             "order": self._order_options(),
             "model": self.raw_model.state_dict(),
@@ -300,6 +306,11 @@ class Trainer:
             parts = torch.stack([self._micro_batch(number == micro_batches - 1) for number in range(micro_batches)])
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
         values = torch.cat([parts.mean(dim=0), norm.detach().float().reshape(1)])
+        if self._left_out(values):
+            self.optimizer.zero_grad()
+            self.objective.zero_grad()
+            self.step += 1
+            return
         self._check_finite(values)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -309,6 +320,21 @@ class Trainer:
         self.average.update(self.raw_model, self.step)
         self.window += values
         self.window_steps += 1
+
+    def _left_out(
+        self,
+        values: Tensor,  # as `names`
+    ) -> bool:
+        """Whether this step is one of those that may be skipped; the same on all processes. Waits for the device."""
+        if self.skipped >= self.config.max_skipped_steps:
+            return False
+        (broken,) = all_reduce_packed((~values.isfinite().all()).float())
+        if not broken.item():
+            return False
+        self.skipped += 1
+        most = f"{self.skipped} of at most {self.config.max_skipped_steps}"
+        warnings.warn(f"step {self.step + 1} was left out, its loss or gradient is not finite: {most}", stacklevel=2)
+        return True
 
     def _check_finite(
         self,
@@ -356,9 +382,23 @@ class Trainer:
         values["psnr"] = 10 * math.log10(4 / max(values["mse"], 1e-12))
         values["images_per_second"] = images / max(seconds - self.window_started, 1e-9)
         values["seconds"] = seconds
+        values["skipped_steps"] = self.skipped
+        self._watch_usage(values["usage"])
         self.window.zero_()
         self.window_steps, self.window_started = 0, seconds
         self._publish(values)
+
+    def _watch_usage(self, usage: float) -> None:
+        """One warning in a run whose codebook has collapsed."""
+        if usage >= self.config.collapse_usage or self.step < COLLAPSE_FROM or self.alarmed:
+            return
+        self.alarmed = True
+        if self.is_main:
+            warnings.warn(
+                f"step {self.step}: {usage:.1%} of the codebook is in use; what helps: "
+                "a higher dead_code_threshold, kmeans_init, a smaller codebook_dim, metric: cosine",
+                stacklevel=2,
+            )
 
     def _publish(self, values: dict[str, float]) -> None:
         """To the log, to the trackers, and to the progress callback as the newest values."""

@@ -17,7 +17,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from vqkernels.models import VQVAE, QuantizerConfig, TrainConfig, VQVAEConfig, save_config, train
+from vqkernels.models import (
+    VQVAE,
+    NonFiniteLossError,
+    QuantizerConfig,
+    TrainConfig,
+    VQVAEConfig,
+    save_config,
+    train,
+    training,
+)
 from vqkernels.models.checkpoint import load_newest
 from vqkernels.models.config import DiscriminatorConfig, load_config
 from vqkernels.models.objective import Critic, Objective
@@ -234,3 +243,32 @@ def test_wrong_options_stop_before_the_first_step(pictures, tmp_path, changes, m
 def test_bfloat16_trains(pictures, tmp_path):
     result = train(small_run(pictures, tmp_path / "run", steps=2, mixed_precision="bf16", perceptual_weight=0.1))
     assert all(np.isfinite(line["loss"]) for line in result.history if "loss" in line)
+
+
+def _broken_at(step: int):
+    """A reconstruction loss that is NaN in one step."""
+    real = Objective.backward
+
+    def backward(self, images, out, at):
+        out = out._replace(reconstruction=out.reconstruction * float("nan")) if at == step else out
+        return real(self, images, out, at)
+
+    return backward
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(Objective, "backward", _broken_at(2))
+    with pytest.warns(UserWarning, match="step 3 was left out.* 1 of at most 1"):
+        result = train(small_run(pictures, tmp_path / "run", steps=5, max_skipped_steps=1))
+    assert [line["skipped_steps"] for line in result.history if "skipped_steps" in line][-1] == 1
+    assert all(value.isfinite().all() for value in result.model.parameters())
+    with pytest.raises(NonFiniteLossError, match="step 3"):
+        train(small_run(pictures, tmp_path / "strict", steps=5))
+
+
+def test_a_collapsed_codebook_is_reported_once(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "COLLAPSE_FROM", 3)
+    config = small_run(pictures, tmp_path / "run", collapse_usage=1.0, discriminator=DiscriminatorConfig())
+    with pytest.warns(UserWarning, match="step 3: .* of the codebook is in use") as seen:
+        train(config)
+    assert sum("of the codebook is in use" in str(each.message) for each in seen) == 1
