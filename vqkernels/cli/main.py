@@ -43,6 +43,14 @@ COMMANDS = {
     ),
     "encode": Command("turn a folder of images into an .npy file of codes", "cli.options:EncodeConfig"),
     "decode": Command("turn a folder of codes back into images", "cli.options:DecodeConfig"),
+    "export": Command(
+        "write a model's encoder and decoder as graphs, for torch.export.load or ONNX runtimes",
+        "cli.options:ExportConfig",
+    ),
+    "convert": Command(
+        "turn a VQGAN checkpoint of taming-transformers, latent diffusion, LlamaGen or diffusers into a model folder",
+        "cli.options:ConvertConfig",
+    ),
     "bench": Command("time the operators of this package beside others", "benchmarks.config:BenchConfig"),
     "profile": Command(
         "show where the time and memory of a search or a training step go, as one HTML page and as JSON",
@@ -102,7 +110,8 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror or error}"
     if isinstance(error, ImportError) and error.name and not error.name.startswith("vqkernels"):
-        return f"{error.name} is not installed; this command needs pip install 'vqkernels[demo]' ({error})"
+        extra = "export" if error.name.startswith("onnx") else "demo"
+        return f"{error.name} is not installed; this command needs pip install 'vqkernels[{extra}]' ({error})"
     return str(error) or type(error).__name__
 
 
