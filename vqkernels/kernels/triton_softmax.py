@@ -51,14 +51,14 @@ MERGE_ROWS = 128
 def finish_forward(
     top,  # [R] float32, the maximum m
     total,  # [R] float32, s = sum exp(l - m)
-    error,  # [R] float32, what s has too much
+    error,  # [R] float32, what s lacks
     moment,  # [R] float32, sum exp(l - m) (l - m)
 ):
     """lse = m + log s and the entropy log s - moment / s, both NaN where s is zero or no number.
 
     Where one code has all the weight, s is 1 and little: that little is in the error, which log s takes to first order.
     """
-    log = tl.log(total) - error / total
+    log = tl.log(total) + error / total
     usual = (total > 0) & (total < float("inf"))
     entropy = tl.maximum(log - moment / total, 0.0)
     return tl.where(usual, top + log, float("nan")), tl.where(usual, entropy, float("nan"))
@@ -82,6 +82,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """A block of tokens against one split of the codes: running maximum, sum and first moment of exp(l - maximum)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -98,7 +99,9 @@ def forward_kernel(
         codes = first + tl.arange(0, BLOCK_K)
         inside = codes < K
         c = load_rows(codebook_ptr, codes, inside, dims, D)
-        score = products(x, c, x_ptr, rows, live, codebook_ptr, codes, inside, D, RESIDENT, BLOCK_N, BLOCK_K, BLOCK_D)
+        score = products(
+            x, c, x_ptr, rows, live, codebook_ptr, codes, inside, D, RESIDENT, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION
+        )
         score = score * scale + load_bias(bias_ptr, codes, K)[None, :]
         higher = tl.maximum(top, tl.max(score, 1))
         lift = top - higher
@@ -170,7 +173,7 @@ def softmax_forward(
             forward_kernel[(blocks, split.count)](
                 tokens, codebook, bias, lse, entropy, parts, scale, n, k, dim, split.length,
                 SPLIT=split.count > 1, RESIDENT=config.resident, BLOCK_N=config.keep, BLOCK_K=config.stream,
-                BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=STAGES,
+                BLOCK_D=config.block_d, PRECISION=config.precision, num_warps=config.num_warps, num_stages=STAGES,
             )  # fmt: skip
             if split.count > 1:
                 merge_kernel[(triton.cdiv(n, MERGE_ROWS),)](parts, lse, entropy, n, split.count, BLOCK_N=MERGE_ROWS)
@@ -197,6 +200,7 @@ def code_sums_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """A block of codes against one split of the tokens, in their order."""
     codes = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -212,7 +216,9 @@ def code_sums_kernel(
         lse, finite = load_lse(lse_ptr, rows, N)
         weight = tl.load(weight_ptr + rows, mask=finite, other=0.0)
         x = load_rows(x_ptr, rows, finite, dims, D)
-        score = products(c, x, codebook_ptr, codes, inside, x_ptr, rows, finite, D, RESIDENT, BLOCK_K, BLOCK_N, BLOCK_D)
+        score = products(
+            c, x, codebook_ptr, codes, inside, x_ptr, rows, finite, D, RESIDENT, BLOCK_K, BLOCK_N, BLOCK_D, PRECISION
+        )
         p = tl.exp(score * scale + bias[:, None] - lse[None, :])
         total, error = add(total, error, tl.sum(tl.where(p > 0, p * weight[None, :], 0.0), 1))
     tl.store(sums_ptr + split_row(tl.program_id(1), codes, K), total, mask=inside)
@@ -238,7 +244,7 @@ def softmax_code_sums(
         code_sums_kernel[(blocks, split.count)](
             tokens, codebook, bias, lse.contiguous(), weight.contiguous(), sums, scale, n, k, dim, split.length,
             RESIDENT=config.resident, BLOCK_N=config.stream, BLOCK_K=config.keep, BLOCK_D=config.block_d,
-            num_warps=config.num_warps, num_stages=STAGES,
+            PRECISION=config.precision, num_warps=config.num_warps, num_stages=STAGES,
         )  # fmt: skip
     return sums.sum(0)
 
@@ -282,6 +288,7 @@ def sample_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """MASS: the sum over one split of the codes. Else the code of those tokens of the block whose split this is.
 
@@ -310,7 +317,9 @@ def sample_kernel(
         codes = first + tl.arange(0, BLOCK_K)
         inside = codes < K
         c = load_rows(codebook_ptr, codes, inside, dims, D)
-        score = products(x, c, x_ptr, rows, finite, codebook_ptr, codes, inside, D, RESIDENT, BLOCK_N, BLOCK_K, BLOCK_D)
+        score = products(
+            x, c, x_ptr, rows, finite, codebook_ptr, codes, inside, D, RESIDENT, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION
+        )
         p = tl.exp(score * scale + load_bias(bias_ptr, codes, K)[None, :] - lse[:, None])
         new, error = add(total, error, tl.sum(p, 1))
         if not MASS:
@@ -346,7 +355,7 @@ def softmax_sample(
                 sample_kernel[(blocks, split.count)](
                     tokens, codebook, bias, lse, uniform, mass, codes, scale, n, k, dim, split.length,
                     MASS=only_mass, RESIDENT=config.resident, BLOCK_N=config.keep, BLOCK_K=config.stream,
-                    BLOCK_D=config.block_d, num_warps=config.num_warps, num_stages=STAGES,
+                    BLOCK_D=config.block_d, PRECISION=config.precision, num_warps=config.num_warps, num_stages=STAGES,
                 )  # fmt: skip
     return codes
 

@@ -32,7 +32,6 @@ from .triton_common import on_device, row_offsets, store_tile
 from .triton_configs import Gpu
 from .triton_nearest import device_of
 from .triton_softmax_tiles import (
-    PRECISION,
     STAGES,
     add,
     as_rows,
@@ -87,6 +86,7 @@ def mean_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """r of a block of tokens, over one split of the codes."""
     SUMS: tl.constexpr = dcode_sums_ptr is not None
@@ -110,12 +110,14 @@ def mean_kernel(
         codes = first + tl.arange(0, BLOCK_K)
         inside = codes < K
         c = load_rows(codebook_ptr, codes, inside, dims, D)
-        score = products(x, c, x_ptr, rows, finite, codebook_ptr, codes, inside, D, RESIDENT, BLOCK_N, BLOCK_K, BLOCK_D)
+        score = products(
+            x, c, x_ptr, rows, finite, codebook_ptr, codes, inside, D, RESIDENT, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION
+        )
         along = score
         if DIRECTION:
             along = products(
                 direction, c, direction_ptr, rows, finite, codebook_ptr, codes, inside, D,
-                RESIDENT, BLOCK_N, BLOCK_K, BLOCK_D,
+                RESIDENT, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
             )  # fmt: skip
         dcode_sums = tl.zeros([BLOCK_K], tl.float32)
         if SUMS:
@@ -153,6 +155,7 @@ def token_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dx of a block of tokens and a chunk of BLOCK_O dims, over one split of the codes; NaN where lse is not finite."""
     SUMS: tl.constexpr = dcode_sums_ptr is not None
@@ -175,12 +178,14 @@ def token_kernel(
         codes = first + tl.arange(0, BLOCK_K)
         inside = codes < K
         c = load_rows(codebook_ptr, codes, inside, dims, D)
-        score = products(x, c, x_ptr, rows, finite, codebook_ptr, codes, inside, D, RESIDENT, BLOCK_N, BLOCK_K, BLOCK_D)
+        score = products(
+            x, c, x_ptr, rows, finite, codebook_ptr, codes, inside, D, RESIDENT, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION
+        )
         along = score
         if DIRECTION:
             along = products(
                 direction, c, direction_ptr, rows, finite, codebook_ptr, codes, inside, D,
-                RESIDENT, BLOCK_N, BLOCK_K, BLOCK_D,
+                RESIDENT, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
             )  # fmt: skip
         dcode_sums = tl.zeros([BLOCK_K], tl.float32)
         if SUMS:
@@ -221,6 +226,7 @@ def code_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """dcodebook of a block of codes and a chunk of BLOCK_O dims, and dbias, over one split of the tokens."""
     SUMS: tl.constexpr = dcode_sums_ptr is not None
@@ -247,13 +253,15 @@ def code_kernel(
         weight = tl.load(weight_ptr + rows, mask=finite, other=0.0)
         shift = tl.load(shift_ptr + rows, mask=finite, other=0.0)
         x = load_rows(x_ptr, rows, finite, dims, D)
-        score = products(c, x, codebook_ptr, codes, inside, x_ptr, rows, finite, D, RESIDENT, BLOCK_K, BLOCK_N, BLOCK_D)
+        score = products(
+            c, x, codebook_ptr, codes, inside, x_ptr, rows, finite, D, RESIDENT, BLOCK_K, BLOCK_N, BLOCK_D, PRECISION
+        )
         along = score
         if DIRECTION:
             direction = load_rows(direction_ptr, rows, finite, dims, D)
             along = products(
                 c, direction, codebook_ptr, codes, inside, direction_ptr, rows, finite, D,
-                RESIDENT, BLOCK_K, BLOCK_N, BLOCK_D,
+                RESIDENT, BLOCK_K, BLOCK_N, BLOCK_D, PRECISION,
             )  # fmt: skip
         shifted = score * scale + bias[:, None] - lse[None, :]
         p = tl.exp(shifted)
@@ -297,7 +305,7 @@ def mean_slopes(
         p.x, p.codebook, p.bias, p.lse, p.dentropy, p.weight, p.dcode_sums, p.direction, mean,
         p.scale, n, k, dim, split.length,
         RESIDENT=config.resident, BLOCK_N=config.keep, BLOCK_K=config.stream, BLOCK_D=config.block_d,
-        num_warps=config.num_warps, num_stages=STAGES,
+        PRECISION=config.precision, num_warps=config.num_warps, num_stages=STAGES,
     )  # fmt: skip
     return mean.sum(0)
 
@@ -318,7 +326,7 @@ def token_gradient(
         p.x, p.codebook, p.bias, p.lse, p.dentropy, p.weight, shift, p.dcode_sums, p.direction, out,
         p.scale, n, k, dim, split.length, *where,
         RESIDENT=config.resident, BLOCK_N=config.keep, BLOCK_K=config.stream, BLOCK_D=config.block_d,
-        BLOCK_O=config.chunk, num_warps=config.num_warps, num_stages=STAGES,
+        BLOCK_O=config.chunk, PRECISION=config.precision, num_warps=config.num_warps, num_stages=STAGES,
     )  # fmt: skip
     if split.count > 1:
         dx.copy_(out.sum(0).view(dx.shape))
@@ -338,7 +346,7 @@ def code_gradient(
         p.x, p.codebook, p.bias, p.lse, p.dentropy, p.weight, shift, p.dcode_sums, p.direction, dcodebook, dbias,
         p.scale, n, k, dim, split.length,
         RESIDENT=config.resident, BLOCK_N=config.stream, BLOCK_K=config.keep, BLOCK_D=config.block_d,
-        BLOCK_O=config.chunk, num_warps=config.num_warps, num_stages=STAGES,
+        BLOCK_O=config.chunk, PRECISION=config.precision, num_warps=config.num_warps, num_stages=STAGES,
     )  # fmt: skip
     return (dcodebook[0], dbias[0]) if split.count == 1 else (dcodebook.sum(0), dbias.sum(0))
 

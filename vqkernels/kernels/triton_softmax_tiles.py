@@ -1,9 +1,10 @@
 """What the streaming-softmax kernels share: products of tiles, logits, sums, sizes of tiles, and who may run them.
 
-Products are "tf32x3": each float32 as two tf32 terms, three tensor-core products. Logits in the hundreds leave no room
-for less: a probability is off, relative to itself, by the absolute error of its logit. Plain tf32 keeps 11 bits: 0.1 of
-a logit of 200. Three products keep 21 to 22, no less than float32 sums over D do; float32 without tensor cores ("ieee")
-would take some three times as long, by the rates. The interpreter multiplies in float32.
+Products have to be float32's: logits in the hundreds leave no room for less, as a probability is off, relative to
+itself, by the absolute error of its logit. Plain tf32 keeps 11 bits: 0.1 of a logit of 200. "tf32x3", each number as
+two tf32 terms and three products of those, keeps 21 to 22 bits, no less than float32 sums over D do. By the rates it is
+1.3 (A100) to 2.8 times (H100) as quick as float32 without tensor cores, "ieee"; on 8.6, 8.9 and 12.0 tf32 is no quicker
+than float32 to begin with, so "ieee" runs there. Not measured yet. The interpreter multiplies in float32.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from torch import Tensor
 
 from .triton_common import MAX_CODES, MAX_DIM, unsupported
 from .triton_configs import Gpu, count_splits
-
-PRECISION = tl.constexpr("tf32x3")
 
 
 @triton.jit
@@ -49,6 +48,7 @@ def products(
     R: tl.constexpr,
     C: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """[R, C] float32: every kept row times every row that passes."""
     if RESIDENT:
@@ -102,13 +102,14 @@ def split_row(
 @triton.jit
 def add(
     total,  # [R] float32
-    error,  # [R] float32, what total has too much
+    error,  # [R] float32, what total lacks
     value,  # [R] float32
 ):
-    """Kahan's sum: hundreds of thousands of codes, added tile by tile, would cost float32 two digits."""
-    value = value - error
+    """A sum that keeps what rounding takes (Knuth): float32 alone would lose two digits over 10^5 codes."""
+    value = value + error
     new = total + value
-    return new, (new - total) - value
+    added = new - total
+    return new, (total - (new - added)) + (value - added)
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class SoftmaxConfig:
     resident: bool  # all dims are one step: the program's own rows stay on the chip
     chunk: int  # dims of the sums that one program of a gradient has in registers; else 0
     num_warps: int
+    precision: str = "tf32x3"
 
     def serves(self, dim: int) -> bool:
         """Whether all dims are one step, or one chunk; the last configuration of a list takes the rest."""
@@ -142,6 +144,10 @@ GRADIENTS = (
     SoftmaxConfig(keep=64, stream=16, block_d=32, resident=False, chunk=64, num_warps=4),
     SoftmaxConfig(keep=64, stream=16, block_d=16, resident=False, chunk=128, num_warps=4),
 )
+# Where float32 is multiplied without tensor cores; 64 resident dims would spill
+PLAIN = (86, 87, 89, 120, 121)
+PLAIN_SCORES = tuple(replace(config, precision="ieee") for config in SCORES if config.block_d < 64)
+PLAIN_GRADIENTS = tuple(replace(config, precision="ieee") for config in GRADIENTS)
 # For wgmma and tcgen05, which read from shared memory. By an H100's rates, 356 products a clock, a block of 128 takes
 # 11 bytes, of some 25; three times that past D = 32 where its own rows are read again: L2 is the limit there.
 LARGE = (90, 100, 103)
@@ -158,15 +164,26 @@ LARGE_GRADIENTS = (
 )
 
 
+def configs_of(
+    gpu: Gpu,
+) -> tuple[tuple[SoftmaxConfig, ...], tuple[SoftmaxConfig, ...]]:
+    """Of kernels that keep a number or two of each row, and of those that keep sums over D.
+
+    By the kind of arithmetic units, so that any GPU is served; a batch of another size compiles nothing.
+    """
+    if gpu.capability in LARGE:
+        return LARGE_SCORES, LARGE_GRADIENTS
+    return (PLAIN_SCORES, PLAIN_GRADIENTS) if gpu.capability in PLAIN else (SCORES, GRADIENTS)
+
+
 def score_config(dim: int, gpu: Gpu) -> SoftmaxConfig:
-    """For kernels that keep a number or two of each row. By D and the kind of tensor core alone: any GPU is served, and
-    a batch of another size compiles nothing."""
-    return _choose(LARGE_SCORES if gpu.capability in LARGE else SCORES, dim)
+    """For log-sum-exp, sums over the tokens and the mean slope."""
+    return _choose(configs_of(gpu)[0], dim)
 
 
 def gradient_config(dim: int, gpu: Gpu) -> SoftmaxConfig:
-    """For kernels that keep sums over D."""
-    return _choose(LARGE_GRADIENTS if gpu.capability in LARGE else GRADIENTS, dim)
+    """For dx and dcodebook."""
+    return _choose(configs_of(gpu)[1], dim)
 
 
 def sample_config(dim: int, gpu: Gpu) -> SoftmaxConfig:
