@@ -427,6 +427,29 @@ def test_index_propagation_with_masked_and_bad_tokens(backend):
     assert not dx[~good].any()
 
 
+def test_the_raw_ops_pass_opcheck():
+    x, codebook, bias = randn(1, 6, 3), randn(7, 3, seed=1), randn(7, seed=2)
+    logits = (x, codebook, bias, 0.5)
+    ops = torch.ops.vqkernels
+    with vq.use_backend("reference"):
+        lse, _ = ops.softmax_forward(*logits)
+        some = [randn(1, 6, seed=3 + i) for i in range(3)]
+        calls = [
+            (ops.softmax_forward, logits),
+            (ops.softmax_code_sums, (*logits, lse, some[0].abs())),
+            (ops.softmax_backward, (*logits, lse, *some, randn(7), randn(1, 6, 3), True)),
+            (ops.softmax_backward, (x, codebook, None, 0.5, lse, *some, None, None, False)),
+            (ops.softmax_sample, (*logits, lse, torch.rand(1, 6))),
+            (ops.softmax_bias, (codebook, codebook.mean(0), 0.5)),
+            (ops.softmax_choose, (x, codebook, "dot")),
+            (ops.sign_code_sums, (randn(6, 1, 3), torch.rand(6))),
+            (ops.sign_code_sums_backward, (randn(6, 1, 3), torch.rand(6), randn(1, 8))),
+        ]
+        for op, args in calls:
+            tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+            torch.library.opcheck(op.default, args, test_utils=tests)
+
+
 # ---- errors ----
 
 BAD = {
