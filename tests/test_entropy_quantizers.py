@@ -266,7 +266,7 @@ def test_nor_do_the_functions():
 # ---- torch.compile ----
 
 
-@pytest.mark.parametrize("form", ["lfq", "bsq", "ibq-entropy", "ibq-cosine", "ibq-projected"])
+@pytest.mark.parametrize("form", ["lfq-projected", "bsq", "ibq-entropy"])
 def test_training_and_eval_are_one_graph_and_equal_eager(form: str):
     torch._dynamo.reset()
     eager = make(form, channels="first")

@@ -205,8 +205,9 @@ def test_an_offset_does_not_cost_the_euclidean_entropy_its_digits(backend):
 
 @pytest.mark.parametrize("size", [(700, 50, 6), (30, 3000, 5)])
 def test_bitwise_the_same_on_every_run_and_thread_count(backend, size: tuple[int, int, int]):
-    _, device = backend
-    x, codebook = data(device=device, n=size[0], k=size[1], d=size[2])
+    name, device = backend
+    n, k = (part // 4 if name == "triton" else part for part in size[:2])
+    x, codebook = data(device=device, n=n, k=k, d=size[2])
     results = []
     for threads in (1, 2, 2):
         torch.set_num_threads(threads)
