@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         IndexPropagationQuantizer,
         LookupFreeQuantizer,
         QuantizerOutput,
+        SamplingOptions,
         VectorQuantizer,
         defer_codebook_update,
     )
@@ -48,7 +49,7 @@ _HOMES = {
     "backends": ("BackendError", "explain", "use_backend"),
     "nn": (
         *("EntropyOptions", "EntropyQuantizerOutput", "IndexPropagationQuantizer", "LookupFreeQuantizer"),
-        *("QuantizerOutput", "VectorQuantizer", "defer_codebook_update"),
+        *("QuantizerOutput", "SamplingOptions", "VectorQuantizer", "defer_codebook_update"),
     ),
     "nn.kmeans": ("KMeansResult", "kmeans"),
     "ops": (
@@ -70,6 +71,7 @@ __all__ = [
     "LookupFreeQuantizer",
     "Quantized",
     "QuantizerOutput",
+    "SamplingOptions",
     "SoftAssignment",
     "VectorQuantizer",
     "__version__",

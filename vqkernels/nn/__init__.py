@@ -1,6 +1,7 @@
 """Quantizer modules."""
 
 from .codebook import Codebook, CodebookOptions, defer_codebook_update
+from .draws import SamplingOptions
 from .entropy import EntropyOptions, EntropyQuantizerOutput
 from .index_propagation import IndexPropagationQuantizer
 from .lookup_free import LookupFreeQuantizer
@@ -15,6 +16,7 @@ __all__ = [
     "IndexPropagationQuantizer",
     "LookupFreeQuantizer",
     "QuantizerOutput",
+    "SamplingOptions",
     "VectorQuantizer",
     "defer_codebook_update",
 ]
