@@ -76,6 +76,8 @@ class VectorQuantizer(Codebook):
     code threshold where that is more; a revived code starts at twice the threshold.
     """
 
+    draw: Tensor  # int64 [] training forwards that drew codes; with `sampling` alone
+
     def __init__(
         self,
         dim: int,
