@@ -3,6 +3,7 @@
 from .codebook import Codebook, CodebookOptions, defer_codebook_update
 from .draws import SamplingOptions
 from .entropy import EntropyOptions, EntropyQuantizerOutput
+from .health import CodebookHealth, margin_histogram
 from .index_propagation import IndexPropagationQuantizer
 from .lookup_free import LookupFreeQuantizer
 from .output import QuantizerOutput
@@ -10,6 +11,7 @@ from .vector_quantizer import VectorQuantizer
 
 __all__ = [
     "Codebook",
+    "CodebookHealth",
     "CodebookOptions",
     "EntropyOptions",
     "EntropyQuantizerOutput",
@@ -19,4 +21,5 @@ __all__ = [
     "SamplingOptions",
     "VectorQuantizer",
     "defer_codebook_update",
+    "margin_histogram",
 ]
