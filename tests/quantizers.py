@@ -38,7 +38,7 @@ def distances(
 
 
 def state(module: nn.Module) -> dict[str, Tensor]:
-    """Everything a module holds, pending statistics included; not where its norm drift counts from: loading is a start."""
+    """Everything a module holds, pending statistics included, but not where its norm drift counts from."""
     named = [*module.named_parameters(), *module.named_buffers()]
     return {k: v.detach().clone() for k, v in named if not k.endswith("start_length")}
 
