@@ -387,6 +387,16 @@ def test_index_propagation_is_the_hard_row_with_the_soft_gradient(backend, metri
         assert_near(a, b, 4 * error)
 
 
+def test_the_largest_product_over_several_blocks_and_the_lowest_index_on_ties():
+    x, codebook = randn(600, 4), randn(5000, 4, seed=1)
+    codebook[4500] = codebook[3] = 10 * x[7]  # a tie across blocks
+    codes = vq.index_propagation(x, codebook).codes
+    products = x.double() @ codebook.double().T
+    chosen = products.gather(1, codes[:, None])[:, 0]
+    assert (products.amax(1) - chosen <= 6 * 2.0**-24 * (x.abs() @ codebook.abs().T).amax(1)).all()
+    assert codes[7] == 3
+
+
 def test_the_whole_ibq_loss(backend):
     _, device = backend
     x, codebook = data(device=device)
