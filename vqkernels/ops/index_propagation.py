@@ -23,7 +23,7 @@ from ._logits import add_rows_, centred, make_logits, per_token
 from .quantize import Quantized
 from .soft_assignment import logits_gradient, softmax_forward
 
-_BLOCK_PRODUCTS = 1 << 22  # 16 MiB of float32
+_TOKENS, _CODES = 512, 4096  # products at a time: 8 MiB of float32, and the codebook is read once for 512 tokens
 
 
 def _largest_product(
@@ -32,14 +32,24 @@ def _largest_product(
 ) -> Tensor:  # int64 [B, T]
     """argmax_k <x_n, c_k> in the inputs' own arithmetic, the lowest index on ties; -1 for a token with NaN or Inf."""
     tokens = x.reshape(-1, x.shape[-1])
-    codes = torch.empty(tokens.shape[0], dtype=torch.int64, device=x.device)
-    step = max(1, _BLOCK_PRODUCTS // codebook.shape[0])
     with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, tokens.shape[0], step):
-            block = tokens[start : start + step]
-            best = (block @ codebook.T).argmax(1)
-            codes[start : start + step] = torch.where(block.isfinite().all(1), best, -1)
+        found = [_largest_of_block(block, codebook) for block in tokens.split(_TOKENS)]
+    codes = torch.cat(found) if found else tokens.new_empty(0, dtype=torch.int64)
     return codes.view(x.shape[:2])
+
+
+def _largest_of_block(
+    block: Tensor,  # [n, D]
+    codebook: Tensor,  # [K, D]
+) -> Tensor:  # int64 [n]
+    best = torch.full_like(block[:, 0], -torch.inf)
+    codes = torch.zeros_like(best, dtype=torch.int64)
+    for start in range(0, codebook.shape[0], _CODES):
+        value, code = (block @ codebook[start : start + _CODES].T).max(1)
+        better = value > best  # not where equal: the lowest index wins
+        best = torch.where(better, value, best)
+        codes = torch.where(better, code + start, codes)
+    return torch.where(block.isfinite().all(1), codes, -1)
 
 
 def _run_choose(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
