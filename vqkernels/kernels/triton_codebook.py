@@ -136,12 +136,13 @@ def _sum_by_code(
     owner = torch.searchsorted(begin[1:], torch.arange(pieces, device=device), right=True)  # [pieces]
     partial = torch.empty(pieces, dim, dtype=torch.float32, device=device)
     tile = tile_for(dim)
+    rows = tile.rows if derror is None else max(1, tile.rows // 2)  # two operands: with all of them registers spill
     chunks, shape = triton.cdiv(dim, tile.dims), {"BLOCK_D": tile.dims, "num_warps": tile.num_warps}
     with on_device(x):
-        piece_kernel[(triton.cdiv(pieces, tile.rows), chunks)](
+        piece_kernel[(triton.cdiv(pieces, rows), chunks)](
             x, quantized, codes if derror is None else derror, order, first, owner, begin, partial,
             x.shape[1], *x.stride(), *quantized.stride(), codebook_size, dim, pieces, length,
-            PULL=derror is not None, BLOCK_P=tile.rows, **shape,
+            PULL=derror is not None, BLOCK_P=rows, **shape,
         )  # fmt: skip
         join_kernel[(triton.cdiv(codebook_size, tile.rows), chunks)](
             begin, partial, sums, codebook_size, dim, BLOCK_K=tile.rows, **shape
