@@ -364,6 +364,32 @@ def test_ema_update_is_the_formula(dtype: torch.dtype, normalize: bool):
         torch.testing.assert_close(state[name].double(), value, rtol=8 * torch.finfo(dtype).eps, atol=1e-12)
 
 
+@pytest.mark.parametrize("dim", [3, 8, 29])
+def test_the_training_kernels_give_the_same_bits_on_every_instruction_set(
+    instruction_set: str, monkeypatch: pytest.MonkeyPatch, dim: int
+):
+    def results() -> list[Tensor]:
+        found = []
+        for dtype in (torch.float32, torch.bfloat16, torch.float64):
+            x, g = _randn(2, 70, dim, seed=1).to(dtype), _randn(2, dim, 70, seed=2).to(dtype).transpose(1, 2)
+            book, codes = _randn(40, dim, seed=3).to(dtype), torch.arange(140).view(2, 70) * 7 % 41 - 1
+            quantized, error = compiled.gather(x, book, codes)
+            counts, sums = compiled.codebook_stats(x, codes, 40)
+            found += [error, counts, sums, *compiled.codebook_stats(g, codes, 40)]
+            found.append(compiled.codebook_gradient(x, quantized.nan_to_num(), codes, error.nan_to_num(), 40))
+            found += [compiled.quantize_backward(x, quantized, codes, g, error, turn) for turn in (False, True)]
+            wide = book.to(error.dtype)
+            state, revive = [wide.clone(), wide[:, 0].abs(), wide.clone()], codes[0, :40] < 3
+            compiled.ema_update_(*state, counts, sums, revive, 0.9, 1e-5, 2.0, True)
+            found += state
+        return found
+
+    here = results()
+    monkeypatch.setenv("VQKERNELS_CPU_ISA", "portable")
+    for mine, portable in zip(here, results(), strict=True):
+        assert torch.equal(mine.nan_to_num(), portable.nan_to_num())
+
+
 def test_ema_update_without_tokens_leaves_the_codes_alone():
     codebook, embed_sum, sums = (_randn(6, 4, seed=seed) for seed in (30, 31, 32))
     cluster_size, revive = torch.rand(6), torch.tensor([False, True] * 3)

@@ -62,8 +62,11 @@ def example_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple[Any, .
     return {
         "nearest": (x, codebook, "euclidean", "exact"),
         "gather": (x, codebook, codes),
+        "quantize": (x, codebook, None, "euclidean", "exact"),
         "quantize_backward": (x, x, codes, x, error, False),
+        "codebook_gradient": (x, x, codes, error, 3),
         "codebook_stats": (x, codes, 3),
+        "add_statistics_": (x, codes, sizes, rows),
         "ema_update_": (rows, sizes, rows, sizes, rows, revive, 0.99, 1e-5, 1.0, False),
     }
 

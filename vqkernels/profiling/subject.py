@@ -73,7 +73,10 @@ class Subject:
         return {
             "nearest": (x, codebook, self.metric, self.precision),
             "gather": (x, codebook, codes),
+            "quantize": (x, codebook, None, self.metric, self.precision),
+            "codebook_gradient": (x, x, codes, error, len(codebook)),
             "codebook_stats": (x, codes, len(codebook)),
+            "add_statistics_": (x, codes, sizes, rows),
             "ema_update_": (rows, sizes, rows, sizes, rows, revive, EMA_DECAY, 1e-5, 1.0, False),
             "quantize_backward": (x, x, codes, x, error, self.gradient == "rotation"),
         }
