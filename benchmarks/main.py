@@ -37,7 +37,7 @@ from .report import (
 from .runner import Timing, measure
 from .shapes import Shape, parse_shape
 
-FAVOURITE_BASELINES = ("faiss", "vector-quantize-pytorch", "torch-index-add")
+FAVOURITE_BASELINES = ("faiss", "vector-quantize-pytorch", "torch-index-add", "torch-chunked")
 
 
 @contextlib.contextmanager

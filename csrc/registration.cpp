@@ -23,6 +23,17 @@ STABLE_TORCH_LIBRARY(vqkernels_C, m) {
       "ema_update_(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor(d!) counts,"
       " Tensor(e!) sums, Tensor(f!) revive, float decay, float eps, float revived_size, bool normalize,"
       " bool plain, bool consume) -> ()");
+  m.def("softmax_forward(Tensor x, Tensor codebook, Tensor? bias, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "softmax_code_sums(Tensor x, Tensor codebook, Tensor? bias, float scale, Tensor lse, Tensor weight)"
+      " -> Tensor");
+  m.def(
+      "softmax_backward(Tensor x, Tensor codebook, Tensor? bias, float scale, Tensor lse, Tensor dlse, Tensor"
+      " dentropy, Tensor weight, Tensor? dcode_sums, Tensor? direction, bool need_codebook)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "softmax_sample(Tensor x, Tensor codebook, Tensor? bias, float scale, Tensor lse, Tensor uniform)"
+      " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vqkernels_C, CPU, m) {
@@ -35,6 +46,10 @@ STABLE_TORCH_LIBRARY_IMPL(vqkernels_C, CPU, m) {
   m.impl("codebook_stats", TORCH_BOX(&vqkernels::cpu::codebook_stats));
   m.impl("add_statistics_", TORCH_BOX(&vqkernels::cpu::add_statistics_));
   m.impl("ema_update_", TORCH_BOX(&vqkernels::cpu::ema_update_));
+  m.impl("softmax_forward", TORCH_BOX(&vqkernels::cpu::softmax_forward));
+  m.impl("softmax_code_sums", TORCH_BOX(&vqkernels::cpu::softmax_code_sums));
+  m.impl("softmax_backward", TORCH_BOX(&vqkernels::cpu::softmax_backward));
+  m.impl("softmax_sample", TORCH_BOX(&vqkernels::cpu::softmax_sample));
 }
 
 #if defined(VQKERNELS_PYTHON_MODULE)

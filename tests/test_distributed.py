@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -153,7 +154,7 @@ def run_splits(rank: int, world: int, early: VectorQuantizer) -> dict[str, Any]:
 
 
 def run_two(rank: int) -> dict[str, Any]:
-    results: dict[str, Any] = {"collectives": count_collectives(rank)}
+    results: dict[str, Any] = {"collectives": count_collectives(rank), "on their way": run_on_their_way(rank)}
     for way in ("plain", "compiled"):
         results[way] = run_way(way, EVERY["everything"], lambda parts: parts[rank], "unequal")
     results |= {"revival": run_revival(rank), "k-means": run_kmeans(rank)}
@@ -168,6 +169,21 @@ def run_four(rank: int) -> dict[str, Any]:
     for name, options in EVERY.items():
         results |= {f"{name}, {way}": run_way(way, options, mine, HARD) for way in WAYS}
     return results
+
+
+def run_on_their_way(rank: int) -> dict[str, Any]:
+    """Sums that were still travelling when the module was saved, copied, pickled, cast or loaded."""
+    module, loaded, later = make(), make(), make()
+    first, second = (batches(step, (71, 9))[rank][0] for step in (0, 1))
+    later(first)
+    wide = copy.deepcopy(later).double()
+    ends = {"copied": snapshot(copy.deepcopy(later)), "pickled": snapshot(pickle.loads(pickle.dumps(later)))}
+    later(second)  # applies the first step's sums, and sends its own
+    module(first)
+    saved = snapshot(module)
+    loaded(second)
+    loaded.load_state_dict(saved)  # what loaded had collected is dropped, also what has not arrived
+    return ends | {"saved": saved, "wide": snapshot(wide), "loaded": snapshot(loaded), "later": snapshot(later)}
 
 
 def run_accumulation(pick: Callable[[list[Batch]], Batch]) -> dict[str, Tensor]:
@@ -312,6 +328,21 @@ def test_outputs_and_gradients_on_four_ranks_are_those_of_one(worlds: dict[int, 
 def test_a_compiled_checkpoint_on_two_ranks_equals_the_plain_run(ranks: list[dict[str, Any]]):
     for each in ranks:
         assert_same_bits(each["compiled"], each["plain"])
+
+
+def test_sums_on_their_way_are_never_lost_or_counted_twice(ranks: list[dict[str, Any]]):
+    alone = make()
+    alone(joined(batches(0, (71, 9)))[0])
+    first, second = (each["on their way"] for each in ranks)
+    for name in first:
+        assert_same_bits(first[name], second[name])
+    assert_close(first["saved"], alone.state_dict())
+    for name in ("copied", "pickled", "loaded"):
+        assert_same_bits(first[name], first["saved"])
+    for name, value in first["wide"].items():
+        torch.testing.assert_close(value.to(first["saved"][name].dtype), first["saved"][name])
+    alone(joined(batches(1, (71, 9)))[0])
+    assert_close(first["later"], alone.state_dict())
 
 
 def test_accumulation_over_ranks_equals_the_joined_batch(worlds: dict[int, list[dict[str, Any]]]):

@@ -26,9 +26,9 @@ ORDER = {"cpu": ("compiled", "reference"), "cuda": ("triton", "compiled", "refer
 DEFAULTS: dict[str, tuple[Any, ...]] = {"nearest": ("euclidean", "exact")}  # completes explain's arguments
 
 _MODULES = {
-    "compiled": ("compiled",),
-    "triton": ("triton_nearest", "triton_training", "triton_codebook"),
-    "reference": ("reference_nearest", "reference_training"),
+    "compiled": ("compiled", "compiled_softmax"),
+    "triton": ("triton_nearest", "triton_training", "triton_codebook", "triton_softmax", "triton_softmax_backward"),
+    "reference": ("reference_nearest", "reference_training", "reference_softmax"),
 }
 _requested: str | None = None
 

@@ -74,6 +74,41 @@ void ema_update_(Tensor codebook,      // [K, D], written
                  Tensor revive,        // bool [K], likewise
                  double decay, double eps, double revived_size, bool normalize, bool plain, bool consume);
 
+// The streaming softmax over l_nk = scale <x_n, c_k> + bias_k, p_n = softmax_k(l_n); float32 or float64.
+std::tuple<Tensor, Tensor> softmax_forward(Tensor x,                    // [B, T, D]
+                                           Tensor codebook,             // [K, D]
+                                           std::optional<Tensor> bias,  // [K]
+                                           double scale);               // -> lse [B, T], entropy [B, T]
+
+Tensor softmax_code_sums(Tensor x,                    // [B, T, D]
+                         Tensor codebook,             // [K, D]
+                         std::optional<Tensor> bias,  // [K]
+                         double scale,
+                         Tensor lse,      // [B, T]
+                         Tensor weight);  // [B, T] -> sum_n weight_n p_nk [K]
+
+// dl_nk = p_nk (f_nk - sum_k p f + dlse_n) with f_nk = -dentropy_n (l_nk - lse_n) + weight_n dcode_sums_k +
+// <direction_n, c_k>; the codebook's gradient is that of the logits alone.
+std::tuple<Tensor, Tensor, Tensor> softmax_backward(Tensor x,                    // [B, T, D]
+                                                    Tensor codebook,             // [K, D]
+                                                    std::optional<Tensor> bias,  // [K]
+                                                    double scale,
+                                                    Tensor lse,                        // [B, T]
+                                                    Tensor dlse,                       // [B, T]
+                                                    Tensor dentropy,                   // [B, T]
+                                                    Tensor weight,                     // [B, T]
+                                                    std::optional<Tensor> dcode_sums,  // [K]
+                                                    std::optional<Tensor> direction,   // [B, T, D]
+                                                    bool need_codebook);
+// -> dx [B, T, D], dcodebook [K, D], dbias [K]; the last two with K = 0 unless needed
+
+Tensor softmax_sample(Tensor x,                    // [B, T, D]
+                      Tensor codebook,             // [K, D]
+                      std::optional<Tensor> bias,  // [K]
+                      double scale,
+                      Tensor lse,       // [B, T]
+                      Tensor uniform);  // [B, T] -> codes [B, T], -1 for a token that is not finite
+
 // "avx512", "avx2" or "portable"; "?" where VQKERNELS_CPU_ISA asks for one that cannot run.
 const char* instruction_set() noexcept;
 

@@ -18,6 +18,10 @@ OPS = (
     "codebook_stats",
     "add_statistics_",
     "ema_update_",
+    "softmax_forward",
+    "softmax_code_sums",
+    "softmax_backward",
+    "softmax_sample",
 )
 
 
