@@ -7,8 +7,10 @@ import io
 
 import pytest
 import torch
+from host_waits import no_host_waits
 from quantizers import assert_same_state, randn, state
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.nn import functional as F
 
 import vqkernels as vq
@@ -225,7 +227,28 @@ def test_half_keeps_the_codebook_of_ibq_wide():
     assert out.loss.dtype == torch.float32
 
 
-# ---- torch.compile ----
+# ---- no waiting, torch.compile, torch.export ----
+
+
+@every_form
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_no_training_step_waits_for_the_device(form: str, device: str):
+    module = make(form, channels="first").to(device)
+    batches = [(randn(2, 6, 3, 5, seed=seed).to(device), (randn(2, 3, 5) > -1).to(device)) for seed in range(2)]
+    with no_host_waits(device):
+        for x, mask in batches:
+            step(module, x, mask)
+        module.eval()(batches[0][0])
+
+
+@pytest.mark.parametrize("form", ["lfq", "ibq-cosine"])
+def test_an_exported_module_survives_saving(form: str):
+    module, file = make(form).eval(), io.BytesIO()
+    torch.export.save(torch.export.export(module, (randn(3, 5, 6),), dynamic_shapes=({0: Dim.DYNAMIC},)), file)
+    file.seek(0)
+    x = randn(7, 5, 6)
+    for got, expected in zip(vars(torch.export.load(file).module()(x)).values(), vars(module(x)).values(), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("form", ["lfq", "bsq", "ibq-entropy", "ibq-cosine", "ibq-projected"])
