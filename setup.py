@@ -11,6 +11,7 @@ PACKAGES = {
     "vqkernels.kernels": "vqkernels/kernels",
     "vqkernels.ops": "vqkernels/ops",
     "vqkernels.nn": "vqkernels/nn",
+    "vqkernels.compat": "vqkernels/compat",
     "vqkernels.cli": "vqkernels/cli",
     "vqkernels.profiling": "vqkernels/profiling",
     "vqkernels.models": "models",
@@ -53,7 +54,7 @@ setup(
     package_data={
         "vqkernels": ["py.typed"],
         "vqkernels.kernels": ["*.json"],
-        "vqkernels.models.configs": ["*.yaml"],
+        "vqkernels.models.configs": ["*.yaml", "vqgan/*.yaml"],
         "vqkernels.csrc": ["*.h", "*.cpp"],
         "vqkernels.csrc.cpu": ["*.h", "*.cpp"],
         "vqkernels.csrc.cuda": ["*.h", "*.cuh", "*.cu"],

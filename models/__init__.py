@@ -1,4 +1,4 @@
-"""Models on top of the quantizers: VQVAE, its data, its training loop and its code files.
+"""Models on top of the quantizers: VQVAE and VQGAN, their data, the training loop and code files.
 
 Names are loaded when they are first used, so that what needs no torch (the configs) stays quick to import.
 """
@@ -11,35 +11,51 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import load_checkpoint
     from .code_files import CodesFile, CodesMeta, CodesWriter, open_codes
-    from .config import QuantizerConfig, TrainConfig, VQVAEConfig, load_config, save_config
+    from .config import QuantizerConfig, TrainConfig, VQGANConfig, VQVAEConfig, load_config, save_config
+    from .convert import Converted, load_foreign, save_diffusers
     from .data import ImageFolder, bundled_photographs, held_out_photograph, list_images, load_image
+    from .presets import VQGANPreset, load_preset, preset_names
+    from .pretrained import load_pretrained
+    from .tokenizer import ImageTokenizer
     from .training import NonFiniteLossError, TrainProgress, TrainResult, train
     from .validation import Evaluation, evaluate
+    from .vqgan import VQGAN, VQGANOutput
     from .vqvae import VQVAE, VQVAEOutput
 
 _HOMES = {
     "checkpoint": ("load_checkpoint",),
     "code_files": ("CodesFile", "CodesMeta", "CodesWriter", "open_codes"),
-    "config": ("QuantizerConfig", "TrainConfig", "VQVAEConfig", "load_config", "save_config"),
+    "config": ("QuantizerConfig", "TrainConfig", "VQGANConfig", "VQVAEConfig", "load_config", "save_config"),
+    "convert": ("Converted", "load_foreign", "save_diffusers"),
     "data": ("ImageFolder", "bundled_photographs", "held_out_photograph", "list_images", "load_image"),
+    "presets": ("VQGANPreset", "load_preset", "preset_names"),
+    "pretrained": ("load_pretrained",),
+    "tokenizer": ("ImageTokenizer",),
     "training": ("NonFiniteLossError", "TrainProgress", "TrainResult", "train"),
     "validation": ("Evaluation", "evaluate"),
+    "vqgan": ("VQGAN", "VQGANOutput"),
     "vqvae": ("VQVAE", "VQVAEOutput"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "VQGAN",
     "VQVAE",
     "CodesFile",
     "CodesMeta",
     "CodesWriter",
+    "Converted",
     "Evaluation",
     "ImageFolder",
+    "ImageTokenizer",
     "NonFiniteLossError",
     "QuantizerConfig",
     "TrainConfig",
     "TrainProgress",
     "TrainResult",
+    "VQGANConfig",
+    "VQGANOutput",
+    "VQGANPreset",
     "VQVAEConfig",
     "VQVAEOutput",
     "bundled_photographs",
@@ -48,9 +64,14 @@ __all__ = [
     "list_images",
     "load_checkpoint",
     "load_config",
+    "load_foreign",
     "load_image",
+    "load_preset",
+    "load_pretrained",
     "open_codes",
+    "preset_names",
     "save_config",
+    "save_diffusers",
     "train",
 ]
 

@@ -17,7 +17,7 @@ from .checkpoint import write_text_atomically
 from .metrics import code_counts
 
 if TYPE_CHECKING:
-    from .vqvae import VQVAE
+    from .tokenizer import ImageTokenizer
 
 CODES = "codes.npy"
 META = "meta.json"
@@ -30,7 +30,7 @@ class CodesMeta:
     """What meta.json says."""
 
     fingerprint: str
-    """Of the model that made the codes, see VQVAE.fingerprint."""
+    """Of the model that made the codes, see ImageTokenizer.fingerprint."""
     codebook_size: int
     factor: int
     shape: list[int]
@@ -67,7 +67,7 @@ class CodesWriter:
         model: gives fingerprint, codebook size and factor.
     """
 
-    def __init__(self, folder: str | Path, model: VQVAE) -> None:
+    def __init__(self, folder: str | Path, model: ImageTokenizer) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.fingerprint, self.factor = model.fingerprint(), model.factor
@@ -165,7 +165,7 @@ def _read_meta(folder: Path) -> CodesMeta:
 
 def open_codes(
     path: str | Path,
-    model: VQVAE | None = None,
+    model: ImageTokenizer | None = None,
 ) -> CodesFile:
     """Opens what a CodesWriter wrote, without reading it all into memory, and checks every code's range once.
 

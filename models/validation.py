@@ -14,7 +14,7 @@ from torch import Tensor
 from .data import ImageFolder, held_out_photograph, load_image
 from .metrics import SSIM_WINDOW, BitsPerPixel, CodeUsage, bits_per_pixel, code_usage, psnr, ssim
 from .pictures import comparison
-from .vqvae import VQVAE
+from .tokenizer import ImageTokenizer
 
 MAX_PICTURES = 16  # held-out pictures per validation: enough for a trend, and short beside the training
 MAX_SHOWN = 4  # rows of a sample picture
@@ -63,7 +63,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: VQVAE,
+    model: ImageTokenizer,
     images: Tensor,  # [B, 3, H, W] in [-1, 1]
 ) -> Evaluation:
     """Sends images through codes and back; changes nothing in the model."""
@@ -105,7 +105,7 @@ class HeldOut:
         folder = ImageFolder(source, image_size, augment=False, cache_bytes=0)
         self.images = torch.stack([folder[index] for index in range(min(len(folder), MAX_PICTURES))])
 
-    def evaluate(self, model: VQVAE) -> tuple[dict[str, float], Image.Image]:
+    def evaluate(self, model: ImageTokenizer) -> tuple[dict[str, float], Image.Image]:
         """Figures by name (none where nothing is held out), and the sample picture."""
         found = evaluate(model, self.images)
         if not self.judges:

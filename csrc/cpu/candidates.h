@@ -49,8 +49,9 @@ struct TokenState {
 
   void drop_beaten() {
     int32_t kept = 0;
-    for (int32_t i = 0; i < count; ++i) {
-      if (candidates[i].lower <= upper) candidates[kept++] = candidates[i];
+    for (int32_t i = 0; i < count; ++i) {  // which ones stay cannot be predicted: no branch
+      candidates[kept] = candidates[i];
+      kept += candidates[i].lower <= upper;
     }
     count = kept;
   }

@@ -322,9 +322,10 @@ class CoarseSearch {
   void finish_block(Scratch& scratch) {
     std::vector<int64_t> undecided;
     scratch.watch.time(Stage::RERANK, [&] {
+      for (int64_t i = 0; i < std::min(PREFETCHED, scratch.count); ++i) keep_candidates(scratch.states[i]);
       for (int64_t i = 0; i < scratch.count; ++i) {
         const TokenState& state = scratch.states[i];
-        if (i + PREFETCHED < scratch.count) prefetch(scratch.states[i + PREFETCHED]);
+        if (i + PREFETCHED < scratch.count) keep_candidates(scratch.states[i + PREFETCHED]);
         if (state.road == Road::INVALID) {
           write_invalid(out_, scratch.first + i);
         } else if (state.road == Road::SCAN || state.lost <= state.upper) {
@@ -338,14 +339,14 @@ class CoarseSearch {
     scratch.watch.counts.scanned += static_cast<int64_t>(undecided.size());
   }
 
-  // The candidates of a token lie anywhere in the codebook: ask for them a few tokens ahead.
-  void prefetch(const TokenState& state) const {
+  // Which candidates are left; they lie anywhere in the codebook: ask for them a few tokens ahead.
+  void keep_candidates(TokenState& state) const {
+    state.drop_beaten();
     const int64_t row_bytes = book_.dim * static_cast<int64_t>(sizeof(float));
     if (state.road != Road::COARSE || book_.size * row_bytes <= CACHED_BYTES) return;
     const int64_t bytes = std::min(row_bytes, PREFETCHED_BYTES);
     for (int32_t j = 0; j < state.count; ++j) {
       const Candidate& candidate = state.candidates[j];
-      if (!(candidate.lower <= state.upper)) continue;
       coarse_.for_codes(coarse_.blocks[candidate.block], candidate.granule, [&](int64_t k) {
         const char* row = reinterpret_cast<const char*>(book_.row(k));
         for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
@@ -355,22 +356,16 @@ class CoarseSearch {
 
   void rerank(int64_t i, Scratch& scratch) {
     const TokenState& state = scratch.states[i];
-    std::vector<int64_t>& codes = scratch.decide.codes;
-    const int64_t most = coarse_.group == 0 ? 1 : coarse_.group * pass_.vectors;  // codes of a granule
-    codes.resize(static_cast<size_t>(TokenState::CAPACITY * most));
-    int64_t* end = codes.data();
-    int64_t left = 0;
+    CodeList& codes = scratch.decide.codes;
+    codes.count = 0;
     for (int32_t j = 0; j < state.count; ++j) {
       const Candidate& candidate = state.candidates[j];
-      if (!(candidate.lower <= state.upper)) continue;
-      coarse_.for_codes(coarse_.blocks[candidate.block], candidate.granule, [&](int64_t k) { *end++ = k; });
-      ++left;
+      coarse_.for_codes(coarse_.blocks[candidate.block], candidate.granule, [&](int64_t k) { codes.add(k); });
     }
-    codes.resize(static_cast<size_t>(end - codes.data()));
     decide_token(book_, scratch.given[i], scratch.decide, out_, scratch.first + i);
-    scratch.watch.counts.certified += left == 1;
-    scratch.watch.counts.candidates += left;
-    scratch.watch.counts.reranked += static_cast<int64_t>(codes.size());
+    scratch.watch.counts.certified += state.count == 1;
+    scratch.watch.counts.candidates += state.count;
+    scratch.watch.counts.reranked += codes.count;
   }
 
   // All undecided tokens of a block against all distinct codes, in float64.
@@ -405,12 +400,11 @@ class CoarseSearch {
         scan(book_, row, scratch.decide, out_, n);
         continue;
       }
-      std::vector<int64_t>& codes = scratch.decide.codes;
-      codes.clear();
+      CodeList& codes = scratch.decide.codes;
+      codes.count = 0;
       crowds[i].drop_beaten();
       for (const Candidate& candidate : crowds[i].candidates) {
-        wide.for_codes(wide.blocks[candidate.block], candidate.granule,
-                       [&](int64_t k) { codes.push_back(k); });
+        wide.for_codes(wide.blocks[candidate.block], candidate.granule, [&](int64_t k) { codes.add(k); });
       }
       decide_token(book_, row, scratch.decide, out_, n);
     }

@@ -189,10 +189,26 @@ inline void write_invalid(const Outputs& out, int64_t n) {
   out.distance[n] = std::numeric_limits<float>::quiet_NaN();
 }
 
+// Codes in memory that is used again and never cleared: a vector's resize would write zeros for every token.
+class CodeList {
+ public:
+  int64_t count = 0;
+
+  const int64_t* data() const { return memory_.data(); }
+  int64_t operator[](int64_t i) const { return memory_[i]; }
+  void add(int64_t code) {
+    if (count == static_cast<int64_t>(memory_.size())) memory_.resize(2 * memory_.size());
+    memory_[count++] = code;
+  }
+
+ private:
+  std::vector<int64_t> memory_ = std::vector<int64_t>(256);
+};
+
 // What one thread needs to decide tokens.
 template <class Row>
 struct DecideScratch {
-  std::vector<int64_t> codes;  // the candidates
+  CodeList codes;  // the candidates
   std::vector<int64_t> tied;
   std::vector<double> values;
 };
@@ -216,7 +232,7 @@ void decide_token(const Book<Row>& book, const Row* row, DecideScratch<Row>& scr
                   int64_t n) {
   const Token<Row> token = make_token(book, row);
   if (book.cosine && token.inverse_norm == 0.0) return write(out, n, book, {0, 0.0});  // every cosine is 0
-  const int64_t count = static_cast<int64_t>(scratch.codes.size());
+  const int64_t count = scratch.codes.count;
   if (static_cast<int64_t>(scratch.values.size()) < count) scratch.values.resize(count);
   values_of(book, token, scratch.codes.data(), count, scratch.values.data());
   if (count == 1) return write(out, n, book, {scratch.codes[0], scratch.values[0]});

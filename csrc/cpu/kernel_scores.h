@@ -153,19 +153,30 @@ struct Scores {
                              int32_t* found,        // [capacity]
                              double* found_scores,  // [capacity]
                              int64_t capacity) {
-    constexpr int GROUP = 4 * P::LANES;
+    constexpr int QUADS = 4, GROUP = QUADS * P::LANES;
+    constexpr int64_t SPAN = 64 * GROUP;  // groups of a span fit into the bits of a word
     const Word* scores = static_cast<const Word*>(words);
     const Word most = P::limit_of(limit);
     int64_t number = 0;
-    for (int64_t base = 0; base < count; base += GROUP) {
-      const int64_t end = count - base < GROUP ? count : base + GROUP;
-      Vector least = P::load(scores + base);
-      for (int64_t i = base + P::LANES; i < end; i += P::LANES)
-        least = P::minimum(least, P::load(scores + i));
-      if (P::below(least, most) == 0) continue;
-      for (int64_t at = base; at < end; at += P::LANES) {
-        for (unsigned lanes = P::below(P::load(scores + at), most); lanes != 0; lanes &= lanes - 1) {
-          const int64_t i = at + __builtin_ctz(lanes);
+    for (int64_t span = 0; span < count; span += SPAN) {
+      const int64_t end = count - span < SPAN ? count : span + SPAN;
+      // where they are cannot be predicted, that it is mostly one of them can: bits instead of branches
+      uint64_t groups = 0;
+      for (int64_t base = span, bit = 0; base < end; base += GROUP, ++bit) {
+        Vector least = P::load(scores + base);
+        const int64_t last = end - base < GROUP ? end : base + GROUP;
+        for (int64_t i = base + P::LANES; i < last; i += P::LANES)
+          least = P::minimum(least, P::load(scores + i));
+        groups |= static_cast<uint64_t>(P::below(least, most) != 0) << bit;
+      }
+      for (; groups != 0; groups &= groups - 1) {
+        const int64_t base = span + __builtin_ctzll(groups) * GROUP;
+        const int64_t last = end - base < GROUP ? end : base + GROUP;
+        uint64_t lanes = 0;
+        for (int64_t i = base; i < last; i += P::LANES)
+          lanes |= static_cast<uint64_t>(P::below(P::load(scores + i), most)) << (i - base);
+        for (; lanes != 0; lanes &= lanes - 1) {
+          const int64_t i = base + __builtin_ctzll(lanes);
           if (number < capacity) {
             found[number] = static_cast<int32_t>(i);
             found_scores[number] = static_cast<double>(scores[i]);

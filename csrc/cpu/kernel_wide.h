@@ -151,16 +151,25 @@ void pack_wide_token(const float* token,  // [D]
   *bound = {1.0, norm, residual, 0.0};
 }
 
+inline DoubleHalf widen(DoubleHalf v) { return v; }
+inline DoubleHalf widen(FloatHalf v) {
+#if defined(__AVX512F__)
+  return (DoubleHalf)_mm512_cvtps_pd((__m256)v);  // GCC 12 makes two halves of the conversion
+#else
+  return __builtin_convertvector(v, DoubleHalf);
+#endif
+}
+
 template <class Code>
 inline DoubleHalf load_wide(const Code* p) {
   typedef Code Half __attribute__((vector_size(8 * sizeof(Code))));
-  return __builtin_convertvector(load_vector<Half>(p), DoubleHalf);
+  return widen(load_vector<Half>(p));
 }
 
 template <class Code>
 inline DoubleHalf load_wide_part(const Code* p, int64_t width) {
   typedef Code Half __attribute__((vector_size(8 * sizeof(Code))));
-  return __builtin_convertvector(load_part<Half>(p, width), DoubleHalf);
+  return widen(load_part<Half>(p, width));
 }
 
 template <bool DIFFERENCE>

@@ -5,9 +5,15 @@
 
 #include <atomic>
 #include <cfenv>
+#include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <new>
+#include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace vqkernels {
 namespace cpu {
@@ -65,20 +71,36 @@ void for_each_range(int64_t count, int64_t grain, double operations, const Work&
                          });
 }
 
+// Memory of this size is asked for in huge pages: to walk 134 MB in pages of 4 KiB costs as much as to read
+// them.
+constexpr size_t HUGE_PAGE = size_t{2} << 20;
+
+inline std::align_val_t alignment_of(size_t bytes) {
+  return std::align_val_t(bytes >= 2 * HUGE_PAGE ? HUGE_PAGE : 64);
+}
+
+inline void* allocate(size_t bytes) {
+  void* memory = ::operator new(bytes, alignment_of(bytes));
+#if defined(__linux__)
+  if (bytes >= 2 * HUGE_PAGE) madvise(memory, bytes / HUGE_PAGE * HUGE_PAGE, MADV_HUGEPAGE);  // a wish
+#endif
+  return memory;
+}
+
 // Uninitialised memory on a cache line's boundary.
 template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t count = 0)
-      : data_(static_cast<T*>(::operator new(sizeof(T) * (count > 0 ? count : 1), std::align_val_t(64)))) {}
+      : bytes_(sizeof(T) * static_cast<size_t>(count > 0 ? count : 1)),
+        data_(static_cast<T*>(allocate(bytes_))) {}
   ~Buffer() {
-    if (data_ != nullptr) ::operator delete(data_, std::align_val_t(64));
+    if (data_ != nullptr) ::operator delete(data_, alignment_of(bytes_));
   }
-  Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
+  Buffer(Buffer&& other) noexcept : bytes_(other.bytes_), data_(other.data_) { other.data_ = nullptr; }
   Buffer& operator=(Buffer&& other) noexcept {
-    T* mine = data_;
-    data_ = other.data_;
-    other.data_ = mine;
+    std::swap(bytes_, other.bytes_);
+    std::swap(data_, other.data_);
     return *this;
   }
   Buffer(const Buffer&) = delete;
@@ -88,6 +110,7 @@ class Buffer {
   T& operator[](int64_t i) const { return data_[i]; }
 
  private:
+  size_t bytes_;
   T* data_;
 };
 

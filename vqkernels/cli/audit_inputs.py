@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from vqkernels.models import VQVAE
+from vqkernels.models import ImageTokenizer
 from vqkernels.models.data import load_image
+from vqkernels.models.weight_files import PICKLED, read_weights
 
 from .loading import HUB, collect_images, fit_to_factor, load_model, report_skipped
 from .options import AuditConfig
 from .terminal import tracked
 
-PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".npy", ".safetensors", *PICKLED)
 CODEBOOK_WORDS = ("codebook", "embed", "quantiz", "vq", "codes")
 NO_CODEBOOK = ("avg", "sum", "pending", "ema_w", "cluster", "pos", "proj", "conv", "norm", "token_emb")
@@ -58,17 +58,12 @@ def read_tensors(path: str) -> dict[str, Tensor]:
         raise FileNotFoundError(f"{path}: no such file")
     if file.suffix not in SUFFIXES:
         raise ValueError(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}")
+    if file.suffix != ".npy":
+        return dict(_flatten(read_weights(file)))
     try:
-        if file.suffix == ".npy":
-            return {"": torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))}
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        return dict(_flatten(torch.load(file, map_location="cpu", weights_only=True)))
-    except Exception as error:  # torch.load raises RuntimeError, UnpicklingError, EOFError, KeyError and others
-        hint = "; save its state_dict alone, or as .safetensors" if file.suffix in PICKLED else ""
-        raise ValueError(f"{path}: cannot be read as plain tensors ({str(error).splitlines()[0]}){hint}") from error
+        return {"": torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))}
+    except Exception as error:  # of numpy, by kind of damage: ValueError, EOFError, OSError, TypeError
+        raise ValueError(f"{path}: cannot be read as plain tensors ({str(error).splitlines()[0]})") from error
 
 
 def _listed(tensors: dict[str, Tensor]) -> str:
@@ -149,7 +144,7 @@ def read_latents(path: str, key: str | None, channels: str) -> Tensor:  # [N, D]
 
 
 @torch.no_grad()
-def _model_latents(model: VQVAE, images: list[str], console: Console) -> Tensor:  # [N, D]
+def _model_latents(model: ImageTokenizer, images: list[str], console: Console) -> Tensor:  # [N, D]
     """The tokens that the model's quantizer searches for, before they are normalised."""
     device, held, skipped = next(model.parameters()).device, [], []
     for file in tracked(console, collect_images(images), "encoding"):
@@ -158,7 +153,7 @@ def _model_latents(model: VQVAE, images: list[str], console: Console) -> Tensor:
         except ValueError as error:
             skipped.append((file, str(error)))
             continue
-        tokens = model.encoder(image[None].to(device)).float().movedim(1, -1).flatten(0, -2)
+        tokens = model.tokens(image[None].to(device)).movedim(1, -1).flatten(0, -2)
         held.append(model.quantizer.project_in(tokens).cpu())
     if not held:
         raise ValueError(f"--images: none of the {len(skipped)} images can be read; {skipped[0][1]}")

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from torch import Tensor
 
-from vqkernels.models import VQVAE, CodesWriter, list_images, open_codes
+from vqkernels.models import CodesWriter, ImageTokenizer, list_images, open_codes
 from vqkernels.models.data import open_image, to_tensor
 from vqkernels.models.metrics import bits_per_pixel, code_usage
 from vqkernels.models.validation import crop_to_multiple
@@ -73,7 +73,7 @@ def _batches(
         yield names, torch.stack(held)
 
 
-def _check(config: EncodeConfig, model: VQVAE) -> None:
+def _check(config: EncodeConfig, model: ImageTokenizer) -> None:
     if config.batch_size < 1:
         raise ValueError(f"--batch_size: expected at least 1, got {config.batch_size}")
     size = config.image_size

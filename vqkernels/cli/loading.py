@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from vqkernels.models import VQVAE
+from vqkernels.models import ImageTokenizer, load_pretrained
 from vqkernels.models.data import list_images
 from vqkernels.models.validation import crop_to_multiple
 
@@ -30,23 +30,23 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and available else "cpu")
 
 
-def load_model(folder: str, device: torch.device) -> VQVAE:
+def load_model(folder: str, device: torch.device) -> ImageTokenizer:
     """The model of a run folder, of a model folder, or of hf://OWNER/NAME on the Hugging Face Hub.
 
     A name is not looked up on the Hub unasked: a mistyped folder must not go over the network.
 
     Raises:
         FileNotFoundError: no such folder, or no model in it.
-        ValueError: the files there are not those of a VQVAE.
+        ValueError: the files there are not those of a model of this package.
     """
     if folder.startswith(HUB):
-        return VQVAE.from_pretrained(folder.removeprefix(HUB)).to(device).eval()
+        return load_pretrained(folder.removeprefix(HUB)).to(device).eval()
     path = Path(folder, "model") if Path(folder, "model").is_dir() else Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder with a model, found none of that name")
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: expected a folder with config.json and model.safetensors, or a run folder")
-    return VQVAE.from_pretrained(path).to(device).eval()
+    return load_pretrained(path).to(device).eval()
 
 
 def collect_images(paths: Sequence[str]) -> list[Path]:

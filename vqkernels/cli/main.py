@@ -47,6 +47,10 @@ COMMANDS = {
         "write a model's encoder and decoder as graphs, for torch.export.load or ONNX runtimes",
         "cli.options:ExportConfig",
     ),
+    "convert": Command(
+        "turn a VQGAN checkpoint of taming-transformers, latent diffusion, LlamaGen or diffusers into a model folder",
+        "cli.options:ConvertConfig",
+    ),
     "bench": Command("time the operators of this package beside others", "benchmarks.config:BenchConfig"),
     "profile": Command(
         "show where the time and memory of a search or a training step go, as one HTML page and as JSON",

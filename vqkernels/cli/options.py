@@ -95,6 +95,24 @@ class ExportConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """Options"""
+
+    source: str = field(metadata=WORD)
+    """checkpoint file (.ckpt, .pt, .pth, .bin, .safetensors), folder of diffusers, or a model folder of vqkernels"""
+    output: str = field(default="converted", metadata=OUTPUT)
+    """folder for the model; new or empty"""
+    to: Literal["vqkernels", "diffusers"] = "vqkernels"
+    """whose format to write"""
+    layout: Literal["auto", "taming", "llamagen", "diffusers"] = "auto"
+    """whose names the file has; taming's are latent diffusion's too"""
+    weights: Literal["auto", "raw", "ema"] = "auto"
+    """the last weights of training (raw) or their average (ema); auto takes the average where there is one"""
+    resolution: int = 256
+    """side of the images that attention_resolutions in the config is counted for; changes no result"""
+
+
+@dataclass
 class AuditConfig:
     """Options"""
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqkernels.models import VQVAE
+from vqkernels.models import ImageTokenizer
 from vqkernels.models.data import load_image, to_picture
 from vqkernels.models.metrics import SSIM_WINDOW, bits_per_pixel, code_usage, psnr, ssim
 from vqkernels.models.pictures import comparison
@@ -49,7 +49,7 @@ def _size(image: Tensor) -> str:
 
 @torch.no_grad()
 def reconstruct_image(
-    model: VQVAE,
+    model: ImageTokenizer,
     image: Tensor,  # [3, H, W] in [-1, 1]
     fit: str = "pad",
 ) -> Reconstruction:
@@ -74,7 +74,7 @@ def reconstruct_image(
     return Reconstruction(kept[None], decoded[:, :, : kept.shape[1], : kept.shape[2]], codes.cpu(), note)
 
 
-def _save(result: Reconstruction, score: Score, model: VQVAE, path: Path) -> None:
+def _save(result: Reconstruction, score: Score, model: ImageTokenizer, path: Path) -> None:
     """NAME.png is the reconstruction; NAME-comparison.png has the input and the code map beside it."""
     to_picture(result.reconstruction[0]).save(path)
     pair = (result.image[0], result.reconstruction[0])
@@ -86,7 +86,7 @@ def _save(result: Reconstruction, score: Score, model: VQVAE, path: Path) -> Non
     picture.save(path.with_stem(f"{path.stem}-comparison"))
 
 
-def _row(result: Reconstruction, score: Score, model: VQVAE, name: str) -> tuple[str, ...]:
+def _row(result: Reconstruction, score: Score, model: ImageTokenizer, name: str) -> tuple[str, ...]:
     bits = bits_per_pixel(result.codes, model.config.quantizer.codebook_size, model.factor)
     similarity = "-" if score.ssim is None else f"{score.ssim:.4f}"
     return name, result.note or _size(result.image), f"{score.psnr:.2f}", similarity, f"{bits.fixed:.3f}"

@@ -1,0 +1,43 @@
+"""A saved model whatever its kind: the config beside the weights says which class it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .tokenizer import CONFIG_FILE, ImageTokenizer
+from .vqgan import VQGAN
+from .vqvae import VQVAE
+
+MODELS: dict[str, type[ImageTokenizer]] = {"vqvae": VQVAE, "vqgan": VQGAN}
+
+
+def _kind(config: Path) -> type[ImageTokenizer]:
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config} is not the config of a model: {error}") from error
+    # a VQVAE's has none: it was the only model
+    kind = values.get("kind", "vqvae") if isinstance(values, dict) else None
+    if kind not in MODELS:
+        raise ValueError(f"{config}: kind: expected one of {', '.join(MODELS)}, got {kind!r}")
+    return MODELS[kind]
+
+
+def load_pretrained(name: str | Path) -> ImageTokenizer:
+    """The model of a folder of save_pretrained, of a run folder, or of `owner/name` on the Hugging Face Hub.
+
+    Raises:
+        FileNotFoundError: no such folder, or no model in it.
+        ValueError: the files there are not those of a model of this package.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        inner = folder / "model" if not (folder / CONFIG_FILE).is_file() and (folder / "model").is_dir() else folder
+        config = inner / CONFIG_FILE
+        return (_kind(config) if config.is_file() else VQVAE).from_pretrained(inner)
+    if str(name).count("/") != 1 or folder.parent.is_dir():
+        return VQVAE.from_pretrained(name)  # which says that there is no such folder
+    from huggingface_hub import hf_hub_download
+
+    return _kind(Path(hf_hub_download(str(name), CONFIG_FILE))).from_pretrained(name)

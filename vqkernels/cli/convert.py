@@ -1,0 +1,78 @@
+"""`vqkernels convert`: everyone's VQGAN checkpoints in, a model folder of vqkernels or of diffusers out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from vqkernels.models import VQGAN, Converted, VQGANConfig, load_foreign, load_pretrained, save_diffusers
+
+from .options import ConvertConfig
+from .terminal import make_console, make_table, quiet_libraries
+
+
+def _check_output(output: str) -> Path:
+    """The folder to write to.
+
+    Raises:
+        ValueError: there is something at that place.
+    """
+    folder = Path(output)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"--output: expected a new or an empty folder, got {output}")
+    return folder
+
+
+def _is_own(source: Path) -> bool:
+    return any((source / inner / "model.safetensors").is_file() for inner in ("", "model"))
+
+
+def _load(config: ConvertConfig) -> Converted:
+    source = Path(config.source)
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file or folder")
+    if not _is_own(source):
+        return load_foreign(source, layout=config.layout, weights=config.weights, resolution=config.resolution)
+    model = load_pretrained(source)
+    if not isinstance(model, VQGAN):
+        raise ValueError(f"{source}: expected a VQGAN, got a {type(model).__name__}, which no other project can read")
+    return Converted(model, "vqkernels", "raw", {})
+
+
+def _attended(config: VQGANConfig) -> list[int]:
+    """Sides of the maps with attention, for images of the config's resolution."""
+    return [config.resolution >> level for level, attends in enumerate(config.attention) if attends]
+
+
+def _print(console: Console, found: Converted) -> None:
+    config = found.model.config
+    rows = [
+        ("layout", found.layout),
+        ("weights", found.weights),
+        ("codes", f"{config.quantizer.codebook_size} of {config.codebook_dim} numbers, {config.quantizer.metric}"),
+        ("pixels per code", f"{config.factor} x {config.factor}"),
+        ("channels", f"{config.channels} x {config.channel_multipliers}, {config.blocks} blocks"),
+        ("attention after every block", ", ".join(map(str, _attended(config))) or "nowhere"),
+        ("parameters", f"{sum(each.numel() for each in found.model.parameters()) / 1e6:.1f} million"),
+        ("left out", ", ".join(f"{name} ({count})" for name, count in found.skipped.items()) or "nothing"),
+    ]
+    console.print(make_table("Converted", ("what", "found"), rows, text_columns=2))
+
+
+def run(config: ConvertConfig) -> None:
+    """Writes the folder and prints what the file held.
+
+    Raises:
+        ValueError: the file is damaged, would run code or is no VQGAN; or the format cannot hold the model.
+    """
+    folder, console = _check_output(config.output), make_console()
+    with quiet_libraries():
+        found = _load(config)
+        if config.to == "diffusers":
+            save_diffusers(found.model, folder)
+        else:
+            found.model.save_pretrained(folder)
+    _print(console, found)
+    reader = "diffusers.VQModel" if config.to == "diffusers" else "vqkernels.models.VQGAN"
+    console.print(f"saved in {config.output}/, for {reader}.from_pretrained", markup=False)
