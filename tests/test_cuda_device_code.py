@@ -222,6 +222,17 @@ def _true_stats(x: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, T
     return torch.bincount(flat[flat >= 0], minlength=codebook_size), sums
 
 
+@pytest.mark.parametrize("rotation", [False, True])
+def test_absent_gradients_and_masked_tokens(rotation: bool):
+    x, quantized, gradient = torch.randn(3, 2, 9, 21)
+    codes, error, mask = torch.randint(-1, 5, (2, 9)), torch.rand(2, 9), torch.rand(2, 9) > 0.4
+    zeros, nothing = torch.zeros_like(x), torch.zeros_like(error)
+    for absent, present in (((None, error), (zeros, error)), ((gradient, None), (gradient, nothing))):
+        dx = host.quantize_backward(x, quantized, codes, *absent, rotation, mask, seed=1)
+        expected = reference.quantize_backward(x, quantized, codes, *present, rotation)
+        torch.testing.assert_close(dx, torch.where(mask[..., None], expected, 0.0))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codebook_stats(dtype: torch.dtype, layout: str):

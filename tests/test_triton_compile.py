@@ -254,12 +254,15 @@ def launch_training() -> None:
             triton_training.gather(x, codebook, codes)
             for rotation in (False, True):
                 triton_training.quantize_backward(x, x, codes, x, derror, rotation)
+            triton_training.quantize_backward(x, x, codes, None, derror, False, codes >= 0)
+            triton_training.quantize_backward(x, x, codes, x, None, True)
             triton_codebook.codebook_stats(x, codes, codebook_size)
+            triton_codebook.codebook_gradient(x, x, codes, derror, codebook_size)
     for dim in (8, 64):
-        for normalize in (False, True):
+        for normalize, plain in ((False, False), (True, False), (False, True)):
             rows, sizes = torch.zeros(codebook_size, dim), torch.zeros(codebook_size)
             revive = torch.zeros(codebook_size, dtype=torch.bool)
-            triton_codebook.ema_update_(rows, sizes, rows, sizes, rows, revive, 0.99, 1e-5, 1.0, normalize)
+            triton_codebook.ema_update_(rows, sizes, rows, sizes, rows, revive, 0.99, 1e-5, 1.0, normalize, plain)
 
 
 def main(archs: list[int]) -> None:

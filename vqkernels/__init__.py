@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         IndexPropagationQuantizer,
         LookupFreeQuantizer,
         QuantizerOutput,
+        SamplingOptions,
         VectorQuantizer,
         defer_codebook_update,
     )
@@ -51,7 +52,7 @@ _HOMES = {
     "compat": ("ReplaceReport", "replace_quantizers"),
     "nn": (
         *("EntropyOptions", "EntropyQuantizerOutput", "IndexPropagationQuantizer", "LookupFreeQuantizer"),
-        *("QuantizerOutput", "VectorQuantizer", "defer_codebook_update"),
+        *("QuantizerOutput", "SamplingOptions", "VectorQuantizer", "defer_codebook_update"),
     ),
     "nn.kmeans": ("KMeansResult", "kmeans"),
     "ops": (
@@ -74,6 +75,7 @@ __all__ = [
     "Quantized",
     "QuantizerOutput",
     "ReplaceReport",
+    "SamplingOptions",
     "SoftAssignment",
     "VectorQuantizer",
     "__version__",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,10 +96,3 @@ def or_zeros(
 def masked(mask: Tensor | None, dx: Tensor) -> Tensor:  # bool [B, T], [B, T, D] -> [B, T, D]
     """No gradient for what is masked."""
     return dx if mask is None else dx.masked_fill_(~mask[..., None], 0)
-
-
-def register_in_steps(register: Callable[..., None], backend: str, parts: dict[str, Any], supports: Any) -> None:
-    """Enter the three ops for a backend that has their ``parts``: nearest, gather and codebook_stats."""
-    register("quantize", backend, quantize_in_steps(parts["nearest"], parts["gather"]), supports=supports)
-    register("codebook_gradient", backend, gradient_in_steps(parts["codebook_stats"]), supports=supports)
-    register("add_statistics_", backend, add_in_steps(parts["codebook_stats"]), supports=supports)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
-from .in_steps import clear_consumed, masked, or_zeros, register_in_steps
+from .in_steps import add_in_steps, clear_consumed, gradient_in_steps, masked, or_zeros, quantize_in_steps
 from .reference_nearest import nearest
 from .registry import register
 
@@ -132,9 +132,6 @@ def _unit(
 
 for _op in (gather, quantize_backward, codebook_stats, ema_update_):
     register(_op.__name__, "reference", _op)
-register_in_steps(
-    register,
-    "reference",
-    {"nearest": nearest, "gather": gather, "codebook_stats": codebook_stats},
-    supports=lambda *_args: None,
-)
+register("quantize", "reference", quantize_in_steps(nearest, gather))
+register("codebook_gradient", "reference", gradient_in_steps(codebook_stats))
+register("add_statistics_", "reference", add_in_steps(codebook_stats))

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .in_steps import clear_consumed, register_in_steps
+from .in_steps import add_in_steps, clear_consumed, quantize_in_steps
 from .registry import register
 from .triton_common import load_tile, on_device, readable, row_offsets, store_tile, tile_for, unsupported
 from .triton_nearest import nearest
@@ -21,9 +21,11 @@ from .triton_training import gather
 SUM_BLOCK = 1024  # codes of one partial sum
 
 
-@triton.jit(do_not_specialize=["tokens_per_batch", "stride_b", "K", "pieces", "piece_length"])
+@triton.jit(do_not_specialize=["tokens_per_batch", "stride_b", "q_stride_b", "K", "pieces", "piece_length"])
 def piece_kernel(
     x_ptr,  # [B, T, D]
+    quantized_ptr,  # [B, T, D], not looked at without PULL
+    derror_ptr,  # [N] float32, likewise
     order_ptr,  # [N] int64, token numbers sorted by code
     first_ptr,  # [K + 1] int64, where each code's tokens begin in the order
     code_ptr,  # [pieces] int64, K where the piece is not used
@@ -33,14 +35,21 @@ def piece_kernel(
     stride_b,
     stride_t,
     stride_d,
+    q_stride_b,
+    q_stride_t,
+    q_stride_d,
     K,
     D,
     pieces,
     piece_length,
+    PULL: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Each piece is a run of at most ``piece_length`` tokens of one code, added in token order."""
+    """Each piece is a run of at most ``piece_length`` tokens x of one code, added in token order.
+
+    With ``PULL`` 2 derror (q - x) is added: the gradient of the codes.
+    """
     piece = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     dims = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     code = tl.load(code_ptr + piece, mask=piece < pieces, other=0)
@@ -54,7 +63,12 @@ def piece_kernel(
         live = step < count
         row = tl.load(order_ptr + first + step, mask=live, other=0)
         offsets = row_offsets(row, tokens_per_batch, stride_b, stride_t)
-        total += load_tile(x_ptr, offsets, live, dims, D, stride_d)
+        value = load_tile(x_ptr, offsets, live, dims, D, stride_d)
+        if PULL:
+            q_offsets = row_offsets(row, tokens_per_batch, q_stride_b, q_stride_t)
+            weight = 2.0 * tl.load(derror_ptr + row, mask=live, other=0.0)
+            value = weight[:, None] * (load_tile(quantized_ptr, q_offsets, live, dims, D, q_stride_d) - value)
+        total += value
     store_tile(partial_ptr, piece * D, used, dims, D, 1, total)
 
 
@@ -86,6 +100,28 @@ def codebook_stats(
 ) -> tuple[Tensor, Tensor]:  # counts float32 [K], sums float32 [K, D]
     """Counts and sums per code; codes below 0 are left out. Extra memory O(N + K D)."""
     x = readable(x)
+    return _sum_by_code(x, x, codes, None, codebook_size)
+
+
+def codebook_gradient(
+    x: Tensor,  # [B, T, D]
+    quantized: Tensor,  # [B, T, D]
+    codes: Tensor,  # [B, T]
+    derror: Tensor,  # float32 [B, T]
+    codebook_size: int,
+) -> Tensor:  # [K, D]
+    """-sum of 2 derror (x - q) over the tokens of each code; no [N, D] temporary."""
+    sums = _sum_by_code(readable(x), readable(quantized), codes, derror.contiguous(), codebook_size)[1]
+    return sums.to(x.dtype)
+
+
+def _sum_by_code(
+    x: Tensor,  # [B, T, D]
+    quantized: Tensor,  # [B, T, D]
+    codes: Tensor,  # [B, T]
+    derror: Tensor | None,  # float32 [B, T]; the sum of x where absent
+    codebook_size: int,
+) -> tuple[Tensor, Tensor]:  # counts float32 [K], sums float32 [K, D]
     n, dim, device = codes.numel(), x.shape[2], x.device
     sums = torch.zeros(codebook_size, dim, dtype=torch.float32, device=device)
     sorted_codes, order = torch.sort(codes.reshape(-1), stable=True)
@@ -103,8 +139,9 @@ def codebook_stats(
     chunks, shape = triton.cdiv(dim, tile.dims), {"BLOCK_D": tile.dims, "num_warps": tile.num_warps}
     with on_device(x):
         piece_kernel[(triton.cdiv(pieces, tile.rows), chunks)](
-            x, order, first, owner, begin, partial, x.shape[1], *x.stride(),
-            codebook_size, dim, pieces, length, BLOCK_P=tile.rows, **shape,
+            x, quantized, codes if derror is None else derror, order, first, owner, begin, partial,
+            x.shape[1], *x.stride(), *quantized.stride(), codebook_size, dim, pieces, length,
+            PULL=derror is not None, BLOCK_P=tile.rows, **shape,
         )  # fmt: skip
         join_kernel[(triton.cdiv(codebook_size, tile.rows), chunks)](
             begin, partial, sums, codebook_size, dim, BLOCK_K=tile.rows, **shape
@@ -293,10 +330,7 @@ def _whole_supports(x: Tensor, *_rest: object) -> str | None:
 
 
 register("codebook_stats", "triton", codebook_stats, supports=_stats_supports)
-register_in_steps(
-    register,
-    "triton",
-    {"nearest": nearest, "gather": gather, "codebook_stats": codebook_stats},
-    supports=_whole_supports,
-)
+register("codebook_gradient", "triton", codebook_gradient, supports=_whole_supports)
+register("quantize", "triton", quantize_in_steps(nearest, gather), supports=_whole_supports)
+register("add_statistics_", "triton", add_in_steps(codebook_stats), supports=_whole_supports)
 register("ema_update_", "triton", ema_update_, supports=_ema_supports)
