@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from formulas import code_sums, ema_step, inertia, lloyd
-from quantizers import OPTIONS, assert_same_state, distances, every_option, make, randn
+from quantizers import OPTIONS, assert_same_state, distances, every_training_option, make, randn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -93,7 +93,7 @@ def test_revival_under_accumulation_restarts_at_one_real_token():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@every_option
+@every_training_option
 def test_activation_checkpointing_equals_the_plain_run(options: dict, reentrant: bool):
     plain, recomputed = make(**options), make(**options)
     for step in range(4):
@@ -287,7 +287,7 @@ def three_steps(options: dict, threads: int) -> dict[str, Tensor]:
     return results | gradients | module.state_dict()
 
 
-@every_option
+@every_training_option
 def test_every_number_of_threads_and_every_run_gives_the_same_bits(options: dict):
     one, two, again = (three_steps(options, threads) for threads in (1, 2, 2))
     for name, value in two.items():
