@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vqkernels.nn import VectorQuantizer
+from vqkernels.nn import EntropyOptions, SamplingOptions, VectorQuantizer
 
 OPTIONS = {
     "plain": {},
@@ -18,7 +18,15 @@ OPTIONS = {
     "kmeans": {"kmeans_init": True},
     "rotation": {"gradient": "rotation"},
 }
+TRAINING_OPTIONS = {  # what further ones change is seen in training alone
+    "relative": {"dead_code_threshold": 0.3, "dead_code_unit": "mean", "smoothing": "plain"},
+    "entropy": {"entropy": EntropyOptions(temperature=0.5)},
+    "drawn": {"sampling": SamplingOptions(temperature=0.5)},
+}
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+every_training_option = pytest.mark.parametrize(
+    "options", [*OPTIONS.values(), *TRAINING_OPTIONS.values()], ids=[*OPTIONS, *TRAINING_OPTIONS]
+)
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

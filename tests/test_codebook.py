@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from quantizers import OPTIONS, assert_same_state, distances, every_option, make, randn
+from formulas import code_sums, ema_step, inertia, lloyd
+from quantizers import OPTIONS, assert_same_state, distances, every_training_option, make, randn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import vqkernels as vq
-from vqkernels.nn import VectorQuantizer, defer_codebook_update
+from vqkernels.nn import defer_codebook_update
 from vqkernels.nn.sampling import sample_tokens
 
 # ---- EMA: what it does and when ----
@@ -18,14 +19,14 @@ from vqkernels.nn.sampling import sample_tokens
 
 def test_ema_follows_the_formula():
     module = make(ema_decay=0.9, eps=1e-3)
-    x, (c, n, m) = randn(60, 8), (module.codebook.clone(), module.cluster_size.clone(), module.embed_sum.clone())
+    x, before = randn(60, 8), [t.clone() for t in (module.codebook, module.cluster_size, module.embed_sum)]
     codes = module(x).codes
-    counts, sums = vq.codebook_stats(x, codes, 32)
-    n, m = 0.9 * n + 0.1 * counts, 0.9 * m + 0.1 * sums
-    assert torch.equal(module.codebook, c)  # not before the backward
+    counts, none = torch.bincount(codes, minlength=32), torch.zeros(32, dtype=torch.bool)
+    expected = ema_step(before, counts, code_sums(x, codes, 32), none, 0.9, 1e-3)
+    assert torch.equal(module.codebook, before[0])  # not before the backward
     module.update_codebook()
-    torch.testing.assert_close(module.codebook, m / ((n + 1e-3) / (n.sum() + 32e-3) * n.sum())[:, None])
-    torch.testing.assert_close(module.cluster_size, n)
+    for got, want in zip((module.codebook, module.cluster_size, module.embed_sum), expected, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 
 
 def test_statistics_take_effect_at_the_documented_moments():
@@ -92,7 +93,7 @@ def test_revival_under_accumulation_restarts_at_one_real_token():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@every_option
+@every_training_option
 def test_activation_checkpointing_equals_the_plain_run(options: dict, reentrant: bool):
     plain, recomputed = make(**options), make(**options)
     for step in range(4):
@@ -169,10 +170,6 @@ def test_without_a_threshold_no_code_is_revived():
 # ---- k-means ----
 
 
-def inertia(module: VectorQuantizer, x: Tensor) -> float:
-    return vq.nearest(x, module.codebook)[1].mean().item()
-
-
 def test_init_codebook_finds_clusters_and_is_deterministic():
     centers = randn(16, 8, seed=3) * 3
     batches = [centers[torch.arange(80) % 16] + 0.01 * randn(80, 8, seed=s) for s in range(4)]
@@ -185,7 +182,7 @@ def test_init_codebook_finds_clusters_and_is_deterministic():
     random_tokens = make(8, 16)
     random_tokens.init_codebook(batches, iterations=0)
     everything = torch.cat(batches)
-    assert inertia(a, everything) < 0.7 * inertia(random_tokens, everything)
+    assert inertia(everything, a.codebook) < 0.7 * inertia(everything, random_tokens.codebook)
     assert len(vq.nearest(everything, a.codebook)[0].unique()) == 16
     torch.testing.assert_close(a.embed_sum, a.codebook * a.cluster_size[:, None])
 
@@ -194,16 +191,9 @@ def test_init_codebook_is_as_good_as_a_textbook_k_means():
     x = randn(800, 4)
     module = make(4, 20)
     module.init_codebook(x, iterations=20)
-    best = min(_lloyd(x, 20, seed) for seed in range(3))
-    assert inertia(module, x) < 1.1 * best
-
-
-def _lloyd(x: Tensor, k: int, seed: int) -> float:
-    centers = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:k]]
-    for _ in range(20):
-        nearest = torch.cdist(x, centers).argmin(dim=1)
-        centers = torch.stack([x[nearest == i].mean(dim=0) for i in range(k)])
-    return torch.cdist(x, centers).min(dim=1).values.square().mean().item()
+    starts = [x[torch.randperm(800, generator=torch.Generator().manual_seed(seed))[:20]] for seed in range(3)]
+    best = min(inertia(x, lloyd(x, start, 20)) for start in starts)
+    assert inertia(x, module.codebook) < 1.1 * best
 
 
 @pytest.mark.parametrize("options", [{"metric": "cosine"}, {"codebook_dim": 3}, {"update": "gradient"}], ids=str)
@@ -297,7 +287,7 @@ def three_steps(options: dict, threads: int) -> dict[str, Tensor]:
     return results | gradients | module.state_dict()
 
 
-@every_option
+@every_training_option
 def test_every_number_of_threads_and_every_run_gives_the_same_bits(options: dict):
     one, two, again = (three_steps(options, threads) for threads in (1, 2, 2))
     for name, value in two.items():

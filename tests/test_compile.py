@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from quantizers import OPTIONS, assert_same_state, every_option, make, randn, state
+from quantizers import OPTIONS, assert_same_state, every_training_option, make, randn, state
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -164,7 +164,7 @@ def test_the_ops_pass_opcheck():
         torch.library.opcheck(op, copy.deepcopy(args))
 
 
-@every_option
+@every_training_option
 def test_explain_finds_no_graph_break(options: dict):
     module = make(**options)
     for training in (True, False):
@@ -175,7 +175,7 @@ def test_explain_finds_no_graph_break(options: dict):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@every_option
+@every_training_option
 def test_a_marked_batch_is_compiled_once(options: dict, training: bool):
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     module = make(channels="first", **options).train(training)

@@ -11,6 +11,7 @@ from host_waits import no_host_waits
 from quantizers import assert_same_state, randn, state
 from requirements import skip_or_fail
 from torch import Tensor, nn
+from torch.export import Dim
 from torch.nn import functional as F
 
 import vqkernels as vq
@@ -263,7 +264,17 @@ def test_nor_do_the_functions():
         _everything(x, codebook, None).backward()
 
 
-# ---- torch.compile ----
+# ---- torch.export, torch.compile ----
+
+
+@pytest.mark.parametrize("form", ["lfq", "ibq-cosine"])
+def test_an_exported_module_survives_saving(form: str):
+    module, file = make(form).eval(), io.BytesIO()
+    torch.export.save(torch.export.export(module, (randn(3, 5, 6),), dynamic_shapes=({0: Dim.DYNAMIC},)), file)
+    file.seek(0)
+    x = randn(7, 5, 6)
+    for got, expected in zip(vars(torch.export.load(file).module()(x)).values(), vars(module(x)).values(), strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("form", ["lfq-projected", "bsq", "ibq-entropy"])

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from host_waits import HostWait, no_host_waits
-from quantizers import OPTIONS, make, randn, train_step
+from quantizers import OPTIONS, TRAINING_OPTIONS, make, randn, train_step
 from requirements import skip_or_fail
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -24,7 +24,7 @@ EVERYTHING = {
     "kmeans_init": True,
     "channels": "first",
 }
-CASES = {**OPTIONS, "everything": EVERYTHING}
+CASES = {**OPTIONS, **TRAINING_OPTIONS, "everything": EVERYTHING}
 MASKED = ("plain", "gradient", "revival", "everything")
 DEVICES = ("cpu", "meta")  # real numbers, and none at all
 
@@ -54,6 +54,7 @@ def test_no_training_step_waits_for_the_device(name: str, device: str):
             train_step(module, *batches[2])
             train_step(module, *batches[3])
         module.update_codebook()
+        module.health()
         module.eval()(batches[0][0])
     assert device == "meta" or module.step == 4
 

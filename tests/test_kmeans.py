@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from formulas import inertia
+from formulas import lloyd as lloyd_in_float64
 from host_waits import HostWait, no_host_waits
 from quantizers import make, randn
 from torch import Tensor
@@ -26,23 +28,6 @@ def clusters(tokens: int, number: int, dim: int, seed: int = 0, width: float = 0
     return centres[part] + width * randn(tokens, dim, seed=seed + 1)
 
 
-def textbook(x: Tensor, rows: Tensor, iterations: int, metric: str = "euclidean") -> Tensor:  # [K, D] float64
-    """Lloyd's iterations with the whole matrix of distances; no centroid may lose all its tokens."""
-    x, rows = x.double(), rows.double()
-    if metric == "cosine":
-        x = x / x.norm(dim=1, keepdim=True)
-    for _ in range(iterations):
-        codes = (rows.square().sum(1) / 2 - x @ rows.T if metric == "euclidean" else -(x @ rows.T)).argmin(1)
-        rows = torch.stack([x[codes == k].mean(0) for k in range(len(rows))])
-        if metric == "cosine":
-            rows = rows / rows.norm(dim=1, keepdim=True)
-    return rows
-
-
-def inertia_of(x: Tensor, rows: Tensor) -> float:
-    return torch.cdist(x.double(), rows.double()).min(dim=1).values.square().sum().item()
-
-
 # ---- Lloyd ----
 
 
@@ -53,7 +38,7 @@ def test_it_is_lloyds_algorithm(backend, metric: str):
     x = randn(tokens, 5)
     start = torch.nn.functional.normalize(x[:size]) if metric == "cosine" else x[:size]
     found = vq.kmeans(x.to(device), size, init=start.to(device), iterations=steps, metric=metric)
-    expected = textbook(x, start, steps, metric)
+    expected = lloyd_in_float64(x, start, steps, metric)
     # a mean of float32 numbers of size 1, rounded once an iteration
     torch.testing.assert_close(found.centroids.cpu().double(), expected, rtol=0, atol=1e-6)
     codes, distance = vq.nearest(x.to(device), found.centroids, metric=metric)
@@ -178,9 +163,9 @@ def test_centroids_without_tokens_share_those_of_the_largest(metric: str):
 
 def test_a_split_never_makes_the_inertia_larger():
     x, start = randn(500, 3), torch.cat([randn(4, 3), torch.full((4, 3), 1e4)])
-    plain = textbook(x, start[:4], 1)
+    plain = lloyd_in_float64(x, start[:4], 1)
     found = vq.kmeans(x, 8, init=start, iterations=1)
-    assert inertia_of(x, found.centroids) < inertia_of(x, plain)
+    assert inertia(x, found.centroids) < inertia(x, plain)
     torch.testing.assert_close(found.centroids[:4].double(), plain, rtol=0, atol=1e-6)
 
 
@@ -213,7 +198,7 @@ def test_mini_batches_come_near_lloyd_also_from_a_stream():
     assert passes.inertia < 1.15 * full
     stream = vq.kmeans(iter(x.split(250)), 16, mini_batch=True, iterations=1)
     assert stream.counts.sum() == 4000
-    assert inertia_of(x, stream.centroids) < 1.3 * full
+    assert inertia(x, stream.centroids) < 1.3 * full
 
 
 def test_a_sample_is_uniform_and_of_the_size_asked_for():
@@ -364,7 +349,7 @@ def test_batches_and_samples_of_two_ranks(ranks: list[dict[str, Any]], split: st
     torch.testing.assert_close(ranks[0][f"batches False, {split}"]["centroids"], alone.centroids, rtol=0, atol=1e-6)
     for name in (f"batches True, {split}", f"sample, {split}"):
         assert ranks[0][name]["counts"].sum() == 400
-        assert inertia_of(x, ranks[0][name]["centroids"]) < 1.3 * alone.inertia
+        assert inertia(x, ranks[0][name]["centroids"]) < 1.3 * alone.inertia
     drawn = ranks[0][f"sample alone, {split}"]["centroids"]
     assert drawn.unique(dim=0).shape[0] == 100
     share = [(drawn[:, None] == part).all(-1).any(1).sum().item() for part in x.split(SPLITS[split])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from formulas import code_sums, ema_step, quantize_gradients
 
 import vqkernels as vq
 from vqkernels.ops._library import run
@@ -41,28 +41,6 @@ def test_quantized_rows_are_bit_equal_and_keep_the_layout(backend, dtype: torch.
     assert torch.equal(out.commitment_error, out.codebook_error)
 
 
-def _formula_gradients(
-    x: Tensor,  # [N, D]
-    codebook: Tensor,  # [K, D]
-    codes: Tensor,  # [N]
-    g: Tensor,  # [N, D]
-    weight: Tensor,  # [N]
-    rotation: bool,
-) -> tuple[Tensor, Tensor]:  # dx [N, D], dcodebook [K, D]
-    """The gradients as the papers write them, in float64, with the D x D rotation built explicitly."""
-    x, codebook, g, weight = (t.double() for t in (x, codebook, g, weight))
-    q = codebook[codes]
-    dx = 2 * weight[:, None] * (x - q)
-    for n in range(len(x)):
-        matrix = torch.eye(x.shape[1], dtype=torch.float64)
-        if rotation:
-            u, v = x[n] / x[n].norm(), q[n] / q[n].norm()
-            w = (u + v) / (u + v).norm()
-            matrix = q[n].norm() / x[n].norm() * (matrix - 2 * torch.outer(w, w) + 2 * torch.outer(v, u))
-        dx[n] += matrix.T @ g[n]
-    return dx, torch.zeros_like(codebook).index_add_(0, codes, -2 * weight[:, None] * (x - q))
-
-
 @pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_the_formulas(backend, dtype: torch.dtype, gradient: str):
@@ -73,7 +51,7 @@ def test_gradients_are_the_formulas(backend, dtype: torch.dtype, gradient: str):
     out = vq.quantize(x, codebook, gradient=gradient)
     pieces = (out.quantized * g.to(device)).sum(), (out.commitment_error * weight.to(device)).sum()
     (sum(pieces) + (out.codebook_error * weight.to(device)).sum()).backward()
-    expected = _formula_gradients(
+    expected = quantize_gradients(
         x.detach().cpu(), codebook.detach().cpu(), out.codes.cpu(), g, weight, gradient == "rotation"
     )
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-6}.get(dtype, 2.0 * torch.finfo(dtype).eps)
@@ -143,7 +121,7 @@ def test_codebook_stats_are_counts_and_sums(backend, dtype: torch.dtype):
     codes = torch.randint(-1, 20, (300,), generator=torch.Generator().manual_seed(1)).to(device)  # code 20 unused
     counts, sums = vq.codebook_stats(x, codes, 21)
     kept = codes >= 0
-    truth = torch.zeros(21, 13, dtype=torch.float64).index_add_(0, codes[kept].cpu(), x[kept].cpu().double())
+    truth = code_sums(x, codes, 21)
     assert torch.equal(counts.cpu().long(), torch.bincount(codes[kept].cpu(), minlength=21))
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert sums.dtype == counts.dtype == wide
@@ -186,38 +164,6 @@ def test_codebook_stats_of_maps_and_of_nothing(backend):
     assert sums.shape == (5, 3)
 
 
-def _ema_formula(
-    state: list[Tensor],
-    counts: Tensor,
-    sums: Tensor,
-    revive: Tensor,
-    decay: float,
-    eps: float,
-    normalize: bool,
-) -> list[Tensor]:
-    """codebook, cluster_size, embed_sum after one step, written per code in float64."""
-    codebook, size, embed = (t.double().clone() for t in state)
-    counts, sums = counts.double(), sums.double()
-
-    def unit(row: Tensor) -> Tensor:
-        return row / row.norm().clamp(min=1e-12) if normalize else row
-
-    idle = counts[~revive].sum() == 0
-    for k in range(len(counts)):
-        if revive[k]:
-            size[k], embed[k] = 2.0, unit(sums[k]) * 2.0
-        elif not idle:
-            size[k] = decay * size[k] + (1 - decay) * counts[k]
-            embed[k] = decay * embed[k] + (1 - decay) * sums[k]
-    n = size.sum()
-    for k in range(len(counts)):
-        if revive[k]:
-            codebook[k] = unit(sums[k])
-        elif not idle:
-            codebook[k] = unit(embed[k] / ((size[k] + eps) / (n + len(counts) * eps) * n))
-    return [codebook, size, embed]
-
-
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("case", ["plain", "revive", "idle", "idle-revive"])
 def test_ema_update_is_the_formula(backend, case: str, normalize: bool):
@@ -233,7 +179,7 @@ def test_ema_update_is_the_formula(backend, case: str, normalize: bool):
         counts.zero_(), sums.zero_()
     if "revive" in case:
         revive[[2, 30]], counts[[2, 30]], sums[[2, 30]] = True, 1.0, torch.randn(2, 11, generator=generator)
-    expected = _ema_formula(state, counts, sums, revive, 0.9, 1e-5, normalize)
+    expected = ema_step(state, counts, sums, revive, 0.9, 1e-5, normalize)
     mine = [t.clone().to(device) for t in state]
     vq.ema_update_(
         *mine,
@@ -257,7 +203,7 @@ def test_ema_update_in_float64(backend):
     state = [codebook, torch.ones(5, dtype=torch.float64), codebook.clone()]
     counts, sums = torch.arange(5.0).double(), torch.randn(5, 3, dtype=torch.float64)
     none = torch.zeros(5, dtype=torch.bool)
-    expected = _ema_formula(state, counts, sums, none, 0.99, 1e-5, False)
+    expected = ema_step(state, counts, sums, none, 0.99, 1e-5, False)
     mine = [t.clone().to(device) for t in state]
     vq.ema_update_(*mine, counts.to(device), sums.to(device), decay=0.99)
     for got, truth in zip(mine, expected, strict=True):
@@ -349,7 +295,7 @@ def test_rotation_of_nearly_opposite_directions(backend):
     x, q, g = (t.float() for t in (x, q, torch.randn_like(x)))
     codes = torch.arange(40)[None].to(device)
     dx = run("quantize_backward", *(t[None].to(device) for t in (x, q)), codes, g[None].to(device), None, True, None)
-    truth, _ = _formula_gradients(x, q, torch.arange(40), g, torch.zeros(40), True)
+    truth, _ = quantize_gradients(x, q, torch.arange(40), g, torch.zeros(40), True)
     assert (dx[0].cpu().double() - truth).norm() <= (1e-4 if name == "triton" else 1e-6) * truth.norm()
 
 
@@ -367,7 +313,7 @@ def test_codebook_gradient_for_any_number_of_threads(first: bool):
     assert torch.equal(results[0], rows)
     kept = codes >= 0
     pull = 2 * error[kept][:, None].double() * (q - x)[kept].double()
-    truth = torch.zeros(60, 40, dtype=torch.float64).index_add_(0, codes[kept], pull)
+    truth = code_sums(pull, codes[kept], 60)
     assert (rows.double() - truth).abs().max() <= sum_tolerance(200, torch.float32, pull.abs().max().item())
 
 

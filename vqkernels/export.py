@@ -55,15 +55,16 @@ class _Decoder(nn.Module):
 
 def encoder_program(
     model: nn.Module,
-    x: Tensor,  # [B, 3, H, W] for a VQVAE, as its forward takes it for a VectorQuantizer
+    x: Tensor,  # [B, C, H, W] for a model, as its forward takes it for a VectorQuantizer
     *,
     plain: bool = False,
 ) -> ExportedProgram:
     """``model.encode`` as a graph: x -> codes int64.
 
     Args:
-        model: a ``VectorQuantizer`` or ``models.VQVAE``, in eval mode.
-        x: an example; all axes but the channels are free afterwards (for a VQVAE: multiples of ``factor``), from 1 on.
+        model: a ``VectorQuantizer``, or a model of ``vqkernels.models`` (VQVAE, VQGAN), in eval mode.
+        x: an example; all axes but the channels are free afterwards. Images have sides that are multiples of the
+            model's ``factor`` and at least two of them.
         plain: standard ops only, see ``vqkernels.plain_ops``. Otherwise one node of ``vqkernels::nearest``: exact,
             and on the fastest kernel of the machine that runs it.
 
@@ -80,7 +81,7 @@ def encoder_program(
 
 def decoder_program(
     model: nn.Module,
-    codes: Tensor,  # int64 [B, h, w] for a VQVAE, as ``lookup`` takes them for a VectorQuantizer
+    codes: Tensor,  # int64 [B, h, w] for a model, as ``lookup`` takes them for a VectorQuantizer
     *,
     plain: bool = False,
 ) -> ExportedProgram:
@@ -88,7 +89,7 @@ def decoder_program(
 
     Args:
         model, plain: as for ``encoder_program``; the result does not depend on ``plain``, there is no search in it.
-        codes: an example; all axes are free afterwards, from 1 on.
+        codes: an example; all axes are free afterwards.
 
     Raises:
         TypeError: the model has neither decode nor lookup.

@@ -18,7 +18,7 @@ def run(config: ExportConfig) -> None:
     console = make_console()
     model, folder = load_model(config.model, torch.device("cpu")), Path(config.output)
     plain = config.plain or config.format == "onnx"
-    images = torch.zeros(2, 3, 4 * model.factor, 4 * model.factor)
+    images = torch.zeros(2, model.in_channels, 4 * model.factor, 4 * model.factor)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     with quiet_libraries():
@@ -29,7 +29,7 @@ def run(config: ExportConfig) -> None:
         for name, program in programs.items():
             path = folder / f"{name}.{config.format}"
             save(program, path)
-            takes = "images [B, 3, H, W] in [-1, 1]" if name == "encoder" else "codes [B, h, w]"
+            takes = f"images [B, {model.in_channels}, H, W] in [-1, 1]" if name == "encoder" else "codes [B, h, w]"
             rows.append((str(path), takes, f"{path.stat().st_size / 1e6:.2f} MB"))
     console.print(make_table(f"{config.model} as {config.format}", ("file", "takes", "size"), rows, text_columns=2))
     if not plain:

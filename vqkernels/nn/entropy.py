@@ -48,7 +48,7 @@ class EntropyQuantizerOutput(QuantizerOutput):
     batch_entropy: Tensor  # [] nats; likewise
 
 
-torch.export.register_dataclass(EntropyQuantizerOutput)
+torch.export.register_dataclass(EntropyQuantizerOutput, serialized_type_name="vqkernels.nn.EntropyQuantizerOutput")
 
 
 def no_entropy(like: Tensor) -> EntropyLoss:

@@ -69,6 +69,10 @@ class VectorQuantizer(Codebook):
     for a codebook that each rank updates alone loses the other ranks' tokens. ``state_dict()`` may be taken on one
     rank only.
 
+    **Graphs.** No training step waits for the device, the first one with k-means neither, and nothing in it depends on
+    Python state: it compiles with fullgraph=True and can be captured in a CUDA graph, after ``update_codebook()`` where
+    there are several ranks. ``vqkernels.export`` writes it for inference.
+
     **Precision.** The codebook and its statistics stay float32 (float64 after ``.double()``), whatever autocast or
     ``.half()`` says; x may be float16 or bfloat16, and ``quantized`` then is too.
 
