@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from .shapes import parse_shape
 
-Operation = Literal["search", "quantize", "ema", "train-step"]
+Operation = Literal["search", "quantize", "ema", "train-step", "kmeans", "entropy"]
 Data = Literal[
     "normal",
     "kmeans",
@@ -19,6 +19,7 @@ Data = Literal[
     "same",
     "near-ties",
     "outlier",
+    "signs",
 ]
 OPERATIONS: tuple[str, ...] = get_args(Operation)
 DEFAULT_SHAPES = ("4096,1024,256", "4096,16384,32", "512,262144,18")
@@ -30,7 +31,8 @@ class BenchConfig:
 
     operation: Operation = field(default="search", metadata={"positional": True})
     """what to measure: search | quantize (search, lookup, errors: what inference does) | ema (statistics and update) |
-    train-step (forward, backward and EMA)"""
+    train-step (forward, backward and EMA) | kmeans (Lloyd's iterations from given centroids) |
+    entropy (the entropy loss over all codes, forward and backward)"""
     shape: list[str] = field(default_factory=list)
     """N,K,D or a model's name (vqgan-1024, llamagen, open-magvit2, encodec ...); repeat for more"""
     provider: list[str] = field(default_factory=list)
@@ -46,11 +48,14 @@ class BenchConfig:
     data: Data = "normal"
     """normal N(0,1) | kmeans (tokens of a mixture, its k-means codebook) | unit vectors | init (codebook uniform in
     +-1/K) | offset (mean of 100 sigma) | near-duplicates (codes in groups 1e-4 apart) | mixed-scales (1e-3 to 1e3); to
-    do harm: same (all codes equal) | near-ties (four heaps 1e-6 wide) | outlier (one code 1e6 times longer)"""
+    do harm: same (all codes equal) | near-ties (four heaps 1e-6 wide) | outlier (one code 1e6 times longer); and signs
+    (the codebook of a lookup-free quantizer, where K = 2^D)"""
     codebook: Literal["fixed", "changing"] = "fixed"
     """fixed: prepared once where a provider can | changing: one element is written before every call"""
     gradient: Literal["rotation", "straight_through"] = "rotation"
     """how the training step sends gradients past the codes: rotation | straight_through"""
+    iterations: int = 3
+    """Lloyd iterations of kmeans"""
     measure: Literal["time", "memory", "both"] = "time"
     """time | memory | both"""
     seconds: float = 20.0
@@ -68,7 +73,7 @@ class BenchConfig:
         for name, allowed in _choices().items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(allowed)}; got {getattr(self, name)!r}")
-        for name in ("seconds", "check_rows"):
+        for name in ("seconds", "check_rows", "iterations"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)!r}")
         if any(count < 1 for count in self.threads):

@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from vqkernels.ops import codebook_stats, nearest
+from vqkernels.ops import codebook_stats, nearest, sign_rows
 
 from .shapes import Shape
 
@@ -91,6 +91,12 @@ def _outlier(shape: Shape, seed: int) -> Inputs:
     return x, codebook
 
 
+def _signs(shape: Shape, seed: int) -> Inputs:
+    """The codebook of a lookup-free quantizer: all sign vectors, or as many as there are codes, or them in turns."""
+    codes = torch.arange(shape.codes) % (1 << shape.dim)
+    return normal_rows(shape.tokens, shape.dim, 2 * seed), sign_rows(codes, shape.dim)
+
+
 @lru_cache(maxsize=1)  # the thread counts of a shape share it
 def _kmeans(shape: Shape, seed: int) -> Inputs:
     """Tokens of a mixture of correlated normals, and the k-means codebook of other tokens of it."""
@@ -154,6 +160,7 @@ KINDS: dict[str, Callable[[Shape, int], Inputs]] = {
     "same": _same,
     "near-ties": _near_ties,
     "outlier": _outlier,
+    "signs": _signs,
 }
 
 

@@ -13,18 +13,25 @@ from torch import Tensor
 
 from vqkernels.testing import true_codes, wrong_codes
 
-from .problem import EMA_DECAY, Problem, initial_state
-from .providers import Lookup
+from .plain import blocked_argmin, lloyd_step
+from .problem import EMA_DECAY, Problem, entropy_temperature, initial_state
+from .providers import EntropyGradients, Lookup, Result
 
 UNIT = 2.0**-24  # float32 unit roundoff
+INERTIA_TOLERANCE = 1e-3
+ENTROPY_TOLERANCE = 1e-5
+ENTROPY_BLOCK = 1 << 22  # float64 probabilities at a time
+BLOCK = 65536  # tokens whose distances are summed at once
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How many of the checked results are wrong (tokens, or codebook rows for ``ema``)."""
+    """How many of the checked results are wrong: tokens; codebook rows for ``ema`` and ``kmeans``; the loss and rows of
+    the gradients for ``entropy``."""
 
     checked: int
     wrong: int
+    inertia: float | None = None  # of ``kmeans``, as a share of the plain form's
 
     @property
     def error_rate(self) -> float:
@@ -48,13 +55,14 @@ class SearchGate:
 
     def check(
         self,
-        result: Tensor | Lookup,  # codes int64 [N], or a Lookup
+        result: Result,  # codes int64 [N], or a Lookup
         *,
         lowest_on_ties: bool,
     ) -> Verdict:
         """Compare a provider's codes of all tokens with the truth, and its quantized rows with its codes' rows."""
         lookup = result if isinstance(result, Lookup) else None
-        codes = result.codes if isinstance(result, Lookup) else result
+        codes = lookup.codes if lookup is not None else result
+        assert isinstance(codes, Tensor)
         given = codes.detach().cpu().reshape(-1)[self.rows].long()
         wrong = given != self.codes
         if not lowest_on_ties and wrong.any():  # ties are sought among the few that differ
@@ -84,7 +92,7 @@ class EmaGate:
 
     def check(
         self,
-        codebook: Tensor | Lookup,  # [K, D]
+        codebook: Result,  # [K, D]
         *,
         lowest_on_ties: bool,
     ) -> Verdict:
@@ -94,6 +102,86 @@ class EmaGate:
         return Verdict(len(self.codebook), int(apart.any(dim=1).sum()))
 
 
-def make_gate(problem: Problem, limit: int) -> SearchGate | EmaGate:
+class KMeansGate:
+    """The inertia of Lloyd's iterations in plain torch, which centroids may not exceed.
+
+    A token that ties to within float32's rounding may go either way, and from there on two runs part; at 10^4 tokens
+    and more their inertia then differs in the fifth digit. ``INERTIA_TOLERANCE`` leaves room for that on small inputs.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self._x = problem.x.detach().cpu().float()  # [N, D]
+        rows = problem.codebook.detach().cpu().float()
+        for _ in range(problem.iterations):
+            rows = lloyd_step(self._x, rows)
+        self.inertia = self._inertia(rows)
+
+    def _inertia(self, rows: Tensor) -> float:  # [K, D]
+        codes = blocked_argmin(self._x, rows)
+        parts = zip(self._x.split(BLOCK), codes.split(BLOCK), strict=True)
+        return sum(float((x.double() - rows[own].double()).square().sum()) for x, own in parts)
+
+    def check(
+        self,
+        codebook: Result,  # [K, D]
+        *,
+        lowest_on_ties: bool,
+    ) -> Verdict:
+        """All centroids are wrong together, or none."""
+        assert isinstance(codebook, Tensor)
+        share = self._inertia(codebook.detach().cpu().float()) / self.inertia if self.inertia else 1.0
+        return Verdict(len(codebook), len(codebook) if not share <= 1 + INERTIA_TOLERANCE else 0, share)
+
+
+class EntropyGate:
+    """Loss and gradients by blocks of tokens in float64, which results may miss by ``ENTROPY_TOLERANCE`` of their norm.
+
+    Peers may miss them by a hundred times that: whoever expands |x - c|^2 in float32 does.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        x, codebook = (t.detach().cpu().double() for t in (problem.x, problem.codebook))
+        temperature, tokens = entropy_temperature(problem.shape), len(x)
+        blocks = x.split(max(1, ENTROPY_BLOCK // len(codebook)))
+        mean = sum((_soft(block, codebook, temperature).sum(0) for block in blocks), torch.zeros(())) / tokens
+        slope = torch.where(mean > 0, mean, 1).log()  # d loss / d mean, up to a constant
+        loss, dx, dcodebook = (mean * slope).sum(), [], torch.zeros_like(codebook)
+        for block in blocks:
+            p = _soft(block, codebook, temperature)
+            log_p = torch.where(p > 0, p, 1).log()
+            loss = loss - (p * log_p).sum() / tokens
+            f = slope - log_p
+            dlogits = p * (f - (p * f).sum(1, keepdim=True)) * (2 / temperature / tokens)  # of <x, c> - |c|^2 / 2
+            dx.append(dlogits @ codebook)
+            dcodebook += dlogits.T @ block - dlogits.sum(0)[:, None] * codebook
+        self._truth = (loss, torch.cat(dx), dcodebook)
+
+    def check(
+        self,
+        result: Result,
+        *,
+        lowest_on_ties: bool,
+    ) -> Verdict:
+        """The loss and each gradient is off with all its rows, or not; ``lowest_on_ties``: it is ours."""
+        assert isinstance(result, EntropyGradients)
+        most = ENTROPY_TOLERANCE * (1 if lowest_on_ties else 100)
+        pairs = [(mine, true) for mine, true in zip(result, self._truth, strict=True) if mine is not None]
+        off = [not (mine.detach().cpu().double() - true).norm() <= most * true.norm() for mine, true in pairs]
+        rows = [len(true) if true.dim() else 1 for _, true in pairs]
+        return Verdict(sum(rows), sum(n for n, wrong in zip(rows, off, strict=True) if wrong))
+
+
+def _soft(block: Tensor, codebook: Tensor, temperature: float) -> Tensor:  # [n, D], [K, D] -> [n, K]
+    return torch.addmm(-codebook.square().sum(1) / temperature, block, codebook.T, alpha=2 / temperature).softmax(1)
+
+
+Gate = SearchGate | EmaGate | KMeansGate | EntropyGate
+
+
+def make_gate(problem: Problem, limit: int) -> Gate:
     """The gate of the problem's operation."""
+    if problem.operation == "entropy":
+        return EntropyGate(problem)
+    if problem.operation == "kmeans":
+        return KMeansGate(problem)
     return EmaGate(problem) if problem.operation == "ema" else SearchGate(problem, limit)

@@ -13,7 +13,7 @@ from rich.console import Console
 from vqkernels.backends import BackendError
 
 from .config import DEFAULT_SHAPES, BenchConfig
-from .gate import EmaGate, SearchGate, make_gate
+from .gate import Gate, make_gate
 from .goals import goal_table, judge_goal
 from .machine import fixed_threads
 from .memory import peak_memory
@@ -37,7 +37,7 @@ from .report import (
 from .runner import Timing, measure
 from .shapes import Shape, parse_shape
 
-FAVOURITE_BASELINES = ("faiss", "vector-quantize-pytorch", "torch-index-add")
+FAVOURITE_BASELINES = ("faiss", "vector-quantize-pytorch", "torch-index-add", "torch-chunked")
 
 
 @contextlib.contextmanager
@@ -54,7 +54,7 @@ def _full_precision() -> Iterator[None]:
 def _admit(
     provider: Provider,
     problem: Problem,
-    gate: SearchGate | EmaGate,
+    gate: Gate,
     entry: dict[str, Any],
 ) -> Call | None:
     """The provider's call if it may be measured; the entry says why not. Errors of our own are not swallowed."""
@@ -141,6 +141,7 @@ def run_shape(config: BenchConfig, shape: Shape) -> Iterator[dict[str, Any]]:
         device=config.device,
         gradient=config.gradient,
         changing=config.codebook == "changing",
+        iterations=config.iterations,
     )
     gate = make_gate(problem, config.check_rows)
     for threads in config.threads or (None,):
@@ -154,7 +155,7 @@ def _fill(
     config: BenchConfig,
     case: dict[str, Any],
     problem: Problem,
-    gate: SearchGate | EmaGate,
+    gate: Gate,
     providers: list[Provider],
 ) -> None:
     """Every provider gated, then timed together, then measured for memory."""

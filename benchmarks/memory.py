@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from .machine import fixed_threads
-from .problem import Problem, make_problem
-from .providers import TRIAL_SHAPE, Provider, choose
+from .problem import TRIAL_SHAPE, Problem, trial_problem
+from .providers import Provider, choose
 
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_HIGH_WATER = "5"  # proc(5), clear_refs
@@ -117,6 +117,7 @@ def peak_memory(names: list[str], problem: Problem, *, threads: int | None = Non
             "operation": problem.operation,
             "gradient": problem.gradient,
             "changing": problem.changing,
+            "iterations": problem.iterations,
             "threads": threads or torch.get_num_threads(),
         }
         answer = _in_child(spec)
@@ -130,10 +131,10 @@ def _load_problem(spec: dict[str, Any]) -> tuple[Problem, Problem]:
     inputs = torch.load(spec["inputs"])
     x, codebook = inputs["x"], inputs["codebook"]
     dtype = str(x.dtype).removeprefix("torch.")
-    tiny = make_problem(spec["operation"], TRIAL_SHAPE, dtype=dtype, gradient=spec["gradient"])
+    tiny = trial_problem(spec["operation"], dtype=dtype, gradient=spec["gradient"])
     shape = replace(TRIAL_SHAPE, tokens=x.shape[0], codes=codebook.shape[0], dim=x.shape[1])
     dquantized = torch.randn_like(x) if spec["operation"] == "train-step" else None
-    rest = (dquantized, inputs["codes"], spec["gradient"], spec["changing"])
+    rest = (dquantized, inputs["codes"], spec["gradient"], spec["changing"], spec["iterations"])
     return Problem(spec["operation"], shape, x, codebook, *rest), tiny
 
 

@@ -13,6 +13,7 @@ from .shapes import Shape
 EMA_DECAY = 0.8  # vector-quantize-pytorch's default, so that its training step runs as its users run it
 EMA_EPS = 1e-5
 COMMITMENT_WEIGHT = 1.0  # likewise
+TRIAL_SHAPE = Shape(4, 4, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +28,7 @@ class Problem:
     codes: Tensor | None = None  # [N] int64; ema
     gradient: str = "rotation"
     changing: bool = False  # the codebook is written to before every call
+    iterations: int = 3  # kmeans; the codebook is where it starts
 
     @property
     def scores(self) -> int:
@@ -36,7 +38,8 @@ class Problem:
     @property
     def flops(self) -> int | None:
         """Multiply-adds of the search counted as two, whatever a provider executes; None where there is no search."""
-        return None if self.operation == "ema" else 2 * self.scores * self.shape.dim
+        searches = {"ema": 0, "kmeans": self.iterations, "entropy": 3}.get(self.operation, 1)
+        return 2 * self.scores * self.shape.dim * searches or None
 
     @property
     def bytes(self) -> int:
@@ -47,6 +50,8 @@ class Problem:
             "quantize": size * (2 * n * d + k * d) + 12 * n,
             "ema": size * n * d + 8 * n + 20 * k * d,
             "train-step": 6 * size * n * d + 24 * n + 24 * k * d,
+            "entropy": 3 * size * (n * d + k * d),
+            "kmeans": self.iterations * (2 * size * n * d + 20 * n + 3 * size * k * d),
         }[self.operation]
 
 
@@ -55,6 +60,8 @@ FLOPS_FORMULA = {
     "quantize": "2*N*K*D (the search)",
     "ema": None,
     "train-step": "2*N*K*D (the search)",
+    "kmeans": "2*N*K*D an iteration (the search)",
+    "entropy": "6*N*K*D: logits, and the gradients of x and codebook, each once",
 }
 BYTES_FORMULA = {
     "search": "s*(N*D + K*D) + 12*N, s = bytes of a number: read x and codebook, write codes and distance",
@@ -62,6 +69,9 @@ BYTES_FORMULA = {
     "ema": "s*N*D + 8*N + 20*K*D: read x and codes; write and read sums, update embed_sum, write the codebook",
     "train-step": "6*s*N*D + 24*N + 24*K*D: read x and write quantized; read x, quantized, dquantized and"
     " write dx; statistics and EMA",
+    "entropy": "3*s*(N*D + K*D): read x and codebook forward and backward, write their gradients",
+    "kmeans": "s*(2*N*D + 3*K*D) + 20*N an iteration: read x and the centroids, write codes and distance; read x and"
+    " codes, write and read sums",
 }
 
 
@@ -86,6 +96,7 @@ def make_problem(
     device: str = "cpu",
     gradient: str = "rotation",
     changing: bool = False,
+    iterations: int = 3,
 ) -> Problem:
     """The inputs of ``operation`` at ``shape``; see ``data`` for where they come from."""
     x, codebook = (tensor.to(device, getattr(torch, dtype)) for tensor in make_inputs(shape, data, seed))
@@ -97,7 +108,22 @@ def make_problem(
     if operation == "ema":
         generator = torch.Generator().manual_seed(2 * seed + 5)
         codes = torch.randint(shape.codes, (shape.tokens,), generator=generator).to(device)
-    return Problem(operation, shape, x, codebook, dquantized, codes, gradient, changing)
+    if operation == "kmeans" and shape.codes <= shape.tokens:  # where k-means starts: tokens, spread evenly
+        codebook = x[torch.linspace(0, shape.tokens - 1, shape.codes, dtype=torch.float64).long().to(device)]
+    return Problem(operation, shape, x, codebook, dquantized, codes, gradient, changing, iterations)
+
+
+def trial_problem(
+    operation: str, *, dtype: str = "float32", device: str = "cpu", gradient: str = "rotation"
+) -> Problem:
+    """A tiny problem that every provider of ``operation`` can run if it can run at all."""
+    data = "signs" if operation == "entropy" else "normal"
+    return make_problem(operation, TRIAL_SHAPE, data=data, dtype=dtype, device=device, gradient=gradient)
+
+
+def entropy_temperature(shape: Shape) -> float:
+    """Of the softmax over N(0, 1) codes: logits are then a few tens, whatever D."""
+    return shape.dim / 16
 
 
 @dataclass(eq=False)

@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .machine import available_memory
-from .problem import Problem, make_problem
-from .shapes import Shape
+from .problem import Problem, trial_problem
 
 
 class Lookup(NamedTuple):
@@ -27,12 +26,23 @@ class Lookup(NamedTuple):
     errors: Tensor  # [N] |x - quantized|^2; or a peer's loss
 
 
-# codes [N] ("search", "train-step"), a Lookup ("quantize"), the updated codebook [K, D] ("ema"); None: nothing to check
-Result = Tensor | Lookup | None
+class EntropyGradients(NamedTuple):
+    """What the operation "entropy" returns."""
+
+    loss: Tensor  # []
+    dx: Tensor  # [N, D]
+    dcodebook: Tensor | None  # [K, D]; None where there is nothing to learn
+
+
+# codes [N] ("search", "train-step"), a Lookup ("quantize"), the new codebook [K, D] ("ema", "kmeans"),
+# EntropyGradients ("entropy"); None: no check
+Result = Tensor | Lookup | EntropyGradients | None
 Call = Callable[[], Result]  # what is timed
-PROVIDER_MODULES = ("search_providers", "gpu_providers", "quantize_providers", "ema_providers", "step_providers")
+PROVIDER_MODULES = (
+    *("search_providers", "gpu_providers", "quantize_providers", "ema_providers", "step_providers", "kmeans_providers"),
+    "entropy_providers",
+)
 MEMORY_SHARE = 0.7  # of what is free, that a provider may take for its N x K intermediates
-TRIAL_SHAPE = Shape(4, 3, 2)
 
 
 class Unavailable(Exception):
@@ -76,7 +86,7 @@ class Provider:
         from vqkernels.backends import BackendError
 
         dtype = str(problem.x.dtype).removeprefix("torch.")
-        trial = make_problem(self.operation, TRIAL_SHAPE, dtype=dtype, device=str(problem.x.device))
+        trial = trial_problem(self.operation, dtype=dtype, device=str(problem.x.device))
         try:
             self.prepare(trial)()
         except Unavailable as error:

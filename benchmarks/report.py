@@ -39,6 +39,7 @@ def new_entry(provider: Provider) -> dict[str, Any]:
         "reason": None,
         "checked": None,
         "wrong": None,
+        "inertia": None,
         "median_ms": None,
         "p25_ms": None,
         "p75_ms": None,
@@ -57,7 +58,7 @@ def new_entry(provider: Provider) -> dict[str, Any]:
 
 def add_verdict(entry: dict[str, Any], verdict: Verdict) -> None:
     """Ours with a wrong code is refused, unless it is a yardstick; anybody else is marked."""
-    entry["checked"], entry["wrong"] = verdict.checked, verdict.wrong
+    entry["checked"], entry["wrong"], entry["inertia"] = verdict.checked, verdict.wrong, verdict.inertia
     if verdict.wrong:
         refused = entry["ours"] and not entry["yardstick"]
         entry["status"] = "refused" if refused else "wrong"
@@ -216,6 +217,9 @@ def case_remarks(case: dict[str, Any]) -> str:
         peaks = ", ".join(f"{name} {rate:.0f}" for name, rate in case["peak_gflops"].items())
         lines.append(f"peaks of this run, GFLOP/s: {peaks}; a percentage is the median over rounds")
     lines += [f"{e['provider']}: {_search_line(e['search'])}" for e in case["entries"] if e["search"]]
+    lines += [
+        f"{e['provider']}: inertia {e['inertia']:.6f} of the plain form's" for e in case["entries"] if e["inertia"]
+    ]
     if case["baselines"]:
         lines.append("vs: how many times as fast; the median over rounds of its time over theirs")
     lines += [f"! {e['provider']}: {e['reason']}" for e in case["entries"] if e["status"] == "wrong"]

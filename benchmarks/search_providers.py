@@ -15,10 +15,10 @@ from vqkernels.kernels import compiled
 from vqkernels.ops import nearest
 
 from .machine import environment
+from .plain import blocked_argmin
 from .problem import Problem, make_problem
 from .providers import Call, Provider, Unavailable, register
 
-CPU_CHUNK_BYTES, CUDA_CHUNK_BYTES = 1 << 20, 1 << 26  # scores held at once by torch-chunked: L2 of a core; a few waves
 # distance_compute_blas_threshold, _query_bs, _database_bs: 1, because batches below the threshold take a slow path;
 # block sizes other than the default 4096 x 1024 won by a few percent at some shapes
 FAISS_SETTINGS = ((1, 4096, 1024), (1, 1024, 1024), (1, 256, 4096))
@@ -121,15 +121,7 @@ def torch_addmm(problem: Problem) -> Call:
 
 def torch_chunked(problem: Problem) -> Call:
     """``addmm`` and ``argmin`` over blocks of tokens whose scores stay in cache."""
-    budget = CUDA_CHUNK_BYTES if problem.x.is_cuda else CPU_CHUNK_BYTES
-    rows = max(1, budget // (problem.x.element_size() * problem.shape.codes))
-
-    def run() -> Tensor:
-        bias, transposed = half_squares(problem.codebook), problem.codebook.t()
-        blocks = problem.x.split(rows)
-        return torch.cat([torch.addmm(bias, block, transposed, alpha=-1).argmin(dim=1) for block in blocks])
-
-    return run
+    return lambda: blocked_argmin(problem.x, problem.codebook)
 
 
 def compiled_by_torch(function: Callable[..., Any], problem: Problem) -> Callable[[], Any]:
@@ -151,7 +143,8 @@ def torch_compiled(problem: Problem) -> Call:
     return compiled_by_torch(lambda x, codebook: addmm_scores(x, codebook).argmin(dim=1), problem)
 
 
-def _set_faiss(settings: tuple[int, int, int]) -> None:
+def set_faiss(settings: tuple[int, int, int]) -> None:
+    """faiss's block sizes, for the whole process."""
     import faiss
 
     variables = faiss.cvar
@@ -170,7 +163,7 @@ def faiss_flat(problem: Problem) -> Call:
         index.add(codebook)  # a copy of the codebook, outside the timing
 
     def search(settings: tuple[int, int, int]) -> Any:  # int64 [N, 1]
-        _set_faiss(settings)
+        set_faiss(settings)
         return (faiss.knn(tokens, codebook, 1) if problem.changing else index.search(tokens, 1))[1]
 
     def seconds(settings: tuple[int, int, int]) -> float:

@@ -94,4 +94,13 @@ inline void check_codes(const Tensor& codes, const Tensor& x) {
   check_size(codes, "codes", 1, x.size(1), "T of x");
 }
 
+// One number of `type` for each token of x [B, T, D].
+inline void check_token_values(const Tensor& values,  // [B, T]
+                               const char* name, const Tensor& x, ScalarType type) {
+  check_rank(values, name, 2, "[B, T]");
+  check_type(values, name, type);
+  check_size(values, name, 0, x.size(0), "B of x");
+  check_size(values, name, 1, x.size(1), "T of x");
+}
+
 }  // namespace vqkernels

@@ -9,23 +9,47 @@ STABLE_TORCH_LIBRARY(vqkernels_C, m) {
   m.def("nearest_report(Tensor x, Tensor codebook, bool cosine, bool exact) -> (Tensor, Tensor, Tensor)");
   m.def("gather(Tensor x, Tensor codebook, Tensor codes) -> (Tensor, Tensor)");
   m.def(
-      "quantize_backward(Tensor x, Tensor quantized, Tensor codes, Tensor dquantized, Tensor derror, bool "
-      "rotation)"
-      " -> Tensor");
-  m.def("codebook_stats(Tensor x, Tensor codes, int codebook_size) -> (Tensor, Tensor)");
+      "quantize(Tensor x, Tensor codebook, Tensor? mask, bool cosine, bool exact) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def(
-      "ema_update_(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor counts, Tensor "
-      "sums,"
-      " Tensor revive, float decay, float eps, float revived_size, bool normalize) -> ()");
+      "quantize_backward(Tensor x, Tensor quantized, Tensor codes, Tensor? dquantized, Tensor? derror,"
+      " bool rotation, Tensor? mask) -> Tensor");
+  m.def(
+      "codebook_gradient(Tensor x, Tensor quantized, Tensor codes, Tensor derror, int codebook_size) -> "
+      "Tensor");
+  m.def("codebook_stats(Tensor x, Tensor codes, int codebook_size) -> (Tensor, Tensor)");
+  m.def("add_statistics_(Tensor x, Tensor codes, Tensor(a!) counts, Tensor(b!)? sums) -> ()");
+  m.def(
+      "ema_update_(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor(d!) counts,"
+      " Tensor(e!) sums, Tensor(f!) revive, float decay, float eps, float revived_size, bool normalize,"
+      " bool plain, bool consume) -> ()");
+  m.def("softmax_forward(Tensor x, Tensor codebook, Tensor? bias, float scale) -> (Tensor, Tensor)");
+  m.def(
+      "softmax_code_sums(Tensor x, Tensor codebook, Tensor? bias, float scale, Tensor lse, Tensor weight)"
+      " -> Tensor");
+  m.def(
+      "softmax_backward(Tensor x, Tensor codebook, Tensor? bias, float scale, Tensor lse, Tensor dlse, Tensor"
+      " dentropy, Tensor weight, Tensor? dcode_sums, Tensor? direction, bool need_codebook)"
+      " -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "softmax_sample(Tensor x, Tensor codebook, Tensor? bias, float scale, Tensor lse, Tensor uniform)"
+      " -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vqkernels_C, CPU, m) {
   m.impl("nearest", TORCH_BOX(&vqkernels::cpu::nearest));
   m.impl("nearest_report", TORCH_BOX(&vqkernels::cpu::nearest_report));
   m.impl("gather", TORCH_BOX(&vqkernels::cpu::gather));
+  m.impl("quantize", TORCH_BOX(&vqkernels::cpu::quantize));
   m.impl("quantize_backward", TORCH_BOX(&vqkernels::cpu::quantize_backward));
+  m.impl("codebook_gradient", TORCH_BOX(&vqkernels::cpu::codebook_gradient));
   m.impl("codebook_stats", TORCH_BOX(&vqkernels::cpu::codebook_stats));
+  m.impl("add_statistics_", TORCH_BOX(&vqkernels::cpu::add_statistics_));
   m.impl("ema_update_", TORCH_BOX(&vqkernels::cpu::ema_update_));
+  m.impl("softmax_forward", TORCH_BOX(&vqkernels::cpu::softmax_forward));
+  m.impl("softmax_code_sums", TORCH_BOX(&vqkernels::cpu::softmax_code_sums));
+  m.impl("softmax_backward", TORCH_BOX(&vqkernels::cpu::softmax_backward));
+  m.impl("softmax_sample", TORCH_BOX(&vqkernels::cpu::softmax_sample));
 }
 
 #if defined(VQKERNELS_PYTHON_MODULE)

@@ -20,7 +20,7 @@ from vqkernels.benchmarks import providers as registry
 from vqkernels.benchmarks.compare import compare_search
 from vqkernels.benchmarks.config import OPERATIONS, BenchConfig
 from vqkernels.benchmarks.data import KINDS
-from vqkernels.benchmarks.gate import EmaGate, SearchGate, check_rows, make_gate
+from vqkernels.benchmarks.gate import EmaGate, SearchGate, Verdict, check_rows, make_gate
 from vqkernels.benchmarks.goals import Goal, goal_table, judge_goal
 from vqkernels.benchmarks.machine import fixed_threads
 from vqkernels.benchmarks.main import exit_code, run_bench
@@ -200,6 +200,19 @@ def test_ours_is_right_on_every_distribution(data):
         assert (entry_of(document, name)["status"], entry_of(document, name)["wrong"]) == ("measured", 0)
 
 
+def test_the_gate_sees_a_loss_and_gradients_that_are_off():
+    problem = make_problem("entropy", Shape(40, 64, 6), data="signs")
+    gate = make_gate(problem, 50)
+    for provider in choose("entropy", ["vqkernels-reference", "vqkernels-signs", "torch-plain"]):
+        result = provider.prepare(problem)()
+        rows = 41 if result.dcodebook is None else 41 + 64
+        assert gate.check(result, lowest_on_ties=provider.ours) == Verdict(rows, 0)
+        assert gate.check(result._replace(loss=result.loss * 1.0001), lowest_on_ties=True).wrong == 1
+        result.dx[3] *= 1.01
+        assert gate.check(result, lowest_on_ties=True).wrong == 40
+        assert gate.check(result._replace(dx=result.dx * torch.nan), lowest_on_ties=False).wrong == 40
+
+
 def test_a_changing_codebook_is_written_to_before_every_call(add_provider):
     seen = []
 
@@ -279,6 +292,7 @@ def test_checked_rows_are_bounded_and_reach_both_ends():
 ENTRY_KEYS = {
     *("provider", "ours", "yardstick", "note", "search", "status", "reason", "checked", "wrong"),
     *("median_ms", "p25_ms", "p75_ms", "min_ms", "rounds", "calls_per_round", "times_as_fast_as"),
+    "inertia",
     *("gflops", "percent_of_peak", "gbytes_per_second", "peak_extra_bytes", "peak_extra_method"),
 }
 CASE_KEYS = {
@@ -300,7 +314,8 @@ def test_json_holds_machine_versions_formulas_and_every_number(operation, tmp_pa
     (case,) = document["cases"]
     assert set(case) == CASE_KEYS
     assert case["shape"] == {"name": None, "N": 96, "K": 64, "D": 8}
-    assert case["flops"] == (None if operation == "ema" else 2 * 96 * 64 * 8)
+    searches = {"ema": 0, "kmeans": 3, "entropy": 3}.get(operation, 1)
+    assert case["flops"] == (searches * 2 * 96 * 64 * 8 or None)
     assert [entry["provider"] for entry in case["entries"]] == names
     for entry in case["entries"]:
         assert set(entry) == ENTRY_KEYS

@@ -140,12 +140,13 @@ def test_the_ops_pass_opcheck():
     codes = module(tokens).codes
     pending = (module.pending_counts, module.pending_sums, module.pending_revive)
     usage = (module.window_counts, module.last_used, module.step)
+    own, rest = (module.seed, module.owner), (0.9, 1e-5, 1.0, False, False, False)
     calls = [
         (
             statistics.apply_pending_,
-            (module.codebook, module.cluster_size, module.embed_sum, *pending, 0.9, 1e-5, 1.0, False),
+            (module.codebook, module.cluster_size, module.embed_sum, *pending, module.owner, *rest),
         ),
-        (statistics.collect_, (tokens, codes, module.cluster_size, module.seed, *pending, *usage, 2.0, 10)),
+        (statistics.collect_, (tokens, codes, module.cluster_size, *own, *pending, *usage, 2.0, False, 10)),
         (statistics.observe_, (tokens, codes, *usage, 10)),
         (statistics.synchronize_, ([module.codebook, module.step],)),
         (kmeans.initialize_, (tokens, None, module.codebook, module.initialized, module.seed, "euclidean", "exact")),

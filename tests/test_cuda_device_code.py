@@ -275,7 +275,7 @@ def test_ema_update(dtype: torch.dtype, size: tuple[int, int], normalize: bool):
     reference.ema_update_(*expected.values(), 0.9, 1e-5, 2.5, normalize)
     runs = [_statistics(dtype, *size) for _ in SEEDS]
     for seed, run in zip(SEEDS, runs, strict=True):
-        host.ema_update_(*run.values(), 0.9, 1e-5, 2.5, normalize, seed)
+        host.ema_update_(*run.values(), 0.9, 1e-5, 2.5, normalize, seed=seed)
     for name, value in expected.items():
         assert torch.equal(runs[0][name], runs[1][name])
         torch.testing.assert_close(runs[0][name], value)

@@ -162,13 +162,13 @@ def run_ddp(rank: int, broadcast_buffers: bool) -> dict[str, Tensor]:
     return snapshot(model)
 
 
-def count_collectives(rank: int) -> dict[str, list[int]]:
-    """Sizes of the all_reduces in two training forwards, an eval forward and saving."""
+def count_collectives(rank: int) -> dict[str, list[tuple[int, bool]]]:
+    """Sizes, and whether in the background, of the all_reduces in two training forwards, an eval forward and saving."""
     x, found, calls, all_reduce = batches(0, (40, 40))[rank][0], {}, [], dist.all_reduce
 
-    def counted(tensor: Tensor) -> None:
-        calls.append(tensor.numel())
-        all_reduce(tensor)
+    def counted(tensor: Tensor, **options: Any) -> Any:
+        calls.append((tensor.numel(), options.get("async_op", False)))
+        return all_reduce(tensor, **options)
 
     dist.all_reduce = counted
     for option in ({}, {"dead_code_threshold": 0.3}, {"update": "gradient"}):
@@ -279,12 +279,13 @@ def test_kmeans_gives_all_ranks_the_same_good_codebook(ranks: list[dict[str, Any
     assert torch.equal(first["resumed"], first["trained"])
 
 
-def test_one_packed_collective_in_a_training_step_and_none_elsewhere(ranks: list[dict[str, Any]]):
+def test_counts_travel_at_once_and_sums_in_the_background(ranks: list[dict[str, Any]]):
+    sums = (32 * 8, True)
     for each in ranks:
-        counts = each["collectives"]
-        assert counts["{}"] == 2 * [32 * 9]  # counts | sums
-        assert counts["{'dead_code_threshold': 0.3}"] == 2 * [32 * 10]  # counts | samples | sums
-        assert counts["{'update': 'gradient'}"] == 2 * [32]
+        found = each["collectives"]
+        assert found["{}"] == 2 * [(32, False), sums]
+        assert found["{'dead_code_threshold': 0.3}"] == 2 * [(2 * 32, False), sums]  # counts | samples
+        assert found["{'update': 'gradient'}"] == 2 * [(32, False)]
 
 
 def test_without_a_process_group_nothing_is_reduced(tmp_path: Path):

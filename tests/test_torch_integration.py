@@ -22,6 +22,13 @@ def _ops():
         "quantize": (ops.quantize.default, (x, codebook, None, "euclidean", "exact")),
         "quantize masked": (ops.quantize.default, (x, codebook, mask, "euclidean", "exact")),
         "quantize_backward": (ops.quantize_backward.default, (x, codebook[codes], codes, x, error, True)),
+        "quantize_backward of the error": (
+            ops.quantize_backward.default,
+            (x, codebook[codes], codes, None, error, False, mask),
+        ),
+        "codebook_gradient": (ops.codebook_gradient.default, (x, codebook[codes], codes, error, 7)),
+        "add_statistics_": (ops.add_statistics_.default, (x, codes, size.clone(), codebook.clone())),
+        "add_statistics_ counts": (ops.add_statistics_.default, (x, codes, size.clone(), None)),
         "codebook_stats": (ops.codebook_stats.default, (x, codes, 7)),
         "ema_update_": (
             ops.ema_update_.default,

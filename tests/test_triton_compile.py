@@ -8,6 +8,7 @@ Run as a script with architectures as arguments, this file is such a process. Tr
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -26,9 +27,14 @@ SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 PROCESSES = ((80, 120), (90, 100))
 # bytes of stack a thread: what ptxas saves around its calls to float64 division and square roots
 MAX_STACK = {"finish_kernel": 64, "operands_kernel": 32}
+SCORE_KERNELS = {"forward_kernel", "code_sums_kernel", "mean_kernel"}
+SOFTMAX_KERNELS = {*SCORE_KERNELS, "sample_kernel", "token_kernel", "code_kernel"}
+# up to four registers, which ptxas puts there to fit one more program on a multiprocessor (it stops at 168 or 128)
+MAX_STACK |= dict.fromkeys(SOFTMAX_KERNELS, 16)
 KERNELS = {
     *("operands_kernel", "coarse_kernel", "finish_kernel", "gather_kernel", "backward_kernel"),
-    *("piece_kernel", "join_kernel", "kept_kernel", "size_kernel", "row_kernel"),
+    *("piece_kernel", "join_kernel", "kept_kernel", "size_kernel", "row_kernel", "merge_kernel"),
+    *SOFTMAX_KERNELS,
 }
 
 
@@ -75,11 +81,26 @@ def test_every_configuration_is_compiled(compiled):
                 assert any(shape.items() <= options.items() for options in seen), (arch, dtype, tile)
 
 
-def test_the_coarse_pass_runs_on_tensor_cores_and_nothing_else_does(compiled):
-    """fp16 operands, float32 sums; float32 and float64 elsewhere keep their subnormals, which the bound counts on."""
+def test_every_softmax_configuration_is_compiled(compiled):
+    """For the architectures that it is for, by each kernel that takes it."""
+    for arch in SHARED_MEMORY:
+        scores, gradients = softmax_configs(arch)
+        wanted = dict.fromkeys(SCORE_KERNELS, scores) | {"token_kernel": gradients, "code_kernel": gradients}
+        for name, configs in wanted.items():
+            seen = [r["options"] for r in compiled if (r["arch"], r["kernel"]) == (arch, name)]
+            for config in configs:
+                by_codes = name in ("code_sums_kernel", "code_kernel")
+                n, k = (config.stream, config.keep) if by_codes else (config.keep, config.stream)
+                shape = {"block_n": n, "block_k": k, "block_d": config.block_d, "num_warps": config.num_warps}
+                assert any(shape.items() <= options.items() for options in seen), (arch, name, config)
+
+
+def test_products_run_on_tensor_cores_and_nothing_else_does(compiled):
+    """fp16 or three tf32 products. The search's float32 and float64 elsewhere keep their subnormals, which its bound
+    counts on."""
     instruction = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
     for record in compiled:
-        expected = [instruction[record["arch"]]] if record["kernel"] == "coarse_kernel" else []
+        expected = [instruction[record["arch"]]] if record["kernel"] in {"coarse_kernel", *SOFTMAX_KERNELS} else []
         assert record["tensor_core"] == expected, record
         if record["kernel"] in ("operands_kernel", "coarse_kernel", "finish_kernel"):
             assert not record["flushes"], record
@@ -187,6 +208,38 @@ def launch_other_sizes(arch: int) -> None:
         triton_nearest.coarse(triton_nearest.prepare(x, codebook, False, config), shape, config, 1000)
 
 
+def softmax_configs(arch: int) -> tuple[Any, Any]:
+    """What this architecture's kernels of one number a row, and those of sums over D, may run with."""
+    from vqkernels.kernels import triton_softmax_tiles as tiles
+
+    if arch in tiles.LARGE:
+        return tiles.LARGE_SCORES, tiles.LARGE_GRADIENTS
+    return tiles.SCORES, tiles.GRADIENTS
+
+
+def launch_softmax(
+    arch: int,
+    dims: tuple[int, ...],
+    sizes: tuple[tuple[int, int, int], ...],  # batch, tokens, K
+) -> None:
+    """Every op: with the least arguments and what streams in one part, with the most and in many parts."""
+    import torch
+
+    from vqkernels.kernels import triton_softmax, triton_softmax_backward, triton_softmax_tiles
+
+    triton_softmax.device_of = triton_softmax_backward.device_of = lambda x: gpu_of(arch)
+    for dim, (batch, tokens, k), most in itertools.product(dims, sizes, (False, True)):
+        triton_softmax_tiles.slots_of = lambda x, config, most=most: 1000 if most else 1
+        x, codebook = torch.zeros(batch, tokens, dim), torch.zeros(k, dim)
+        each, per_code = torch.zeros(batch, tokens), torch.zeros(k)
+        bias, sums, direction = (per_code, per_code, x) if most else (None, None, None)
+        logits = (x, codebook, bias, 0.5)
+        triton_softmax.softmax_forward(*logits)
+        triton_softmax.softmax_code_sums(*logits, each, each)
+        triton_softmax.softmax_sample(*logits, each, each)
+        triton_softmax_backward.softmax_backward(*logits, *[each] * 4, sums, direction, True)
+
+
 def launch_training() -> None:
     """Shapes that make the launchers choose each tile."""
     import torch
@@ -228,8 +281,10 @@ def main(archs: list[int]) -> None:
         driver.set_active(StandInDriver(arch))
         launch_training()
         launch_search(arch)
+        launch_softmax(arch, (8, 32, 64, 256), ((1, 300, 200),))
         before = len(records)
         launch_other_sizes(arch)
+        launch_softmax(arch, (256,), ((1, 1, 1), (3, 77, 4096), (2, 1024, 1000)))
         for record in records.values():
             record.setdefault("new_by_size", len(records) - before)
     print(json.dumps(list(records.values())))

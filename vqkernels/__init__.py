@@ -12,29 +12,83 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .backends import BackendError, explain, use_backend
-    from .nn import QuantizerOutput, VectorQuantizer, defer_codebook_update
-    from .ops import Quantized, codebook_stats, ema_update_, lookup, nearest, quantize
+    from .nn import (
+        EntropyOptions,
+        EntropyQuantizerOutput,
+        IndexPropagationQuantizer,
+        LookupFreeQuantizer,
+        QuantizerOutput,
+        VectorQuantizer,
+        defer_codebook_update,
+    )
+    from .nn.kmeans import KMeansResult, kmeans
+    from .ops import (
+        EntropyLoss,
+        Quantized,
+        SoftAssignment,
+        code_cross_entropy,
+        codebook_stats,
+        ema_update_,
+        entropy_loss,
+        index_propagation,
+        lookup,
+        nearest,
+        nearest_tokens,
+        quantize,
+        sample_codes,
+        sign_assignment,
+        sign_codes,
+        sign_entropy_loss,
+        sign_rows,
+        soft_assignment,
+    )
 
 _HOMES = {
     "backends": ("BackendError", "explain", "use_backend"),
-    "nn": ("QuantizerOutput", "VectorQuantizer", "defer_codebook_update"),
-    "ops": ("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "quantize"),
+    "nn": (
+        *("EntropyOptions", "EntropyQuantizerOutput", "IndexPropagationQuantizer", "LookupFreeQuantizer"),
+        *("QuantizerOutput", "VectorQuantizer", "defer_codebook_update"),
+    ),
+    "nn.kmeans": ("KMeansResult", "kmeans"),
+    "ops": (
+        *("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "nearest_tokens", "quantize"),
+        *("EntropyLoss", "SoftAssignment", "code_cross_entropy", "entropy_loss", "index_propagation", "sample_codes"),
+        *("sign_assignment", "sign_codes", "sign_entropy_loss", "sign_rows", "soft_assignment"),
+    ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BackendError",
+    "EntropyLoss",
+    "EntropyOptions",
+    "EntropyQuantizerOutput",
+    "IndexPropagationQuantizer",
+    "KMeansResult",
+    "LookupFreeQuantizer",
     "Quantized",
     "QuantizerOutput",
+    "SoftAssignment",
     "VectorQuantizer",
     "__version__",
+    "code_cross_entropy",
     "codebook_stats",
     "defer_codebook_update",
     "ema_update_",
+    "entropy_loss",
     "explain",
+    "index_propagation",
+    "kmeans",
     "lookup",
     "nearest",
+    "nearest_tokens",
     "quantize",
+    "sample_codes",
+    "sign_assignment",
+    "sign_codes",
+    "sign_entropy_loss",
+    "sign_rows",
+    "soft_assignment",
     "use_backend",
 ]
 

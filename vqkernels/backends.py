@@ -26,9 +26,9 @@ ORDER = {"cpu": ("compiled", "reference"), "cuda": ("triton", "compiled", "refer
 DEFAULTS: dict[str, tuple[Any, ...]] = {"nearest": ("euclidean", "exact")}  # completes explain's arguments
 
 _MODULES = {
-    "compiled": ("compiled",),
-    "triton": ("triton_nearest", "triton_training", "triton_codebook"),
-    "reference": ("reference_nearest", "reference_training"),
+    "compiled": ("compiled", "compiled_softmax"),
+    "triton": ("triton_nearest", "triton_training", "triton_codebook", "triton_softmax", "triton_softmax_backward"),
+    "reference": ("reference_nearest", "reference_training", "reference_softmax"),
 }
 _requested: str | None = None
 
@@ -117,7 +117,7 @@ def explain(op: str, *args: Any) -> str:
     """One line a backend: can it run ``op`` on these tensors, which one is chosen, and why; for ``nearest`` also how.
 
     Args:
-        op: "nearest", "gather", "quantize_backward", "codebook_stats" or "ema_update_".
+        op: one of ``kernels.registry.OPS``.
         args: the op's arguments; what is left out at the end of ``nearest`` takes its default.
     """
     if op not in OPS:

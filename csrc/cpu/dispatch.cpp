@@ -6,6 +6,7 @@
 
 #include "kernel_table.h"
 #include "ops.h"
+#include "training_table.h"
 
 namespace vqkernels {
 namespace cpu {
@@ -51,6 +52,12 @@ const KernelTable& kernels() {
                                    : has_avx2() ? *avx2_kernels()
                                                 : *portable_kernels();
   return best;
+}
+
+const TrainingTable& training_kernels() {
+  const char* name = kernels().name;
+  if (std::strcmp(name, "avx512") == 0) return *avx512_training();
+  return std::strcmp(name, "avx2") == 0 ? *avx2_training() : *portable_training();
 }
 
 const char* instruction_set() noexcept {

@@ -1,9 +1,10 @@
-// The five raw kernels on the CPU; what each computes is said in vqkernels/ops.
+// The raw kernels on the CPU; what each computes is said in vqkernels/ops.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <optional>
 #include <tuple>
 
 namespace vqkernels {
@@ -33,24 +34,80 @@ std::tuple<Tensor, Tensor> gather(Tensor x,         // [B, T, D]
                                   Tensor codebook,  // [K, D]
                                   Tensor codes);    // [B, T] -> quantized [B, T, D], error [B, T]
 
-Tensor quantize_backward(Tensor x,           // [B, T, D]
-                         Tensor quantized,   // [B, T, D]
-                         Tensor codes,       // [B, T]
-                         Tensor dquantized,  // [B, T, D]
-                         Tensor derror,      // [B, T]
-                         bool rotation);     // -> dx [B, T, D]
+// Search, lookup and squared error in one call; a masked token has code -1, a row of 0 and error 0.
+std::tuple<Tensor, Tensor, Tensor> quantize(Tensor x,                    // [B, T, D]
+                                            Tensor codebook,             // [K, D]
+                                            std::optional<Tensor> mask,  // bool [B, T]
+                                            bool cosine,
+                                            bool exact);  // -> quantized [B, T, D], codes, error [B, T]
+
+Tensor quantize_backward(Tensor x,                          // [B, T, D]
+                         Tensor quantized,                  // [B, T, D]
+                         Tensor codes,                      // [B, T]
+                         std::optional<Tensor> dquantized,  // [B, T, D], none: zero
+                         std::optional<Tensor> derror,      // [B, T], none: zero
+                         bool rotation,
+                         std::optional<Tensor> mask);  // bool [B, T] -> dx [B, T, D]
+
+// -sum of 2 derror (x - quantized) over the tokens of each code.
+Tensor codebook_gradient(Tensor x,                // [B, T, D]
+                         Tensor quantized,        // [B, T, D]
+                         Tensor codes,            // [B, T]
+                         Tensor derror,           // [B, T]
+                         int64_t codebook_size);  // -> dcodebook [K, D]
 
 std::tuple<Tensor, Tensor> codebook_stats(Tensor x,                // [B, T, D]
                                           Tensor codes,            // [B, T]
                                           int64_t codebook_size);  // -> counts [K], sums [K, D]
 
+// The same added to what is there; only rows whose code has a token are visited.
+void add_statistics_(Tensor x,                     // [B, T, D]
+                     Tensor codes,                 // [B, T]
+                     Tensor counts,                // [K], written
+                     std::optional<Tensor> sums);  // [K, D], written
+
 void ema_update_(Tensor codebook,      // [K, D], written
                  Tensor cluster_size,  // [K], written
                  Tensor embed_sum,     // [K, D], written
-                 Tensor counts,        // [K]
-                 Tensor sums,          // [K, D]
-                 Tensor revive,        // bool [K]
-                 double decay, double eps, double revived_size, bool normalize);
+                 Tensor counts,        // [K], zeroed with `consume`
+                 Tensor sums,          // [K, D], likewise
+                 Tensor revive,        // bool [K], likewise
+                 double decay, double eps, double revived_size, bool normalize, bool plain, bool consume);
+
+// The streaming softmax over l_nk = scale <x_n, c_k> + bias_k, p_n = softmax_k(l_n); float32 or float64.
+std::tuple<Tensor, Tensor> softmax_forward(Tensor x,                    // [B, T, D]
+                                           Tensor codebook,             // [K, D]
+                                           std::optional<Tensor> bias,  // [K]
+                                           double scale);               // -> lse [B, T], entropy [B, T]
+
+Tensor softmax_code_sums(Tensor x,                    // [B, T, D]
+                         Tensor codebook,             // [K, D]
+                         std::optional<Tensor> bias,  // [K]
+                         double scale,
+                         Tensor lse,      // [B, T]
+                         Tensor weight);  // [B, T] -> sum_n weight_n p_nk [K]
+
+// dl_nk = p_nk (f_nk - sum_k p f + dlse_n) with f_nk = -dentropy_n (l_nk - lse_n) + weight_n dcode_sums_k +
+// <direction_n, c_k>; the codebook's gradient is that of the logits alone.
+std::tuple<Tensor, Tensor, Tensor> softmax_backward(Tensor x,                    // [B, T, D]
+                                                    Tensor codebook,             // [K, D]
+                                                    std::optional<Tensor> bias,  // [K]
+                                                    double scale,
+                                                    Tensor lse,                        // [B, T]
+                                                    Tensor dlse,                       // [B, T]
+                                                    Tensor dentropy,                   // [B, T]
+                                                    Tensor weight,                     // [B, T]
+                                                    std::optional<Tensor> dcode_sums,  // [K]
+                                                    std::optional<Tensor> direction,   // [B, T, D]
+                                                    bool need_codebook);
+// -> dx [B, T, D], dcodebook [K, D], dbias [K]; the last two with K = 0 unless needed
+
+Tensor softmax_sample(Tensor x,                    // [B, T, D]
+                      Tensor codebook,             // [K, D]
+                      std::optional<Tensor> bias,  // [K]
+                      double scale,
+                      Tensor lse,       // [B, T]
+                      Tensor uniform);  // [B, T] -> codes [B, T], -1 for a token that is not finite
 
 // "avx512", "avx2" or "portable"; "?" where VQKERNELS_CPU_ISA asks for one that cannot run.
 const char* instruction_set() noexcept;

@@ -1,219 +1,192 @@
-// Counts and sums of the tokens of every code, and the codebook's moving average over them. All sums run in a
-// fixed order in float64, so that thread count and run do not show in any bit.
-#include <cmath>
+// Counts and sums of the tokens of every code, and the codebook's gradient. All sums run in token order in
+// float64, so that thread count and run do not show in any bit.
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "../checks.h"
+#include "groups.h"
 #include "ops.h"
 #include "parallel.h"
 #include "tokens.h"
+#include "training_table.h"
 
 namespace vqkernels {
 namespace cpu {
 namespace {
 
-// Tokens sorted by code, in their order within a code; tokens without a code are left out.
-struct Grouping {
-  std::vector<int64_t> start;  // [K + 1]
-  Buffer<int64_t> order;       // [tokens with a code]
-};
+constexpr int64_t AHEAD = 4;  // rows lie anywhere in memory, and the processor would not guess them
 
-std::vector<int64_t> count_codes(const int64_t* codes, int64_t count, int64_t codebook_size) {
-  std::vector<int64_t> counts(codebook_size, 0);
-  for (int64_t n = 0; n < count; ++n) {
-    check(codes[n] < codebook_size, "codes: expected values below codebook_size = ", codebook_size, ", got ",
-          codes[n]);
-    if (codes[n] >= 0) ++counts[codes[n]];
-  }
-  return counts;
-}
-
-Grouping group_by_code(const int64_t* codes, int64_t count, const std::vector<int64_t>& counts) {
-  Grouping groups{std::vector<int64_t>(counts.size() + 1, 0), Buffer<int64_t>(count)};
-  for (size_t k = 0; k < counts.size(); ++k) groups.start[k + 1] = groups.start[k] + counts[k];
-  std::vector<int64_t> next(groups.start.begin(), groups.start.end() - 1);
-  for (int64_t n = 0; n < count; ++n) {
-    if (codes[n] >= 0) groups.order[next[codes[n]]++] = n;
-  }
-  return groups;
-}
-
-// The next row lies anywhere in memory; the processor would not guess it.
 template <class T>
 void prefetch_row(const Tokens<const T>& x, int64_t n) {
   constexpr int64_t PER_LINE = 64 / sizeof(T);
-  if (x.dim_stride != 1) return;
   const T* row = x.row(n);
   for (int64_t d = 0; d < x.dim; d += PER_LINE) __builtin_prefetch(row + d);
 }
 
-// One code after another, its tokens in order.
+// Whether tokens are better read along the dimensions, many at a time.
 template <class T>
-void sum_by_code(const Tokens<const T>& x, const Grouping& groups, int64_t codebook_size, Wide<T>* sums) {
-  const int64_t dim = x.dim, stride = x.dim_stride;
-  const int64_t codes_per_item = 1 + 8192 / dim;
-  for_each_item<std::vector<double>>(
-      ceil_div(codebook_size, codes_per_item), 4.0 * (x.count() + codebook_size) * dim,
-      [&] { return std::vector<double>(dim); },
-      [&](int64_t item, std::vector<double>& sum) {
-        const int64_t first = item * codes_per_item;
-        for (int64_t k = first; k < codebook_size && k < first + codes_per_item; ++k) {
-          double* __restrict total = sum.data();
-          for (int64_t d = 0; d < dim; ++d) total[d] = 0.0;
-          for (int64_t i = groups.start[k]; i < groups.start[k + 1]; ++i) {
-            const T* row = x.row(groups.order[i]);
-            if (i + 1 < groups.start.back()) prefetch_row(x, groups.order[i + 1]);
-            if (stride == 1) {
-              for (int64_t d = 0; d < dim; ++d) total[d] += static_cast<Wide<T>>(row[d]);
-            } else {
-              for (int64_t d = 0; d < dim; ++d) total[d] += static_cast<Wide<T>>(row[d * stride]);
-            }
-          }
-          for (int64_t d = 0; d < dim; ++d) sums[k * dim + d] = static_cast<Wide<T>>(total[d]);
-        }
-      });
+bool side_by_side(const Tokens<T>& x) {
+  return x.length_stride < x.dim_stride && x.length > 1;
 }
 
-// One dimension after another, all tokens in order: for maps whose neighbouring tokens lie side by side. The
-// additions are those of sum_by_code, so the result is the same to the last bit.
+// A token as a wide row: in place where it is one, else in `scratch` [D].
 template <class T>
-void sum_by_dimension(const Tokens<const T>& x, const int64_t* codes, int64_t codebook_size, Wide<T>* sums) {
-  const int64_t dim = x.dim;
-  for_each_item<std::vector<double>>(
-      dim, 4.0 * (x.count() + codebook_size) * dim, [&] { return std::vector<double>(codebook_size); },
-      [&](int64_t d, std::vector<double>& sum) {
-        for (double& total : sum) total = 0.0;
-        x.for_runs(0, x.count(), [&](const T* first, int64_t position, int64_t count) {
-          for (int64_t i = 0; i < count; ++i) {
-            const int64_t k = codes[position + i];
-            if (k >= 0) sum[k] += static_cast<Wide<T>>(first[i * x.length_stride + d * x.dim_stride]);
-          }
-        });
-        for (int64_t k = 0; k < codebook_size; ++k) sums[k * dim + d] = static_cast<Wide<T>>(sum[k]);
-      });
-}
-
-template <class T>
-void statistics_into(const Tokens<const T>& x, const int64_t* codes, int64_t codebook_size, Wide<T>* counts,
-                     Wide<T>* sums) {
-  const std::vector<int64_t> number = count_codes(codes, x.count(), codebook_size);
-  for (int64_t k = 0; k < codebook_size; ++k) counts[k] = static_cast<Wide<T>>(number[k]);
-  const bool side_by_side = x.length_stride < x.dim_stride && x.length > 1;
-  if (side_by_side) {
-    sum_by_dimension(x, codes, codebook_size, sums);
-  } else {
-    sum_by_code(x, group_by_code(codes, x.count(), number), codebook_size, sums);
+const Wide<T>* wide_row(const Tokens<const T>& x, int64_t n, Wide<T>* scratch) {
+  const T* row = x.row(n);
+  if constexpr (std::is_same_v<T, Wide<T>>) {
+    if (x.rows_are_dense()) return row;
   }
+  for (int64_t d = 0; d < x.dim; ++d) scratch[d] = static_cast<Wide<T>>(row[d * x.dim_stride]);
+  return scratch;
 }
-
-// ---------------------------------------------------------------------------------------------- EMA
 
 template <class W>
-struct Ema {
-  W* codebook;         // [K, D]
-  W* cluster_size;     // [K]
-  W* embed_sum;        // [K, D]
-  const W* counts;     // [K]
-  const W* sums;       // [K, D]
-  const bool* revive;  // [K]
-  int64_t size;
-  int64_t dim;
-  double decay;
-  double eps;
-  double revived_size;
-  bool normalize;
-
-  // Sum over codes of value(k): eight partial sums, added in a fixed order.
-  template <class Value>
-  double total(const Value& value) const {
-    double parts[8] = {};
-    for (int64_t k = 0; k < size; ++k) parts[k % 8] += value(k);
-    double sum = 0.0;
-    for (const double part : parts) sum += part;
-    return sum;
-  }
-
-  double norm_divisor(const W* row) const {
-    double square = 0.0;
-    for (int64_t d = 0; d < dim; ++d) square += static_cast<double>(row[d]) * row[d];
-    const double norm = std::sqrt(square);
-    return norm > 1e-12 ? norm : 1e-12;
-  }
-
-  void revive_code(int64_t k) const {
-    const W* sampled = sums + k * dim;
-    const double divisor = normalize ? norm_divisor(sampled) : 1.0;
-    for (int64_t d = 0; d < dim; ++d) {
-      const double value = sampled[d] / divisor;
-      codebook[k * dim + d] = static_cast<W>(value);
-      embed_sum[k * dim + d] = static_cast<W>(value * revived_size);
-    }
-  }
-
-  // codebook row = smoothed mean of the code's tokens (Laplace smoothing, van den Oord et al. 2017, appendix
-  // A.1).
-  void move_code(int64_t k, double n) const {
-    W* sum = embed_sum + k * dim;
-    W* row = codebook + k * dim;
-    for (int64_t d = 0; d < dim; ++d) {
-      sum[d] = static_cast<W>(decay * sum[d] + (1.0 - decay) * sums[k * dim + d]);
-    }
-    const double smoothed = (cluster_size[k] + eps) / (n + static_cast<double>(size) * eps) * n;
-    for (int64_t d = 0; d < dim; ++d) row[d] = static_cast<W>(sum[d] / smoothed);
-    if (!normalize) return;
-    const double divisor = norm_divisor(row);
-    for (int64_t d = 0; d < dim; ++d) row[d] = static_cast<W>(row[d] / divisor);
-  }
-
-  void update() const {
-    const bool any =
-        total([&](int64_t k) { return revive[k] ? 0.0 : static_cast<double>(counts[k]); }) != 0.0;
-    for (int64_t k = 0; k < size; ++k) {
-      if (revive[k]) {
-        cluster_size[k] = static_cast<W>(revived_size);
-      } else if (any) {
-        cluster_size[k] = static_cast<W>(decay * cluster_size[k] + (1.0 - decay) * counts[k]);
-      }
-    }
-    const double n = total([&](int64_t k) { return static_cast<double>(cluster_size[k]); });
-    for_each_range(size, 1 + 16384 / dim, 8.0 * size * dim, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        if (revive[k]) {
-          revive_code(k);
-        } else if (any) {
-          move_code(k, n);
-        }
-      }
-    });
-  }
+struct SumScratch {
+  std::vector<double> total;
+  std::vector<W> rows, others;
 };
 
-void check_state(const Tensor& tensor, const char* name, const Tensor& codebook, int64_t rank) {
-  check_rank(tensor, name, rank, rank == 2 ? "[K, D]" : "[K]");
-  check_like(tensor, name, codebook, "codebook");
-  for (int64_t axis = 0; axis < rank; ++axis)
-    check_size(tensor, name, axis, codebook.size(axis), "as codebook");
-  check(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+// Sums over one code after another: add(token, scratch) adds to scratch.total, emit(code, first dimension,
+// count of dimensions, total) takes the result.
+template <class W, class Prefetch, class Add, class Emit>
+void sum_by_code(const Groups& groups, int64_t dim, const Prefetch& prefetch, const Add& add,
+                 const Emit& emit) {
+  const int64_t tokens = groups.start.back(), per_item = 1 + 8192 / dim;
+  for_each_item<SumScratch<W>>(
+      ceil_div(groups.used(), per_item), 4.0 * (tokens + groups.used()) * dim,
+      [&] { return SumScratch<W>{std::vector<double>(dim), std::vector<W>(dim), std::vector<W>(dim)}; },
+      [&](int64_t item, SumScratch<W>& scratch) {
+        const int64_t first = item * per_item, end = std::min(groups.used(), first + per_item);
+        for (int64_t g = first; g < end; ++g) {
+          std::fill(scratch.total.begin(), scratch.total.end(), 0.0);
+          for (int64_t i = groups.start[g]; i < groups.start[g + 1]; ++i) {
+            if (i + AHEAD < tokens) prefetch(groups.order[i + AHEAD]);
+            add(groups.order[i], scratch);
+          }
+          emit(groups.code[g], 0, dim, scratch.total.data());
+        }
+      });
 }
 
-template <class W>
-void ema_update(const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_sum,
-                const Tensor& counts, const Tensor& sums, const Tensor& revive, double decay, double eps,
-                double revived_size, bool normalize) {
-  const Ema<W> ema{static_cast<W*>(codebook.mutable_data_ptr()),
-                   static_cast<W*>(cluster_size.mutable_data_ptr()),
-                   static_cast<W*>(embed_sum.mutable_data_ptr()),
-                   static_cast<const W*>(counts.const_data_ptr()),
-                   static_cast<const W*>(sums.const_data_ptr()),
-                   static_cast<const bool*>(revive.const_data_ptr()),
-                   codebook.size(0),
-                   codebook.size(1),
-                   decay,
-                   eps,
-                   revived_size,
-                   normalize};
-  ema.update();
+// The same for maps: some dimensions after others, all tokens in order, so the additions are those of
+// sum_by_code. fill(begin, end, first dimension, count, scratch) puts what is added into scratch.rows [end -
+// begin, count].
+template <class W, class Fill, class Emit>
+void sum_by_dimension(const Groups& groups, int64_t tokens, int64_t dim, const Fill& fill, const Emit& emit) {
+  constexpr int64_t BLOCK = 64, MOST_DIMENSIONS = 8;
+  const double cost = 4.0 * (tokens + groups.used()) * dim;
+  const int64_t width = std::min(MOST_DIMENSIONS, ceil_div(dim, useful_threads(cost)));
+  const Buffer<int64_t> group = group_of_tokens(groups, tokens);
+  const TrainingLoops<W>& loops = training_loops<W>();
+  for_each_item<SumScratch<W>>(
+      ceil_div(dim, width), cost,
+      [&] {
+        return SumScratch<W>{std::vector<double>(groups.used() * width), std::vector<W>(BLOCK * width),
+                             std::vector<W>(BLOCK * width)};
+      },
+      [&](int64_t item, SumScratch<W>& scratch) {
+        const int64_t first = item * width, count = std::min(width, dim - first);
+        std::fill(scratch.total.begin(), scratch.total.end(), 0.0);
+        for (int64_t begin = 0; begin < tokens; begin += BLOCK) {
+          const int64_t end = std::min(tokens, begin + BLOCK);
+          fill(begin, end, first, count, scratch);
+          loops.add_rows(scratch.rows.data(), group.get() + begin, end - begin, count, scratch.total.data());
+        }
+        for (int64_t g = 0; g < groups.used(); ++g) {
+          emit(groups.code[g], first, count, scratch.total.data() + g * count);
+        }
+      });
+}
+
+template <class T>
+Tokens<const T> some_dimensions(Tokens<const T> x, int64_t first, int64_t count) {
+  x.data += first * x.dim_stride;
+  x.dim = count;
+  return x;
+}
+
+template <class T, class Emit>
+void sum_tokens(const Tokens<const T>& x, const Groups& groups, const Emit& emit) {
+  using W = Wide<T>;
+  const TrainingLoops<W>& loops = training_loops<W>();
+  if (side_by_side(x)) {
+    return sum_by_dimension<W>(
+        groups, x.count(), x.dim,
+        [&](int64_t begin, int64_t end, int64_t first, int64_t count, SumScratch<W>& scratch) {
+          load_rows(some_dimensions(x, first, count), begin, end, scratch.rows.data());
+        },
+        emit);
+  }
+  sum_by_code<W>(
+      groups, x.dim, [&](int64_t n) { prefetch_row(x, n); },
+      [&](int64_t n, SumScratch<W>& scratch) {
+        loops.add_row(wide_row(x, n, scratch.rows.data()), x.dim, scratch.total.data());
+      },
+      emit);
+}
+
+// 2 derror (q - x)
+template <class T, class Emit>
+void sum_pulls(const Tokens<const T>& x, const Tokens<const T>& quantized, const TokenValues<Wide<T>>& derror,
+               const Groups& groups, const Emit& emit) {
+  using W = Wide<T>;
+  const TrainingLoops<W>& loops = training_loops<W>();
+  if (side_by_side(x)) {
+    return sum_by_dimension<W>(
+        groups, x.count(), x.dim,
+        [&](int64_t begin, int64_t end, int64_t first, int64_t count, SumScratch<W>& scratch) {
+          load_rows(some_dimensions(x, first, count), begin, end, scratch.others.data());
+          load_rows(some_dimensions(quantized, first, count), begin, end, scratch.rows.data());
+          for (int64_t i = 0; i < end - begin; ++i) {
+            const W weight = W(2) * derror[begin + i];
+            for (int64_t d = i * count; d < (i + 1) * count; ++d) {
+              scratch.rows[d] = weight * (scratch.rows[d] - scratch.others[d]);
+            }
+          }
+        },
+        emit);
+  }
+  sum_by_code<W>(
+      groups, x.dim,
+      [&](int64_t n) {
+        prefetch_row(x, n);
+        prefetch_row(quantized, n);
+      },
+      [&](int64_t n, SumScratch<W>& scratch) {
+        loops.add_pull(wide_row(x, n, scratch.rows.data()), wide_row(quantized, n, scratch.others.data()),
+                       W(2) * derror[n], x.dim, scratch.total.data());
+      },
+      emit);
+}
+
+// Results in a dense [K, D]: zero where a code has no token.
+template <class Out>
+void clear_rows(Out* rows, int64_t count) {
+  for_each_range(count, 1 << 16, 1.0 * count,
+                 [&](int64_t begin, int64_t end) { std::fill(rows + begin, rows + end, Out(0)); });
+}
+
+// Overwrites, or adds each code's sum as a whole.
+template <class Out>
+auto write_to(Out* rows, int64_t dim, bool adds) {  // rows [K, D]
+  return [rows, dim, adds](int64_t code, int64_t first, int64_t count, const double* total) {
+    Out* row = rows + code * dim + first;
+    for (int64_t d = 0; d < count; ++d) row[d] = adds ? row[d] + Out(total[d]) : Out(total[d]);
+  };
+}
+
+const int64_t* data_of(const Tensor& codes) { return static_cast<const int64_t*>(codes.const_data_ptr()); }
+
+template <class T>
+void statistics_into(const Tokens<const T>& x, const Groups& groups, Wide<T>* counts, Wide<T>* sums,
+                     bool adds) {
+  for (int64_t g = 0; g < groups.used(); ++g) {
+    const Wide<T> tokens = static_cast<Wide<T>>(groups.start[g + 1] - groups.start[g]);
+    counts[groups.code[g]] = adds ? counts[groups.code[g]] + tokens : tokens;
+  }
+  if (sums != nullptr) sum_tokens(x, groups, write_to(sums, x.dim, adds));
 }
 
 }  // namespace
@@ -223,35 +196,66 @@ std::tuple<Tensor, Tensor> codebook_stats(Tensor x, Tensor codes, int64_t codebo
   check_codes(codes, x);
   check(codebook_size >= 1, "codebook_size: expected at least 1, got ", codebook_size);
   codes = torch::stable::contiguous(codes);
+  const Groups groups = group_by_code(data_of(codes), x.size(0) * x.size(1), codebook_size);
   const ScalarType type = wide_type(x);
   Tensor counts = torch::stable::new_empty(x, {codebook_size}, type);
   Tensor sums = torch::stable::new_empty(x, {codebook_size, x.size(2)}, type);
   dispatch_floating(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
-    statistics_into<T>(tokens_of<T>(x), static_cast<const int64_t*>(codes.const_data_ptr()), codebook_size,
-                       static_cast<Wide<T>*>(counts.mutable_data_ptr()),
-                       static_cast<Wide<T>*>(sums.mutable_data_ptr()));
+    auto* count = static_cast<Wide<T>*>(counts.mutable_data_ptr());
+    auto* sum = static_cast<Wide<T>*>(sums.mutable_data_ptr());
+    clear_rows(count, codebook_size);
+    clear_rows(sum, codebook_size * x.size(2));
+    statistics_into<T>(tokens_of<T>(x), groups, count, sum, false);
   });
   return {counts, sums};
 }
 
-void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_sum, Tensor counts, Tensor sums,
-                 Tensor revive, double decay, double eps, double revived_size, bool normalize) {
-  check_rank(codebook, "codebook", 2, "[K, D]");
-  const ScalarType type = codebook.scalar_type();
-  check(type == ScalarType::Float || type == ScalarType::Double,
-        "codebook: expected float32 or float64, got ", type);
-  check_state(codebook, "codebook", codebook, 2);
-  check_state(cluster_size, "cluster_size", codebook, 1);
-  check_state(embed_sum, "embed_sum", codebook, 2);
-  check_state(counts, "counts", codebook, 1);
-  check_state(sums, "sums", codebook, 2);
-  check_rank(revive, "revive", 1, "[K]");
-  check_type(revive, "revive", ScalarType::Bool);
-  check_size(revive, "revive", 0, codebook.size(0), "K of codebook");
-  const Tensor flags = torch::stable::contiguous(revive);
-  const auto update = type == ScalarType::Double ? ema_update<double> : ema_update<float>;
-  update(codebook, cluster_size, embed_sum, counts, sums, flags, decay, eps, revived_size, normalize);
+void add_statistics_(Tensor x, Tensor codes, Tensor counts, std::optional<Tensor> sums) {
+  check_tokens(x, "x");
+  check_codes(codes, x);
+  check_rank(counts, "counts", 1, "[K]");
+  check_type(counts, "counts", wide_type(x));
+  check(counts.is_contiguous(), "counts: expected a contiguous tensor");
+  if (sums.has_value()) {
+    check_rank(*sums, "sums", 2, "[K, D]");
+    check_type(*sums, "sums", wide_type(x));
+    check_size(*sums, "sums", 0, counts.size(0), "K of counts");
+    check_size(*sums, "sums", 1, x.size(2), "D of x");
+    check(sums->is_contiguous(), "sums: expected a contiguous tensor");
+  }
+  codes = torch::stable::contiguous(codes);
+  const Groups groups = group_by_code(data_of(codes), x.size(0) * x.size(1), counts.size(0));
+  dispatch_floating(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    auto* sum = sums.has_value() ? static_cast<Wide<T>*>(sums->mutable_data_ptr()) : nullptr;
+    statistics_into<T>(tokens_of<T>(x), groups, static_cast<Wide<T>*>(counts.mutable_data_ptr()), sum, true);
+  });
+}
+
+Tensor codebook_gradient(Tensor x, Tensor quantized, Tensor codes, Tensor derror, int64_t codebook_size) {
+  check_tokens(x, "x");
+  check_tokens_like(quantized, "quantized", x);
+  check_codes(codes, x);
+  check_token_values(derror, "derror", x, wide_type(x));
+  check(codebook_size >= 1, "codebook_size: expected at least 1, got ", codebook_size);
+  codes = torch::stable::contiguous(codes);
+  const Groups groups = group_by_code(data_of(codes), x.size(0) * x.size(1), codebook_size);
+  Tensor dcodebook = torch::stable::new_empty(x, {codebook_size, x.size(2)});
+  dispatch_floating(x.scalar_type(), [&](auto element) {
+    using T = decltype(element);
+    T* rows = static_cast<T*>(dcodebook.mutable_data_ptr());
+    clear_rows(rows, codebook_size * x.size(2));
+    const auto emit = [rows, dim = x.size(2)](int64_t code, int64_t first, int64_t count,
+                                              const double* total) {
+      // rounded as the reference's float32 sums are
+      for (int64_t d = 0; d < count; ++d) {
+        rows[code * dim + first + d] = static_cast<T>(static_cast<Wide<T>>(total[d]));
+      }
+    };
+    sum_pulls<T>(tokens_of<T>(x), tokens_of<T>(quantized), token_values_of<Wide<T>>(derror), groups, emit);
+  });
+  return dcodebook;
 }
 
 }  // namespace cpu

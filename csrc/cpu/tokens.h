@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "../checks.h"
+#include "transpose.h"
 
 namespace vqkernels {
 namespace cpu {
@@ -54,6 +55,9 @@ struct Tokens {
   int64_t count() const { return batch * length; }
   bool rows_are_dense() const { return dim_stride == 1 || dim == 1; }
 
+  // A channels-first map: neighbouring tokens lie side by side.
+  bool is_map() const { return length_stride == 1 && dim_stride > 1 && dim > 1 && length > 1; }
+
   // Calls f(pointer to the first, position within the range, count) for each run of tokens within one batch
   // entry.
   template <class F>
@@ -95,6 +99,24 @@ Tokens<T> mutable_tokens_of(const Tensor& x) {  // [B, T, D]
           x.stride(2)};
 }
 
+// One number a token, in any strides: the gradient of a mean is one number for all.
+template <class W>
+struct TokenValues {
+  const W* data = nullptr;  // [B, T] or null: zero
+  int64_t length = 1;
+  int64_t batch_stride = 0;
+  int64_t length_stride = 0;
+
+  W operator[](int64_t n) const {
+    return data == nullptr ? W(0) : data[(n / length) * batch_stride + (n % length) * length_stride];
+  }
+};
+
+template <class W>
+TokenValues<W> token_values_of(const Tensor& values) {  // [B, T]
+  return {static_cast<const W*>(values.const_data_ptr()), values.size(1), values.stride(0), values.stride(1)};
+}
+
 // The tokens' walk order: along D, unless neighbouring tokens lie closer (channels-first maps); then in
 // strips of TOKEN_STRIP tokens, so that both sides stay in the cache.
 constexpr int64_t TOKEN_STRIP = 16;
@@ -119,6 +141,9 @@ void load_rows(const Tokens<const T>& tokens, int64_t begin, int64_t end,
   const int64_t dim = tokens.dim;
   tokens.for_runs(begin, end, [&](const T* first, int64_t position, int64_t count) {
     Row* out = rows + position * dim;
+    if constexpr (std::is_same_v<T, float> && std::is_same_v<Row, float>) {
+      if (tokens.is_map()) return map_to_rows(first, tokens.dim_stride, count, dim, out);
+    }
     if (!tokens.rows_are_dense()) {
       for_elements(tokens, first, count,
                    [&](const T& value, int64_t i, int64_t d) { out[i * dim + d] = static_cast<Row>(value); });
@@ -173,6 +198,9 @@ void store_rows(const Tokens<T>& tokens, int64_t begin, int64_t end,
   const int64_t dim = tokens.dim;
   tokens.for_runs(begin, end, [&](T* first, int64_t position, int64_t count) {
     const Row* in = rows + position * dim;
+    if constexpr (std::is_same_v<T, float> && std::is_same_v<Row, float>) {
+      if (tokens.is_map()) return rows_to_map(in, count, dim, first, tokens.dim_stride);
+    }
     for_elements(tokens, first, count,
                  [&](T& value, int64_t i, int64_t d) { value = static_cast<T>(in[i * dim + d]); });
   });

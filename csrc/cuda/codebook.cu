@@ -38,7 +38,8 @@ void ema_update_op_(Tensor codebook,      // [K, D], written
                     Tensor counts,        // [K]
                     Tensor sums,          // [K, D]
                     Tensor revive,        // bool [K]
-                    double decay, double eps, double revived_size, bool normalize) {
+                    double decay, double eps, double revived_size, bool normalize, bool plain, bool consume) {
+  check(!consume, "consume: expected false on CUDA, where the caller clears the statistics");
   bool wide = codebook.scalar_type() == ScalarType::Double;
   if (!wide) check_type(codebook, "codebook", ScalarType::Float);
   check_statistics(codebook, "codebook", codebook, true);
@@ -57,7 +58,7 @@ void ema_update_op_(Tensor codebook,      // [K, D], written
     ema_update(launcher, EmaUpdate<S>{mutable_data_of<S>(codebook), mutable_data_of<S>(cluster_size),
                                       mutable_data_of<S>(embed_sum), data_of<S>(counts), data_of<S>(sums),
                                       data_of<bool>(marks), codebook.size(0), codebook.size(1), decay, eps,
-                                      revived_size, normalize});
+                                      revived_size, normalize, plain});
   };
   wide ? run(Type<double>{}) : run(Type<float>{});
 }

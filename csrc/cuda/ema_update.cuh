@@ -21,6 +21,7 @@ struct EmaUpdate {
   double eps;
   double revived_size;
   bool normalize;
+  bool plain;  // smoothing without the term that keeps the sum of sizes
 };
 
 constexpr double kSmallestNorm = 1e-12;
@@ -143,7 +144,8 @@ update_rows_kernel(EmaUpdate<S> update,
   EmaMemory& memory = shared_memory<EmaMemory>();
   bool learns = total_of(memory, counted, size_blocks) > 0;
   double total = total_of(memory, sizes, size_blocks);
-  double smoothing = (total + static_cast<double>(update.codebook_size) * update.eps) / total;
+  double smoothing =
+      update.plain ? 1 : (total + static_cast<double>(update.codebook_size) * update.eps) / total;
   for (int64_t k = team_first<32>(); k < update.codebook_size; k += team_step<32>()) {
     if (update.revive[k]) {
       revive_row(update, k);

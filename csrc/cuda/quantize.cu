@@ -1,3 +1,4 @@
+#include <optional>
 #include <tuple>
 
 #include "gather.cuh"
@@ -24,27 +25,32 @@ std::tuple<Tensor, Tensor> gather_op(Tensor x,         // [B, T, D]
   return {quantized, error};
 }
 
-Tensor quantize_backward_op(Tensor x,           // [B, T, D]
-                            Tensor quantized,   // [B, T, D]
-                            Tensor codes,       // [B, T]
-                            Tensor dquantized,  // [B, T, D]
-                            Tensor derror,      // [B, T]
-                            bool rotation) {    // -> dx [B, T, D]
+Tensor quantize_backward_op(Tensor x,                          // [B, T, D]
+                            Tensor quantized,                  // [B, T, D]
+                            Tensor codes,                      // [B, T]
+                            std::optional<Tensor> dquantized,  // [B, T, D], none: zero
+                            std::optional<Tensor> derror,      // [B, T], none: zero
+                            bool rotation,
+                            std::optional<Tensor> mask) {  // bool [B, T] -> dx [B, T, D]
   check_tokens(x, "x");
   check_tokens_like(quantized, "quantized", x);
-  check_tokens_like(dquantized, "dquantized", x);
   check_codes(codes, x);
-  check_rank(derror, "derror", 2, "[B, T]");
-  check_type(derror, "derror", wide_type(x));
-  for (int64_t axis = 0; axis < 2; ++axis) check_size(derror, "derror", axis, x.size(axis), "as x");
+  if (dquantized.has_value()) check_tokens_like(*dquantized, "dquantized", x);
+  if (derror.has_value()) check_token_values(*derror, "derror", x, wide_type(x));
+  if (mask.has_value()) check_token_values(*mask, "mask", x, ScalarType::Bool);
   Launcher launcher(x);
-  Tensor flat = torch::stable::contiguous(codes), weights = torch::stable::contiguous(derror);
+  Tensor flat = torch::stable::contiguous(codes);
+  if (derror.has_value()) derror = torch::stable::contiguous(*derror);
+  if (mask.has_value()) mask = torch::stable::contiguous(*mask);
   Tensor dx = torch::stable::empty_like(x);
   dispatch(x, [&](auto type) {
     using T = typename decltype(type)::type;
-    quantize_backward(launcher, merge_batch(tokens_of<T>(x)), merge_batch(tokens_of<T>(quantized)),
-                      data_of<int64_t>(flat), merge_batch(tokens_of<T>(dquantized)),
-                      data_of<Scalar<T>>(weights), rotation, merge_batch(mutable_tokens_of<T>(dx)));
+    Tokens<const T> gradient = tokens_of<T>(dquantized.has_value() ? *dquantized : x);
+    if (!dquantized.has_value()) gradient.data = nullptr;
+    quantize_backward(
+        launcher, merge_batch(tokens_of<T>(x)), merge_batch(tokens_of<T>(quantized)), data_of<int64_t>(flat),
+        merge_batch(gradient), derror.has_value() ? data_of<Scalar<T>>(*derror) : nullptr, rotation,
+        merge_batch(mutable_tokens_of<T>(dx)), mask.has_value() ? data_of<bool>(*mask) : nullptr);
   });
   return dx;
 }

@@ -52,24 +52,26 @@ VQ_KERNEL(kTeamThreads, kTeamBlocks)
 quantize_backward_kernel(Tokens<const T> x,           // [B, T, D]
                          Tokens<const T> quantized,   // [B, T, D]
                          const int64_t* codes,        // [B * T]
-                         Tokens<const T> dquantized,  // [B, T, D]
-                         const Scalar<T>* derror,     // [B * T]
+                         Tokens<const T> dquantized,  // [B, T, D], data null: zero
+                         const Scalar<T>* derror,     // [B * T] or null: zero
                          bool rotation,
-                         Tokens<T> dx) {  // [B, T, D]
+                         Tokens<T> dx,        // [B, T, D]
+                         const bool* mask) {  // [B * T] or null: all tokens are real
   using S = Scalar<T>;
   for (int64_t n = team_first<LANES>(); n < x.count(); n += team_step<LANES>()) {
-    const T *e_row = x.row(n), *q_row = quantized.row(n), *g_row = dquantized.row(n);
+    const bool given = dquantized.data != nullptr, real = mask == nullptr || mask[n];
+    const T *e_row = x.row(n), *q_row = quantized.row(n), *g_row = given ? dquantized.row(n) : nullptr;
     T* out = dx.row(n);
-    bool valid = codes[n] >= 0;
+    bool valid = real && codes[n] >= 0;
     RotationTerms terms{1, 0, 0};
-    if (rotation) terms = rotation_terms<T, LANES>(x, quantized, dquantized, e_row, q_row, g_row);
-    S pull = 2 * derror[n];
+    if (rotation && given) terms = rotation_terms<T, LANES>(x, quantized, dquantized, e_row, q_row, g_row);
+    S pull = derror == nullptr ? S(0) : 2 * derror[n];
     for (int64_t d = team_lane<LANES>(); d < x.dim; d += LANES) {
-      T gradient = dquantized.at(g_row, d);
+      T gradient = given && real ? dquantized.at(g_row, d) : T{};
       if (valid) {
         S e = widen(x.at(e_row, d)), q = widen(quantized.at(q_row, d));
         S turned = widen(gradient);
-        if (rotation) {
+        if (rotation && given) {
           turned = static_cast<S>(terms.scale * turned + terms.along_e * e + terms.along_q * q);
         }
         narrow(gradient, turned + pull * (e - q));
@@ -81,15 +83,16 @@ quantize_backward_kernel(Tokens<const T> x,           // [B, T, D]
 
 template <typename T, typename Launcher>
 void quantize_backward(Launcher& launcher, Tokens<const T> x, Tokens<const T> quantized, const int64_t* codes,
-                       Tokens<const T> dquantized, const Scalar<T>* derror, bool rotation, Tokens<T> dx) {
+                       Tokens<const T> dquantized, const Scalar<T>* derror, bool rotation, Tokens<T> dx,
+                       const bool* mask = nullptr) {
   int64_t n = x.count();
   if (n == 0) return;
   if (x.tokens_adjacent()) {
     launcher.launch(quantize_backward_kernel<T, 1>, team_blocks(n, 1), kTeamThreads, x, quantized, codes,
-                    dquantized, derror, rotation, dx);
+                    dquantized, derror, rotation, dx, mask);
   } else {
     launcher.launch(quantize_backward_kernel<T, 32>, team_blocks(n, 32), kTeamThreads, x, quantized, codes,
-                    dquantized, derror, rotation, dx);
+                    dquantized, derror, rotation, dx, mask);
   }
 }
 

@@ -135,12 +135,13 @@ void host_gather(uint64_t seed, int type, const View* x, const void* codebook, i
 
 void host_quantize_backward(uint64_t seed, int type, const View* x, const View* quantized,
                             const int64_t* codes, const View* dquantized, const void* derror, bool rotation,
-                            const View* dx) {
+                            const View* dx, const bool* mask) {
   dispatch(type, [&](auto zero) {
     using T = decltype(zero);
     Launcher launcher(seed);
-    quantize_backward(launcher, x->as<const T>(), quantized->as<const T>(), codes, dquantized->as<const T>(),
-                      static_cast<const Scalar<T>*>(derror), rotation, dx->as<T>());
+    Tokens<const T> gradient = dquantized == nullptr ? Tokens<const T>{} : dquantized->as<const T>();
+    quantize_backward(launcher, x->as<const T>(), quantized->as<const T>(), codes, gradient,
+                      static_cast<const Scalar<T>*>(derror), rotation, dx->as<T>(), mask);
   });
 }
 
@@ -156,14 +157,14 @@ void host_codebook_stats(uint64_t seed, int type, const View* x, const int64_t* 
 
 void host_ema_update(uint64_t seed, int type, void* codebook, void* cluster_size, void* embed_sum,
                      const void* counts, const void* sums, const bool* revive, int64_t codebook_size,
-                     int64_t dim, double decay, double eps, double revived_size, bool normalize) {
+                     int64_t dim, double decay, double eps, double revived_size, bool normalize, bool plain) {
   auto run = [&](auto zero) {
     using S = decltype(zero);
     Launcher launcher(seed);
     ema_update(launcher, EmaUpdate<S>{static_cast<S*>(codebook), static_cast<S*>(cluster_size),
                                       static_cast<S*>(embed_sum), static_cast<const S*>(counts),
                                       static_cast<const S*>(sums), revive, codebook_size, dim, decay, eps,
-                                      revived_size, normalize});
+                                      revived_size, normalize, plain});
   };
   type == 3 ? run(double{}) : run(float{});
 }

@@ -152,13 +152,16 @@ def quantize_backward(
     x: Tensor,  # [B, T, D]
     quantized: Tensor,  # [B, T, D]
     codes: Tensor,  # [B, T]
-    dquantized: Tensor,  # [B, T, D]
-    derror: Tensor,  # [B, T]
+    dquantized: Tensor | None,  # [B, T, D]
+    derror: Tensor | None,  # [B, T]
     rotation: bool,
+    mask: Tensor | None = None,  # bool [B, T]
     seed: int = 0,
 ) -> Tensor:  # dx [B, T, D]
     dx = torch.empty_like(x).fill_(7)
-    tail = _data(codes), _view(dquantized), _data(derror), ctypes.c_bool(rotation), _view(dx)
+    gradient = None if dquantized is None else _view(dquantized)
+    error, real = (None if each is None else _data(each) for each in (derror, mask))
+    tail = _data(codes), gradient, error, ctypes.c_bool(rotation), _view(dx), real
     library().host_quantize_backward(*_begin(x, seed), _view(x), _view(quantized), *tail)
     return dx
 
@@ -187,12 +190,15 @@ def ema_update_(
     eps: float,
     revived_size: float,
     normalize: bool,
+    plain: bool = False,
     seed: int = 0,
 ) -> None:
     tensors = [_data(tensor) for tensor in (codebook, cluster_size, embed_sum, counts, sums, revive)]
     sizes = [ctypes.c_int64(size) for size in codebook.shape]
     scalars = [ctypes.c_double(value) for value in (decay, eps, revived_size)]
-    library().host_ema_update(*_begin(codebook, seed), *tensors, *sizes, *scalars, ctypes.c_bool(normalize))
+    library().host_ema_update(
+        *_begin(codebook, seed), *tensors, *sizes, *scalars, *map(ctypes.c_bool, (normalize, plain))
+    )
 
 
 def rotate_without_barrier(seed: int) -> Tensor:  # int64 [64]

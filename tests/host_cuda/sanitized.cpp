@@ -58,7 +58,7 @@ void search(const Shape& shape, int type, uint64_t seed, bool cosine, bool exact
               error.data());
   for (bool rotation : {false, true}) {
     host_quantize_backward(seed, type, &view, &quantized_view, codes.data(), &gradient_view, error.data(),
-                           rotation, &dx_view);
+                           rotation, &dx_view, nullptr);
   }
 }
 
@@ -77,7 +77,7 @@ void train(const Shape& shape, int type, uint64_t seed, std::vector<int64_t> cod
   revive[0] = true;
   for (bool normalize : {false, true}) {
     host_ema_update(seed, type, codebook.data(), size.data(), embed_sum.data(), counts.data(), sums.data(),
-                    revive.get(), k, shape.dim, 0.9, 1e-5, 2.0, normalize);
+                    revive.get(), k, shape.dim, 0.9, 1e-5, 2.0, normalize, false);
   }
 }
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -12,9 +14,11 @@ from torch import Tensor
 
 from .. import _extension
 from .._dtypes import DTYPES
+from .in_steps import add_in_steps, clear_consumed, gradient_in_steps, quantize_in_steps
 from .registry import register
 
 NON_FINITE = "codebook: expected finite values, got NaN or Inf"  # as csrc/cpu/coarse.cpp says it
+CODES_BEYOND = "codes: expected values below codebook_size"  # as csrc/cpu/groups.cpp says it
 
 
 def nearest(
@@ -24,11 +28,19 @@ def nearest(
     precision: str,
 ) -> tuple[Tensor, Tensor]:  # codes int64 [B, T], distance float32 [B, T]
     """See ``vqkernels.nearest``."""
-    try:
+    with _value_errors():
         return torch.ops.vqkernels_C.nearest(x, codebook, metric == "cosine", precision == "exact")
-    except RuntimeError as error:  # the only type that the stable ABI can throw
-        if NON_FINITE in str(error):
-            raise ValueError(NON_FINITE) from None
+
+
+@contextlib.contextmanager
+def _value_errors() -> Iterator[None]:
+    """RuntimeError is the only type that the stable ABI can throw."""
+    try:
+        yield
+    except RuntimeError as error:
+        line = str(error).splitlines()[0]
+        if NON_FINITE in line or CODES_BEYOND in line:
+            raise ValueError(line) from None
         raise
 
 
@@ -103,6 +115,20 @@ def peak_rates(threads: int) -> dict[str, float]:
         return {name: sum(pool.map(rate, [name.encode()] * threads)) for name in ("float32", "int16")}
 
 
+def quantize(
+    x: Tensor,  # [B, T, D]
+    codebook: Tensor,  # [K, D]
+    mask: Tensor | None,  # bool [B, T]
+    metric: str,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # quantized [B, T, D], codes [B, T], error [B, T] float32 (float64 for float64)
+    """Search, lookup and squared errors: one call on CPU."""
+    if x.is_cuda:
+        return _quantize_in_steps(x, codebook, mask, metric, precision)
+    with _value_errors():
+        return torch.ops.vqkernels_C.quantize(x, codebook, mask, metric == "cosine", precision == "exact")
+
+
 def gather(
     x: Tensor,  # [B, T, D]
     codebook: Tensor,  # [K, D]
@@ -116,12 +142,26 @@ def quantize_backward(
     x: Tensor,  # [B, T, D]
     quantized: Tensor,  # [B, T, D]
     codes: Tensor,  # [B, T]
-    dquantized: Tensor,  # [B, T, D]
-    derror: Tensor,  # [B, T] float32 (float64 for float64)
+    dquantized: Tensor | None,  # [B, T, D]
+    derror: Tensor | None,  # [B, T] float32 (float64 for float64)
     rotation: bool,
+    mask: Tensor | None = None,  # bool [B, T]
 ) -> Tensor:  # dx [B, T, D]
-    """The gradient of a quantized token and its error with respect to x."""
-    return torch.ops.vqkernels_C.quantize_backward(x, quantized, codes, dquantized, derror, rotation)
+    """The gradient of a quantized token and its error with respect to x; absent gradients are zero."""
+    return torch.ops.vqkernels_C.quantize_backward(x, quantized, codes, dquantized, derror, rotation, mask)
+
+
+def codebook_gradient(
+    x: Tensor,  # [B, T, D]
+    quantized: Tensor,  # [B, T, D]
+    codes: Tensor,  # [B, T]
+    derror: Tensor,  # [B, T] float32 (float64 for float64)
+    codebook_size: int,
+) -> Tensor:  # dcodebook [K, D]
+    """The gradient of the errors with respect to the codebook; one pass without a temporary on CPU."""
+    if x.is_cuda:
+        return _gradient_in_steps(x, quantized, codes, derror, codebook_size)
+    return torch.ops.vqkernels_C.codebook_gradient(x, quantized, codes, derror, codebook_size)
 
 
 def codebook_stats(
@@ -130,24 +170,48 @@ def codebook_stats(
     codebook_size: int,
 ) -> tuple[Tensor, Tensor]:  # counts [K], sums [K, D]
     """How many tokens have each code, and their sum; bitwise the same for any number of threads."""
-    return torch.ops.vqkernels_C.codebook_stats(x, codes, codebook_size)
+    with _value_errors():
+        return torch.ops.vqkernels_C.codebook_stats(x, codes, codebook_size)
+
+
+def add_statistics_(
+    x: Tensor,  # [B, T, D]
+    codes: Tensor,  # [B, T]
+    counts: Tensor,  # [K], written
+    sums: Tensor | None,  # [K, D], written
+) -> None:
+    """Adds them to what is there; on CPU only the rows of codes with a token are visited."""
+    if x.is_cuda:
+        return _add_in_steps(x, codes, counts, sums)
+    with _value_errors():
+        torch.ops.vqkernels_C.add_statistics_(x, codes, counts, sums)
+
+
+_quantize_in_steps = quantize_in_steps(nearest, gather)
+_gradient_in_steps = gradient_in_steps(codebook_stats)
+_add_in_steps = add_in_steps(codebook_stats)
 
 
 def ema_update_(
     codebook: Tensor,  # [K, D], written
     cluster_size: Tensor,  # [K], written
     embed_sum: Tensor,  # [K, D], written
-    counts: Tensor,  # [K]
-    sums: Tensor,  # [K, D]
-    revive: Tensor,  # bool [K]
+    counts: Tensor,  # [K], zeroed with ``consume``
+    sums: Tensor,  # [K, D], likewise
+    revive: Tensor,  # bool [K], likewise
     decay: float,
     eps: float,
     revived_size: float,
     normalize: bool,
+    plain: bool = False,
+    consume: bool = False,
 ) -> None:
-    """One step of the codebook's moving average, in place."""
-    state = (codebook, cluster_size, embed_sum)
-    torch.ops.vqkernels_C.ema_update_(*state, counts, sums, revive, decay, eps, revived_size, normalize)
+    """One step of the codebook's moving average, in place; ``consume`` leaves zeros in counts, sums and revive."""
+    state, statistics = (codebook, cluster_size, embed_sum), (counts, sums, revive)
+    options = (decay, eps, revived_size, normalize, plain)
+    in_kernel = consume and not codebook.is_cuda
+    torch.ops.vqkernels_C.ema_update_(*state, *statistics, *options, in_kernel)
+    clear_consumed(consume and not in_kernel, *statistics)
 
 
 def _supports(first: Tensor, *_rest: object) -> str | None:
@@ -197,7 +261,5 @@ def _coarse_pass(dim: int, exact: bool) -> str:
 
 
 register("nearest", "compiled", nearest, supports=_supports, details=_nearest_details)
-register("gather", "compiled", gather, supports=_supports)
-register("quantize_backward", "compiled", quantize_backward, supports=_supports)
-register("codebook_stats", "compiled", codebook_stats, supports=_supports)
-register("ema_update_", "compiled", ema_update_, supports=_supports)
+for _op in (gather, quantize, quantize_backward, codebook_gradient, codebook_stats, add_statistics_, ema_update_):
+    register(_op.__name__, "compiled", _op, supports=_supports)

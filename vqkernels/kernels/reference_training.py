@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
+from .in_steps import clear_consumed, masked, or_zeros, register_in_steps
+from .reference_nearest import nearest
 from .registry import register
 
 
@@ -34,17 +36,19 @@ def quantize_backward(
     x: Tensor,  # [B, T, D]
     quantized: Tensor,  # [B, T, D]
     codes: Tensor,  # [B, T]
-    dquantized: Tensor,  # [B, T, D]
-    derror: Tensor,  # [B, T]
+    dquantized: Tensor | None,  # [B, T, D]
+    derror: Tensor | None,  # [B, T]
     rotation: bool,
+    mask: Tensor | None = None,  # bool [B, T]
 ) -> Tensor:  # dx [B, T, D] laid out like x
-    """Gradient for the tokens; code -1 passes ``dquantized`` through."""
+    """Gradient for the tokens; code -1 passes ``dquantized`` through, a masked token gets none."""
+    dquantized, derror = or_zeros(x, dquantized, derror)
     wide = accumulation_dtype(x.dtype)
     e, q, g = x.to(wide), quantized.to(wide), dquantized.to(wide)
     # in float64, where no square of a float32 over- or underflows
     through = _rotated(e.double(), q.double(), g.double()).to(wide) if rotation else g
     dx = through + 2 * derror[..., None].to(wide) * (e - q)
-    return torch.empty_like(x).copy_(torch.where((codes < 0)[..., None], g, dx))
+    return masked(mask, torch.empty_like(x).copy_(torch.where((codes < 0)[..., None], g, dx)))
 
 
 def _rotated(
@@ -70,6 +74,8 @@ def codebook_stats(
     """Counts and sums per code in token order; one thread adds each row, so the result never depends on threads."""
     wide = accumulation_dtype(x.dtype)
     flat = codes.reshape(-1)
+    if not codes.is_cuda and codes.numel():  # on CUDA, where looking would wait for the device, they are left out
+        torch._assert_async((flat < codebook_size).all(), f"codes: expected below codebook_size {codebook_size}")
     slot = torch.where(flat < 0, codebook_size, flat)  # invalid tokens land behind the last code
     order = slot.argsort(stable=True)
     ends = torch.searchsorted(slot[order], torch.arange(codebook_size + 1, device=x.device))
@@ -97,6 +103,8 @@ def ema_update_(
     eps: float,
     revived_size: float,
     normalize: bool,
+    plain: bool = False,
+    consume: bool = False,
 ) -> None:
     """Decay, Laplace smoothing (van den Oord et al. 2017, appendix A.1), revival; in place."""
     row_revive = revive[:, None]
@@ -107,10 +115,13 @@ def ema_update_(
     embed = torch.where(active, decay * embed_sum + (1 - decay) * sums, embed_sum)
     embed_sum.copy_(torch.where(row_revive, sample * revived_size, embed))
     total = cluster_size.sum()
-    smoothed = (cluster_size + eps) / (total + codebook.shape[0] * eps) * total  # [K]
+    smoothed = cluster_size + eps  # [K]
+    if not plain:
+        smoothed = smoothed / (total + codebook.shape[0] * eps) * total
     mean = embed_sum / smoothed[:, None]
     learned = torch.where(active, _unit(mean) if normalize else mean, codebook)
     codebook.copy_(torch.where(row_revive, sample, learned))
+    clear_consumed(consume, counts, sums, revive)
 
 
 def _unit(
@@ -121,3 +132,9 @@ def _unit(
 
 for _op in (gather, quantize_backward, codebook_stats, ema_update_):
     register(_op.__name__, "reference", _op)
+register_in_steps(
+    register,
+    "reference",
+    {"nearest": nearest, "gather": gather, "codebook_stats": codebook_stats},
+    supports=lambda *_args: None,
+)

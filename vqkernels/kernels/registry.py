@@ -9,7 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-OPS = ("nearest", "gather", "quantize_backward", "codebook_stats", "ema_update_")
+OPS = (
+    "nearest",
+    "gather",
+    "quantize",
+    "quantize_backward",
+    "codebook_gradient",
+    "codebook_stats",
+    "add_statistics_",
+    "ema_update_",
+    "softmax_forward",
+    "softmax_code_sums",
+    "softmax_backward",
+    "softmax_sample",
+)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .in_steps import clear_consumed, register_in_steps
 from .registry import register
 from .triton_common import load_tile, on_device, readable, row_offsets, store_tile, tile_for, unsupported
+from .triton_nearest import nearest
+from .triton_training import gather
 
 SUM_BLOCK = 1024  # codes of one partial sum
 
@@ -208,6 +211,7 @@ def row_kernel(
     D,
     blocks,
     NORMALIZE: tl.constexpr,
+    PLAIN: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -220,7 +224,9 @@ def row_kernel(
     rows = code * D
     revive = tl.load(revive_ptr + code, mask=inside, other=0) != 0
     size = tl.load(cluster_size_ptr + code, mask=inside, other=1.0)
-    smoothed = (size + eps) / (total + eps_total) * total
+    smoothed = size + eps
+    if not PLAIN:
+        smoothed = smoothed / (total + eps_total) * total
     change = tl.where(active, inside, inside & revive)
     if NORMALIZE:
         sample_norm, mean_norm = row_norms(
@@ -256,6 +262,8 @@ def ema_update_(
     eps: float,
     revived_size: float,
     normalize: bool,
+    plain: bool = False,
+    consume: bool = False,
 ) -> None:
     """Decay, Laplace smoothing (van den Oord et al. 2017, appendix A.1), revival; in place."""
     k, dim = codebook.shape
@@ -270,13 +278,25 @@ def ema_update_(
         row_kernel[(triton.cdiv(k, tile.rows),)](
             codebook, cluster_size, embed_sum, sums, revive, kept, total,
             decay, gain, eps, k * eps, revived_size, k, dim, blocks,
-            NORMALIZE=normalize, BLOCK=SUM_BLOCK, BLOCK_K=tile.rows, BLOCK_D=tile.dims, num_warps=tile.num_warps,
+            NORMALIZE=normalize, PLAIN=plain, BLOCK=SUM_BLOCK,
+            BLOCK_K=tile.rows, BLOCK_D=tile.dims, num_warps=tile.num_warps,
         )  # fmt: skip
+    clear_consumed(consume, counts, sums, revive)
 
 
 def _stats_supports(x: Tensor, codes: Tensor, codebook_size: int) -> str | None:
     return unsupported(x)
 
 
+def _whole_supports(x: Tensor, *_rest: object) -> str | None:
+    return unsupported(x)
+
+
 register("codebook_stats", "triton", codebook_stats, supports=_stats_supports)
+register_in_steps(
+    register,
+    "triton",
+    {"nearest": nearest, "gather": gather, "codebook_stats": codebook_stats},
+    supports=_whole_supports,
+)
 register("ema_update_", "triton", ema_update_, supports=_ema_supports)

@@ -135,13 +135,16 @@ def choose_config(n: int, k: int, dim: int, gpu: Gpu | None = None) -> SearchCon
     return options[0] if n <= FEW_TOKENS else options[-1]
 
 
-def count_splits(row_tiles: int, code_tiles: int, slots: int) -> int:
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+
+
+def count_splits(row_tiles: int, code_tiles: int, slots: int, options: tuple[int, ...] = SPLITS) -> int:
     """Into how many parts the codes go: the fewest that end first, where ``slots`` programs run at once.
 
     A program costs its code tiles and, for its tokens, about as much as 6 of them.
     """
-    options = [s for s in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if s <= code_tiles]
-    return min(options, key=lambda s: (-(-row_tiles * s // slots) * (-(-code_tiles // s) + 6), s))
+    possible = [s for s in options if s <= code_tiles]
+    return min(possible, key=lambda s: (-(-row_tiles * s // slots) * (-(-code_tiles // s) + 6), s))
 
 
 # ------------------------------------------------------------------------------------- measured choices

@@ -118,8 +118,9 @@ def backward_kernel(
     x_ptr,  # [B, T, D]
     quantized_ptr,  # [B, T, D] laid out like dx
     codes_ptr,  # [N] int64
-    dquantized_ptr,  # [B, T, D]
-    derror_ptr,  # [N] float32
+    dquantized_ptr,  # [B, T, D], not looked at without HAS_GRADIENT
+    derror_ptr,  # [N] float32, not looked at without HAS_ERROR
+    mask_ptr,  # [N] bool, not looked at without HAS_MASK
     dx_ptr,  # [B, T, D]
     tokens_per_batch,
     x_stride_b,
@@ -134,17 +135,28 @@ def backward_kernel(
     N,
     D,
     ROTATION: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr,
+    HAS_ERROR: tl.constexpr,
+    HAS_MASK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """dx = g + 2 derror (x - q), or with the rotation trick lam (g - 2 (g.w) w + 2 (g.v) u) + 2 derror (x - q)."""
+    """dx = g + 2 derror (x - q), or with the rotation trick lam (g - 2 (g.w) w + 2 (g.v) u) + 2 derror (x - q).
+
+    Zero where a token is masked; ``ROTATION`` only with ``HAS_GRADIENT``.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < N
     x_at = row_offsets(rows, tokens_per_batch, x_stride_b, x_stride_t)
     g_at = row_offsets(rows, tokens_per_batch, g_stride_b, g_stride_t)
     out_at = row_offsets(rows, tokens_per_batch, out_stride_b, out_stride_t)
     known = tl.load(codes_ptr + rows, mask=live, other=-1) >= 0
-    pull = 2.0 * tl.load(derror_ptr + rows, mask=live, other=0.0)
+    real = live
+    if HAS_MASK:
+        real = live & (tl.load(mask_ptr + rows, mask=live, other=0) != 0)
+    pull = tl.zeros([BLOCK_N], tl.float32)
+    if HAS_ERROR:
+        pull = 2.0 * tl.load(derror_ptr + rows, mask=live, other=0.0)
     if ROTATION:
         e_norm, q_norm, square, along_middle, along_v = rotation_sums(
             x_ptr, quantized_ptr, dquantized_ptr, x_at, out_at, g_at, live,
@@ -156,7 +168,9 @@ def backward_kernel(
         dims = start + tl.arange(0, BLOCK_D)
         x = load_tile(x_ptr, x_at, live, dims, D, x_stride_d)
         q = load_tile(quantized_ptr, out_at, live, dims, D, out_stride_d)
-        g = load_tile(dquantized_ptr, g_at, live, dims, D, g_stride_d)
+        g = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        if HAS_GRADIENT:
+            g = load_tile(dquantized_ptr, g_at, live, dims, D, g_stride_d)
         through = g
         if ROTATION:
             u = x / e_norm[:, None]
@@ -164,6 +178,8 @@ def backward_kernel(
             turned = (q_norm / e_norm)[:, None] * (g - reflect[:, None] * (u + v) + 2.0 * along_v[:, None] * u)
             through = tl.where(turns[:, None], turned, g)
         dx = tl.where(known[:, None], through + pull[:, None] * (x - q), g)
+        if HAS_MASK:
+            dx = tl.where(real[:, None], dx, 0.0)
         store_tile(dx_ptr, out_at, live, dims, D, out_stride_d, dx)
 
 
@@ -171,12 +187,15 @@ def quantize_backward(
     x: Tensor,  # [B, T, D]
     quantized: Tensor,  # [B, T, D]
     codes: Tensor,  # [B, T]
-    dquantized: Tensor,  # [B, T, D]
-    derror: Tensor,  # float32 [B, T]
+    dquantized: Tensor | None,  # [B, T, D]
+    derror: Tensor | None,  # float32 [B, T]
     rotation: bool,
+    mask: Tensor | None = None,  # bool [B, T]
 ) -> Tensor:  # dx [B, T, D] laid out like x
     """Gradient for the tokens (rotation trick: Fifty et al. 2024, sec. 4.2); code -1 passes ``dquantized`` through."""
-    dtype, x, quantized, dquantized = x.dtype, readable(x), readable(quantized), readable(dquantized)
+    dtype, x, quantized = x.dtype, readable(x), readable(quantized)
+    gradient = x if dquantized is None else readable(dquantized)  # any pointer where there is none
+    error = codes if derror is None else derror.contiguous()
     dx = torch.empty_like(x)
     if quantized.stride() != dx.stride():  # never the case for what gather returned
         quantized = torch.empty_like(dx).copy_(quantized)
@@ -185,9 +204,11 @@ def quantize_backward(
         tile = tile_for(dim)
         with on_device(x):
             backward_kernel[(triton.cdiv(n, tile.rows),)](
-                x, quantized, codes.contiguous(), dquantized, derror.contiguous(), dx,
-                x.shape[1], *x.stride(), *dquantized.stride(), *dx.stride(), n, dim,
-                ROTATION=rotation, BLOCK_N=tile.rows, BLOCK_D=tile.dims, num_warps=tile.num_warps,
+                x, quantized, codes.contiguous(), gradient, error, codes if mask is None else mask.contiguous(), dx,
+                x.shape[1], *x.stride(), *gradient.stride(), *dx.stride(), n, dim,
+                ROTATION=rotation and dquantized is not None, HAS_GRADIENT=dquantized is not None,
+                HAS_ERROR=derror is not None, HAS_MASK=mask is not None,
+                BLOCK_N=tile.rows, BLOCK_D=tile.dims, num_warps=tile.num_warps,
             )  # fmt: skip
     return dx.to(dtype)
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from .._dtypes import HALF
 from ..ops._library import check_choice
+from ..ops.ema import SMOOTHINGS
 from ..ops.nearest import METRICS, PRECISIONS
-from .distributed import all_reduce_packed, rank_and_world
+from .distributed import all_reduce_packed, finish_all_reduce, rank_and_world
 from .kmeans import ITERATIONS, initialize_, kmeans_
 from .normalize import l2_normalize
 from .statistics import (
@@ -36,6 +37,7 @@ from .statistics import (
 )
 
 UPDATES = ("ema", "gradient")
+DEAD_CODE_UNITS = ("tokens", "mean")
 _PENDING = ("pending_counts", "pending_sums", "pending_revive")
 _GRACE = 2.0  # a revived code starts at this many thresholds: 69 steps without a token at ema_decay=0.99
 
@@ -52,11 +54,15 @@ class CodebookOptions:
     kmeans_init: bool = False
     usage_window: int = 100
     precision: str = "exact"
+    smoothing: str = "sum_preserving"
+    dead_code_unit: str = "tokens"
 
     def __post_init__(self) -> None:
         check_choice("metric", self.metric, METRICS)
         check_choice("update", self.update, UPDATES)
         check_choice("precision", self.precision, PRECISIONS)
+        check_choice("smoothing", self.smoothing, SMOOTHINGS)
+        check_choice("dead_code_unit", self.dead_code_unit, DEAD_CODE_UNITS)
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: expected in [0, 1), got {self.ema_decay}")
         if not self.eps > 0:
@@ -66,11 +72,19 @@ class CodebookOptions:
         if self.dead_code_threshold > 0 and self.update == "gradient":
             got = f"{self.dead_code_threshold} with update='gradient'"
             raise ValueError(f"dead_code_threshold: expected 0 unless update='ema' (revival needs EMA), got {got}")
+        if self.relative and self.dead_code_threshold >= 1:
+            got = f"{self.dead_code_threshold} with dead_code_unit='mean' (half of all codes may be below the mean)"
+            raise ValueError(f"dead_code_threshold: expected in [0, 1), got {got}")
         check_positive("usage_window", self.usage_window)
 
     @property
+    def relative(self) -> bool:
+        """Whether the threshold and what follows from it are in mean cluster sizes."""
+        return self.dead_code_unit == "mean"
+
+    @property
     def revived_size(self) -> float:
-        """Cluster size that a revived code starts with."""
+        """Cluster size that a revived code starts with, in ``dead_code_unit``."""
         return _GRACE * self.dead_code_threshold if self.dead_code_threshold else 1.0
 
 
@@ -95,6 +109,7 @@ class Codebook(nn.Module):
     pending_revive: Tensor  # bool [K] codes whose pending sum is one token to restart from
     window_counts: Tensor  # [K] exponentially windowed counts
     last_used: Tensor  # int64 [K] step of the last token
+    owner: Tensor  # int64 [] never written, not in the state_dict: its memory names the sums that are on their way
     step: Tensor  # int64 [] training forwards so far
     seed: Tensor  # int64 [] of the draws for revival and k-means
     initialized: Tensor  # bool [] whether k-means has run
@@ -134,10 +149,11 @@ class Codebook(nn.Module):
         self.register_buffer("pending_sums", torch.zeros_like(rows), persistent=False)
         revive = torch.zeros(self.codebook_size, dtype=torch.bool)
         self.register_buffer("pending_revive", revive, persistent=False)
+        self.register_buffer("owner", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def _first_size(self) -> float:
         """No code is dead before it had a chance."""
-        return max(1.0, self.options.revived_size)
+        return 1.0 if self.options.relative else max(1.0, self.options.revived_size)
 
     def _rows(self) -> Tensor:  # [K, D]
         """The codes as they are searched and returned."""
@@ -165,8 +181,8 @@ class Codebook(nn.Module):
             observe_(tokens, codes, *usage, window)
             return
         pending = (self.pending_counts, self.pending_sums, self.pending_revive)
-        threshold = float(self.options.dead_code_threshold)
-        collect_(tokens, codes, self.cluster_size, self.seed, *pending, *usage, threshold, window)
+        threshold, relative = float(self.options.dead_code_threshold), self.options.relative
+        collect_(tokens, codes, self.cluster_size, self.seed, self.owner, *pending, *usage, threshold, relative, window)
 
     def _health(self, tokens: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:  # usage [], perplexity []
         """Over the window in training, of this batch alone in eval."""
@@ -177,15 +193,18 @@ class Codebook(nn.Module):
         return usage_and_perplexity(counts > 0, counts)
 
     def _own_tensors(self) -> list[Tensor]:
-        return [tensor for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None]
+        """What rank 0 shares at the start."""
+        named = {**self._parameters, **self._buffers}
+        return [tensor for name, tensor in named.items() if tensor is not None and name != "owner"]
 
-    def _ema_state(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _ema_state(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         pending = self.pending_counts, self.pending_sums, self.pending_revive
-        return self.codebook, self.cluster_size, self.embed_sum, *pending
+        return self.codebook, self.cluster_size, self.embed_sum, *pending, self.owner
 
-    def _update_arguments(self) -> tuple[float, float, float, bool]:
+    def _update_arguments(self) -> tuple[float, float, float, bool, bool, bool]:
         options = self.options
-        return float(options.ema_decay), float(options.eps), options.revived_size, options.metric == "cosine"
+        numbers = float(options.ema_decay), float(options.eps), options.revived_size
+        return *numbers, options.relative, options.metric == "cosine", options.smoothing == "plain"
 
     @torch.no_grad()
     def update_codebook(self) -> None:
@@ -233,10 +252,10 @@ class Codebook(nn.Module):
         Args:
             batches: one tensor, or an iterable of them, as the module's forward takes them. Their tokens are held
                 in memory at once: N * codebook_dim numbers.
-            iterations: Lloyd steps, >= 0 (0: random tokens).
+            iterations: Lloyd steps, >= 0 (0: k-means++ alone).
 
-        Starts from random tokens, none drawn twice; a code left without tokens restarts at a random one. The same
-        module and batches give the same codebook. Over several ranks every rank must call it, with its own batches
+        It is ``vqkernels.kmeans`` with the module's own seed: k-means++, then Lloyd's algorithm. The same module and
+        batches give the same codebook. Over several ranks every rank must call it, with its own batches
         (a rank may have none), and all get the same codebook. Tokens with NaN or Inf are left out.
 
         Raises:
@@ -262,7 +281,13 @@ class Codebook(nn.Module):
         """Waits for the device, as saving does anyway."""
         return not self.pending_counts.is_meta and bool(self.pending_counts.any())
 
+    def _land(self) -> None:
+        """Wait for sums that are still on their way from other ranks."""
+        if self.options.update == "ema" and not self.owner.is_meta:
+            finish_all_reduce(self.owner, self.pending_sums)
+
     def _drop_pending(self) -> None:
+        self._land()
         for name in _PENDING:
             getattr(self, name).zero_()
 
@@ -278,8 +303,14 @@ class Codebook(nn.Module):
         if self.options.update == "ema":
             self._drop_pending()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles."""
+        self._land()
+        return self.__dict__.copy()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
         """Moves and casts as asked, except that half precision is no place for a codebook."""
+        self._land()
         own = {**self._buffers, **{k: v.data for k, v in self._parameters.items() if v is not None}}
         super()._apply(fn, recurse)
         for name, old in own.items():

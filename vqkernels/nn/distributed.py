@@ -1,12 +1,19 @@
-"""Sums over ranks. The process group is looked up at every call, so that it may be created after the module."""
+"""Sums over ranks. The process group is looked up at every call, so that it may be created after the module.
+
+What nobody needs before the next step travels in the background: ``start_all_reduce`` now, ``finish_all_reduce`` where
+the sum is used. In between it belongs to an *owner*, a tensor that nobody writes or replaces, so that torch.compile
+makes no copy of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -29,6 +36,44 @@ def all_reduce_packed(
     dist.all_reduce(packed)
     pieces = packed.split([part.numel() for part in parts])
     return tuple(piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class _Flight:
+    """One sum on its way."""
+
+    owner: StorageWeakRef  # its address may belong to somebody else once this has expired
+    work: dist.Work
+    part: Tensor  # any shape; the sum, after work.wait()
+
+
+_FLIGHTS: dict[int, _Flight] = {}  # by the owner's address
+
+
+def start_all_reduce(
+    owner: Tensor,
+    part: Tensor,  # any shape; not to be touched again
+) -> None:
+    """Begin to sum ``part`` over all ranks; ``finish_all_reduce`` must come before the owner's next start.
+
+    All ranks must call it, in the same order as their other collectives.
+    """
+    for address in [key for key, flight in _FLIGHTS.items() if flight.owner.expired()]:
+        del _FLIGHTS[address]  # of a module that is gone
+    work = dist.all_reduce(part, async_op=True)
+    assert work is not None
+    _FLIGHTS[owner.data_ptr()] = _Flight(StorageWeakRef(owner.untyped_storage()), work, part)
+
+
+def finish_all_reduce(
+    owner: Tensor,
+    into: Tensor,  # the part's shape; written
+) -> None:
+    """Add what is on its way for ``owner``, if anything, to ``into``. Local: it waits for no rank but the slowest."""
+    flight = _FLIGHTS.pop(owner.data_ptr(), None) if _FLIGHTS else None
+    if flight is not None and not flight.owner.expired():
+        flight.work.wait()  # on CUDA the stream waits, not the host
+        into += flight.part
 
 
 def broadcast_from_first(

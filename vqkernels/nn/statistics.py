@@ -9,9 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import codebook_stats, ema_update_
-from ..ops._library import define
-from .distributed import all_reduce_packed, broadcast_from_first
+from .._dtypes import accumulation_dtype
+from ..ops._library import define, run
+from ..ops.codebook_stats import add_statistics_
+from .distributed import (
+    all_reduce_packed,
+    broadcast_from_first,
+    finish_all_reduce,
+    rank_and_world,
+    start_all_reduce,
+)
 from .sampling import sample_tokens
 
 NEVER = -(2**40)  # last_used of a code that was never used
@@ -27,8 +34,10 @@ def count_codes(
     codes: Tensor,  # [B, T]
     codebook_size: int,
 ) -> Tensor:  # [K]
-    """Tokens per code, over the first channel alone: the sums are not wanted."""
-    return codebook_stats(tokens[..., :1], codes, codebook_size)[0]
+    """Tokens per code."""
+    counts = tokens.new_zeros(codebook_size, dtype=accumulation_dtype(tokens.dtype))
+    add_statistics_(tokens, codes, counts, None)
+    return counts
 
 
 def usage_and_perplexity(
@@ -47,26 +56,30 @@ def apply_pending(
     pending_counts: Tensor,  # [K]
     pending_sums: Tensor,  # [K, D]
     pending_revive: Tensor,  # bool [K]
+    owner: Tensor,  # int64 [], of sums that are still on their way
     decay: float,
     eps: float,
     revived_size: float,
+    relative: bool,
     normalize: bool,
+    plain: bool,
 ) -> None:
-    """One EMA step with the pending statistics, which are then empty; nothing happens where they already are."""
-    ema_update_(
-        codebook,
-        cluster_size,
-        embed_sum,
-        pending_counts,
-        pending_sums,
-        revive=pending_revive,
-        decay=decay,
-        eps=eps,
-        revived_size=revived_size,
-        normalize=normalize,
-    )
-    for pending in (pending_counts, pending_sums, pending_revive):
-        pending.zero_()
+    """One EMA step with the pending statistics, which are then empty; nothing happens where they already are.
+
+    With ``relative`` a revived code gets ``revived_size`` times the mean cluster size before the step.
+    """
+    finish_all_reduce(owner, pending_sums)
+    pending = (pending_counts, pending_sums, pending_revive)
+    options = (decay, eps, revived_size, normalize, plain)
+    if not relative:
+        run("ema_update_", codebook, cluster_size, embed_sum, *pending, *options, True)
+        return
+    size = revived_size * cluster_size.mean()
+    run("ema_update_", codebook, cluster_size, embed_sum, *pending, *options, False)
+    cluster_size.copy_(torch.where(pending_revive, size, cluster_size))
+    embed_sum.copy_(torch.where(pending_revive[:, None], codebook * size, embed_sum))
+    for each in pending:
+        each.zero_()
 
 
 @torch.no_grad()
@@ -81,6 +94,7 @@ def _collect(
     codes: Tensor,  # [B, T]
     cluster_size: Tensor,  # [K]
     seed: Tensor,  # int64 []
+    owner: Tensor,  # int64 [], of the sums on their way
     pending_counts: Tensor,  # [K]
     pending_sums: Tensor,  # [K, D]
     pending_revive: Tensor,  # bool [K]
@@ -88,24 +102,45 @@ def _collect(
     last_used: Tensor,  # int64 [K]
     step: Tensor,  # int64 []
     dead_code_threshold: float,
+    relative: bool,
     usage_window: int,
 ) -> None:
+    """Counts travel first, this forward's usage needs them; the sums [K, D] follow while the decoder runs."""
     if recomputing():
         return
-    counts, sums = codebook_stats(tokens, codes, cluster_size.shape[0])
+    alone = rank_and_world()[1] == 1
+    if alone and dead_code_threshold == 0:
+        observed = torch.zeros_like(pending_counts)
+        run("add_statistics_", tokens, codes, observed, pending_sums)
+        pending_counts += observed
+        _remember(observed, window_counts, last_used, step, usage_window)
+        return
+    counts, slots = run("codebook_stats", tokens, codes, cluster_size.shape[0])
     if dead_code_threshold == 0:
-        counts, sums = all_reduce_packed(counts, sums)
-        observed = counts
+        (observed,) = (counts,) = all_reduce_packed(counts)
     else:
-        dead = cluster_size < dead_code_threshold  # before this step: the same on every rank
+        dead = dead_codes(cluster_size, dead_code_threshold, relative)  # before this step: the same on every rank
         hits, rows = sample_tokens(tokens, codes >= 0, dead & ~pending_revive, seed, step)
-        slots = torch.where(dead[:, None], rows, sums)  # a dead code's tokens make way for its sample
-        observed, hits, sums = all_reduce_packed(counts, hits, slots)
+        slots = torch.where(dead[:, None], rows, slots)  # a dead code's tokens make way for its sample
+        observed, hits = all_reduce_packed(counts, hits)
         counts = torch.where(dead, hits, observed)
         pending_revive |= hits > 0
     pending_counts += counts
-    pending_sums += sums
+    if alone:
+        pending_sums += slots
+    else:
+        finish_all_reduce(owner, pending_sums)  # of the last micro-batch, where the update is deferred
+        start_all_reduce(owner, slots)
     _remember(observed, window_counts, last_used, step, usage_window)
+
+
+def dead_codes(
+    cluster_size: Tensor,  # [K]
+    threshold: float,
+    relative: bool,
+) -> Tensor:  # bool [K]
+    """Codes with fewer decayed tokens per step than ``threshold``, or than that many times the mean of all codes."""
+    return cluster_size < (threshold * cluster_size.mean() if relative else threshold)
 
 
 @torch.no_grad()
@@ -143,14 +178,14 @@ def _remember(
 
 apply_pending_ = define(
     "codebook_apply_(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor(d!) pending_counts,"
-    " Tensor(e!) pending_sums, Tensor(f!) pending_revive, float decay, float eps, float revived_size, bool normalize)"
-    " -> ()",
+    " Tensor(e!) pending_sums, Tensor(f!) pending_revive, Tensor owner, float decay, float eps, float revived_size,"
+    " bool relative, bool normalize, bool plain) -> ()",
     _apply,
 )
 collect_ = define(
-    "codebook_collect_(Tensor tokens, Tensor codes, Tensor cluster_size, Tensor seed, Tensor(a!) pending_counts,"
-    " Tensor(b!) pending_sums, Tensor(c!) pending_revive, Tensor(d!) window_counts, Tensor(e!) last_used,"
-    " Tensor(f!) step, float dead_code_threshold, int usage_window) -> ()",
+    "codebook_collect_(Tensor tokens, Tensor codes, Tensor cluster_size, Tensor seed, Tensor owner,"
+    " Tensor(a!) pending_counts, Tensor(b!) pending_sums, Tensor(c!) pending_revive, Tensor(d!) window_counts,"
+    " Tensor(e!) last_used, Tensor(f!) step, float dead_code_threshold, bool relative, int usage_window) -> ()",
     _collect,
 )
 observe_ = define(

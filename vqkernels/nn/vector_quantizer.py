@@ -41,10 +41,13 @@ class VectorQuantizer(Codebook):
         dead_code_threshold: a code whose ``cluster_size`` (decayed tokens per step, of all ranks together) falls
             below this restarts at a token of the batch. 0: never. Keep it well under N / K, the tokens per code
             and step, or healthy codes restart too. update="ema" only.
+        dead_code_unit: of the threshold: "tokens", or "mean", the mean ``cluster_size`` of all codes, N / K once the
+            EMA has settled (N: tokens of a step over all ranks). In (0, 1) then; it starts at a mean of 1 token.
         kmeans_init: k-means on the first training batch (never in eval: until then codes are the random start).
             ``init_codebook`` is the explicit way, over as many batches as you like.
         usage_window: training forwards that ``usage`` and ``perplexity`` look back on.
         precision: "exact" or "fast" search, see ``vqkernels.nearest``.
+        smoothing: Laplace smoothing of the cluster sizes, "sum_preserving" or "plain" (see ``vqkernels.ema_update_``).
 
     **When the EMA codebook changes.** A training forward only collects statistics. They take effect at the start of
     the next training forward, on ``.eval()``, on ``state_dict()`` or by ``update_codebook()``. So the codes of a
@@ -52,11 +55,13 @@ class VectorQuantizer(Codebook):
     runs the forward again, finds the same codes; that second run changes no state. For gradient accumulation see
     ``defer_codebook_update``; use it too where several forwards precede one backward.
 
-    **Several processes.** Every training forward of every rank takes part in one all_reduce of counts and sums, also
-    with no token or all of them masked; eval is local. The first one also takes rank 0's codebook, so that ranks may
-    start from different seeds. From then on all ranks hold the same bits, and it makes no difference whether
-    DistributedDataParallel broadcasts rank 0's buffers before every forward, which for a codebook that each rank
-    updates alone loses the other ranks' tokens. ``state_dict()`` may be taken on one rank only.
+    **Several processes.** Every training forward of every rank takes part in one all_reduce of the counts [K], which
+    ``usage`` and ``perplexity`` need at once, and one of the sums [K, D], which runs behind the decoder's forward and
+    is waited for where it is applied; also with no token or all of them masked; eval is local. The first one also
+    takes rank 0's codebook, so that ranks may start from different seeds. From then on all ranks hold the same bits,
+    and it makes no difference whether DistributedDataParallel broadcasts rank 0's buffers before every forward, which
+    for a codebook that each rank updates alone loses the other ranks' tokens. ``state_dict()`` may be taken on one
+    rank only.
 
     **Precision.** The codebook and its statistics stay float32 (float64 after ``.double()``), whatever autocast or
     ``.half()`` says; x may be float16 or bfloat16, and ``quantized`` then is too.
@@ -83,11 +88,12 @@ class VectorQuantizer(Codebook):
         kmeans_init: bool = False,
         usage_window: int = 100,
         precision: str = "exact",
+        smoothing: str = "sum_preserving",
+        dead_code_unit: str = "tokens",
     ) -> None:
         check_positive("dim", dim)
-        options = CodebookOptions(
-            metric, update, ema_decay, eps, dead_code_threshold, kmeans_init, usage_window, precision
-        )
+        learning = (metric, update, ema_decay, eps, dead_code_threshold, kmeans_init)
+        options = CodebookOptions(*learning, usage_window, precision, smoothing, dead_code_unit)
         super().__init__(codebook_size, dim if codebook_dim is None else codebook_dim, options)
         check_choice("channels", channels, CHANNELS)
         check_choice("gradient", gradient, GRADIENTS)

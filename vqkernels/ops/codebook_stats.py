@@ -5,6 +5,8 @@ counts_k = #{n : codes_n = k}      sums_k = sum of x_n over those n, always adde
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,6 @@ from ._library import as_tokens, define, run
 
 
 def _run(x: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
-    if not codes.is_cuda and codes.numel() and (highest := int(codes.max())) >= codebook_size:
-        raise ValueError(f"codes: expected below codebook_size {codebook_size}, got {highest}")
     return run("codebook_stats", x, codes, codebook_size)
 
 
@@ -24,6 +24,12 @@ def _fake(x: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]
 
 
 _codebook_stats = define("codebook_stats(Tensor x, Tensor codes, int codebook_size) -> (Tensor, Tensor)", _run, _fake)
+
+
+add_statistics_ = define(  # for the modules, which collect them in buffers
+    "add_statistics_(Tensor x, Tensor codes, Tensor(a!) counts, Tensor(b!)? sums) -> ()",
+    partial(run, "add_statistics_"),
+)
 
 
 def codebook_stats(

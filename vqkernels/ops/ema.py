@@ -2,6 +2,7 @@
 
     N_k <- d N_k + (1 - d) counts_k        M_k <- d M_k + (1 - d) sums_k
     c_k <- M_k / ((N_k + eps) / (n + K eps) n),  n = sum_k N_k        (van den Oord et al. 2017, appendix A.1)
+           M_k / (N_k + eps)  with smoothing="plain", which moves no code by what others do
 
 A revived code restarts at the token in its slot of ``sums`` and is left out of the same step's average.
 """
@@ -13,11 +14,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ._library import define, run
+from ._library import check_choice, define, run
+
+SMOOTHINGS = ("sum_preserving", "plain")
 
 _ema_update = define(
     "ema_update_(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor counts, Tensor sums,"
-    " Tensor revive, float decay, float eps, float revived_size, bool normalize) -> ()",
+    " Tensor revive, float decay, float eps, float revived_size, bool normalize, bool plain=False) -> ()",
     partial(run, "ema_update_"),
 )
 
@@ -34,6 +37,7 @@ def ema_update_(
     revive: Tensor | None = None,  # bool [K]
     revived_size: float = 1.0,
     normalize: bool = False,
+    smoothing: str = "sum_preserving",
 ) -> None:
     """Update ``codebook``, ``cluster_size`` and ``embed_sum`` in place, without waiting for the device.
 
@@ -46,6 +50,7 @@ def ema_update_(
             ``revived_size``, and counts_k is left out.
         revived_size: cluster size given to a revived code, > 0.
         normalize: keep codebook rows at length 1 (cosine codebooks).
+        smoothing: "sum_preserving", where the smoothed sizes add up to n like the sizes; or "plain".
 
     Where no token was counted the codes that are not revived stay bit for bit as they are.
 
@@ -53,6 +58,7 @@ def ema_update_(
         TypeError, ValueError: a bad argument, named.
     """
     _check(codebook, cluster_size, embed_sum, counts, sums)
+    check_choice("smoothing", smoothing, SMOOTHINGS)
     if not 0 <= decay <= 1:
         raise ValueError(f"decay: expected in [0, 1], got {decay}")
     if eps <= 0 or revived_size <= 0:
@@ -61,7 +67,8 @@ def ema_update_(
         revive = torch.zeros_like(counts, dtype=torch.bool)
     elif revive.dtype != torch.bool or revive.shape != counts.shape:
         raise ValueError(f"revive: expected bool {list(counts.shape)}, got {revive.dtype} {list(revive.shape)}")
-    _ema_update(codebook, cluster_size, embed_sum, counts, sums, revive, decay, eps, revived_size, normalize)
+    plain = smoothing == "plain"
+    _ema_update(codebook, cluster_size, embed_sum, counts, sums, revive, decay, eps, revived_size, normalize, plain)
 
 
 def _check(codebook: Tensor, cluster_size: Tensor, embed_sum: Tensor, counts: Tensor, sums: Tensor) -> None:

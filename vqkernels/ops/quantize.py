@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from .._dtypes import accumulation_dtype
 from ._library import as_tokens, check_choice, check_mask, check_tokens, define, promoted, run
-from .codebook_stats import codebook_stats
 from .nearest import METRICS, PRECISIONS
 
 GRADIENTS = ("straight_through", "rotation")
@@ -39,14 +38,7 @@ def _run(
     metric: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # quantized [B, T, D], codes [B, T], error [B, T]
-    codes, _ = run("nearest", x, codebook, metric, precision)
-    if mask is None:
-        quantized, error = run("gather", x, codebook, codes)
-        return quantized, codes, error
-    out = ~mask
-    codes.masked_fill_(out, -1)
-    quantized, error = run("gather", x, codebook, codes)
-    return quantized.masked_fill_(out[..., None], 0), codes, error.masked_fill_(out, 0)
+    return run("quantize", x, codebook, mask, metric, precision)
 
 
 def _fake(
@@ -71,24 +63,45 @@ def _run_backward(
     x: Tensor,  # [B, T, D]
     quantized: Tensor,  # [B, T, D]
     codes: Tensor,  # [B, T]
-    dquantized: Tensor,  # [B, T, D]
-    derror: Tensor,  # [B, T]
+    dquantized: Tensor | None,  # [B, T, D]
+    derror: Tensor | None,  # [B, T]
     rotation: bool,
+    mask: Tensor | None = None,  # bool [B, T]
 ) -> Tensor:  # dx [B, T, D]
-    return run("quantize_backward", x, quantized, codes, dquantized, derror, rotation)
+    return run("quantize_backward", x, quantized, codes, dquantized, derror, rotation, mask)
 
 
-def _fake_backward(
-    x: Tensor, quantized: Tensor, codes: Tensor, dquantized: Tensor, derror: Tensor, rotation: bool
-) -> Tensor:
+def _fake_backward(x: Tensor, *_rest: object) -> Tensor:
     return torch.empty_like(x)
 
 
 _quantize_backward = define(
-    "quantize_backward(Tensor x, Tensor quantized, Tensor codes, Tensor dquantized, Tensor derror, bool rotation)"
-    " -> Tensor",
+    "quantize_backward(Tensor x, Tensor quantized, Tensor codes, Tensor? dquantized, Tensor? derror, bool rotation,"
+    " Tensor? mask=None) -> Tensor",
     _run_backward,
     _fake_backward,
+)
+
+
+def _run_codebook_gradient(
+    x: Tensor,  # [B, T, D]
+    quantized: Tensor,  # [B, T, D]
+    codes: Tensor,  # [B, T]
+    derror: Tensor,  # [B, T]
+    codebook_size: int,
+) -> Tensor:  # [K, D]
+    """-sum over a code's tokens of 2 derror (x - q), in token order."""
+    return run("codebook_gradient", x, quantized, codes, derror, codebook_size)
+
+
+def _fake_codebook_gradient(x: Tensor, quantized: Tensor, codes: Tensor, derror: Tensor, codebook_size: int) -> Tensor:
+    return x.new_empty((codebook_size, x.shape[-1]))
+
+
+_codebook_gradient = define(
+    "codebook_gradient(Tensor x, Tensor quantized, Tensor codes, Tensor derror, int codebook_size) -> Tensor",
+    _run_codebook_gradient,
+    _fake_codebook_gradient,
 )
 
 
@@ -104,13 +117,14 @@ class _Quantize(torch.autograd.Function):
         metric: str,
         precision: str,
         rotation: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         quantized, codes, error = _quantize(x, codebook, mask, metric, precision)
         ctx.save_for_backward(x, quantized, codes, mask)
         ctx.rotation, ctx.codebook_size = rotation, codebook.shape[0]
         ctx.mark_non_differentiable(codes)
         ctx.set_materialize_grads(False)
-        return quantized, codes, error, error.clone()
+        # the same numbers with another gradient: of use where the codebook is trained by it
+        return quantized, codes, error, error.clone() if ctx.needs_input_grad[1] else None
 
     @staticmethod
     @once_differentiable
@@ -124,27 +138,11 @@ class _Quantize(torch.autograd.Function):
         x, quantized, codes, mask = ctx.saved_tensors
         dx = dcodebook = None
         if ctx.needs_input_grad[0] and not (dquantized is None and dcommitment is None):
-            dquantized = torch.zeros_like(x) if dquantized is None else dquantized
-            derror = x.new_zeros(codes.shape, dtype=accumulation_dtype(x.dtype)) if dcommitment is None else dcommitment
-            dx = _quantize_backward(x, quantized, codes, dquantized.to(x.dtype), derror, ctx.rotation)
-            if mask is not None:
-                dx = dx.masked_fill(~mask[..., None], 0)
+            through = None if dquantized is None else dquantized.to(x.dtype)
+            dx = _quantize_backward(x, quantized, codes, through, dcommitment, ctx.rotation, mask)
         if ctx.needs_input_grad[1] and dcodebook_error is not None:
             dcodebook = _codebook_gradient(x, quantized, codes, dcodebook_error, ctx.codebook_size)
         return dx, dcodebook, None, None, None, None
-
-
-def _codebook_gradient(
-    x: Tensor,  # [B, T, D]
-    quantized: Tensor,  # [B, T, D]
-    codes: Tensor,  # [B, T]
-    derror: Tensor,  # [B, T]
-    codebook_size: int,
-) -> Tensor:  # [K, D]
-    """-sum over a code's tokens of 2 derror (x - q), in token order."""
-    wide = accumulation_dtype(x.dtype)
-    pull = (quantized.to(wide) - x.to(wide)) * (2 * derror[..., None])
-    return codebook_stats(pull, codes, codebook_size)[1].to(x.dtype)
 
 
 def quantize(
@@ -184,4 +182,5 @@ def quantize(
     out = _Quantize.apply(tokens, codebook, mask, metric, precision, gradient == "rotation")
     shape = x.shape[:-1]
     quantized = out[0].to(x.dtype).view(x.shape) if x.dim() <= 3 else out[0].to(x.dtype).unflatten(1, x.shape[1:-1])
-    return Quantized(quantized, *(value.view(shape) for value in out[1:]))
+    codes, error = out[1].view(shape), out[2].view(shape)
+    return Quantized(quantized, codes, error, error.detach() if out[3] is None else out[3].view(shape))

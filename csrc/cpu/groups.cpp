@@ -1,0 +1,94 @@
+// Sorting tokens by code, in time O(N + K) where codes are few and O(N) where they are many.
+#include "groups.h"
+
+namespace vqkernels {
+namespace cpu {
+namespace {
+
+constexpr int64_t MOST_CODES_PER_TOKEN = 4;  // beyond it, tables of K numbers cost more than sorting N pairs
+
+int64_t count_valid(const int64_t* codes, int64_t count, int64_t codebook_size) {
+  int64_t valid = 0, largest = -1;
+  for (int64_t n = 0; n < count; ++n) {
+    valid += codes[n] >= 0;
+    largest = codes[n] > largest ? codes[n] : largest;
+  }
+  check(largest < codebook_size, "codes: expected values below codebook_size = ", codebook_size, ", got ",
+        largest);
+  return valid;
+}
+
+void group_by_counting(const int64_t* codes, int64_t count, int64_t codebook_size, Groups& groups) {
+  std::vector<int64_t> next(codebook_size, 0);
+  for (int64_t n = 0; n < count; ++n) {
+    if (codes[n] >= 0) ++next[codes[n]];
+  }
+  int64_t start = 0;
+  for (int64_t k = 0; k < codebook_size; ++k) {
+    const int64_t tokens = next[k];
+    if (tokens > 0) {
+      groups.code.push_back(k);
+      groups.start.push_back(start);
+    }
+    next[k] = start;
+    start += tokens;
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    if (codes[n] >= 0) groups.order[next[codes[n]]++] = n;
+  }
+}
+
+struct Entry {
+  int64_t code;
+  int64_t token;
+};
+
+// Digit by digit from the lowest; equal codes keep their order.
+void group_by_digits(const int64_t* codes, int64_t count, int64_t codebook_size, int64_t valid,
+                     Groups& groups) {
+  constexpr int BITS = 11;
+  constexpr int64_t DIGITS = int64_t(1) << BITS;
+  Buffer<Entry> entries(valid), other(valid);
+  for (int64_t n = 0, i = 0; n < count; ++n) {
+    if (codes[n] >= 0) entries[i++] = {codes[n], n};
+  }
+  for (int shift = 0; (codebook_size - 1) >> shift > 0; shift += BITS) {
+    int64_t next[DIGITS + 1] = {};
+    for (int64_t i = 0; i < valid; ++i) ++next[1 + ((entries[i].code >> shift) & (DIGITS - 1))];
+    for (int64_t digit = 0; digit < DIGITS; ++digit) next[digit + 1] += next[digit];
+    for (int64_t i = 0; i < valid; ++i) other[next[(entries[i].code >> shift) & (DIGITS - 1)]++] = entries[i];
+    std::swap(entries, other);
+  }
+  for (int64_t i = 0; i < valid; ++i) {
+    groups.order[i] = entries[i].token;
+    if (i > 0 && entries[i].code == entries[i - 1].code) continue;
+    groups.code.push_back(entries[i].code);
+    groups.start.push_back(i);
+  }
+}
+
+}  // namespace
+
+Groups group_by_code(const int64_t* codes, int64_t count, int64_t codebook_size) {
+  const int64_t valid = count_valid(codes, count, codebook_size);
+  Groups groups{{}, {}, Buffer<int64_t>(valid)};
+  if (codebook_size <= MOST_CODES_PER_TOKEN * count) {
+    group_by_counting(codes, count, codebook_size, groups);
+  } else {
+    group_by_digits(codes, count, codebook_size, valid, groups);
+  }
+  groups.start.push_back(valid);
+  return groups;
+}
+
+Buffer<int64_t> group_of_tokens(const Groups& groups, int64_t count) {
+  Buffer<int64_t> group(count);
+  for (int64_t n = 0; n < count; ++n) group[n] = -1;
+  for (int64_t g = 0; g < groups.used(); ++g) {
+    for (int64_t i = groups.start[g]; i < groups.start[g + 1]; ++i) group[groups.order[i]] = g;
+  }
+  return group;
+}
+
+}  // namespace cpu
+}  // namespace vqkernels

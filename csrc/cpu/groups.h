@@ -1,0 +1,30 @@
+// Tokens sorted by code, in their order within a code: what every sum over the tokens of a code walks along,
+// so that neither thread count nor run shows in any bit.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "../checks.h"
+#include "parallel.h"
+
+namespace vqkernels {
+namespace cpu {
+
+struct Groups {
+  std::vector<int64_t> code;   // [used] ascending
+  std::vector<int64_t> start;  // [used + 1] of each code's tokens in `order`
+  Buffer<int64_t> order;       // [tokens with a code]
+
+  int64_t used() const { return static_cast<int64_t>(code.size()); }
+};
+
+// Throws where a code is not below codebook_size; tokens with a negative one are left out.
+Groups group_by_code(const int64_t* codes,  // [count]
+                     int64_t count, int64_t codebook_size);
+
+// The group of every token, -1 for those without a code.
+Buffer<int64_t> group_of_tokens(const Groups& groups, int64_t count);  // -> [count]
+
+}  // namespace cpu
+}  // namespace vqkernels

@@ -1,0 +1,464 @@
+"""Soft assignment, entropy loss, cross-entropy, sampling, index propagation: their formulas, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantizers import randn
+from softmax_formulas import clamped_entropy, entropy, llamagen_loss, logits
+from torch import Tensor
+from torch.nn import functional as F
+
+import vqkernels as vq
+
+METRICS = ("euclidean", "cosine", "dot")
+N, K, D, T = 45, 37, 11, 0.7
+every_metric = pytest.mark.parametrize("metric", METRICS)
+
+
+def data(dtype: torch.dtype = torch.float32, device: str = "cpu", *, n: int = N, k: int = K, d: int = D):
+    x, codebook = randn(n, d, seed=1).to(device, dtype), randn(k, d, seed=2).to(device, dtype)
+    return x.requires_grad_(), codebook.requires_grad_()
+
+
+def wide(*tensors: Tensor) -> list[Tensor]:
+    """Leaves in float64 on the CPU with the same numbers."""
+    return [t.detach().cpu().double().requires_grad_() for t in tensors]
+
+
+def float32_error(x: Tensor, codebook: Tensor, metric: str, temperature: float) -> float:
+    """How far rounding can move a logit in float32, by the usual bound on a product of D terms (Higham 2002, 3.5)."""
+    lengths = 1.0 if metric == "cosine" else (x.norm(dim=1).max() * codebook.norm(dim=1).max()).item()
+    return 4 * (x.shape[1] + 6) * 2.0**-24 * lengths / temperature
+
+
+def assert_near(mine: Tensor, truth: Tensor, tolerance: float) -> None:
+    """By norm, relative to the truth's."""
+    assert mine.shape == truth.shape
+    assert (mine.detach().cpu().double() - truth).norm() <= tolerance * truth.norm()
+
+
+# ---- soft assignment ----
+
+
+@every_metric
+def test_values_and_gradients_are_the_formulas(backend, metric: str):
+    _, device = backend
+    x, codebook = data(device=device)
+    weight = torch.rand(N, generator=torch.Generator().manual_seed(3))
+    out = vq.soft_assignment(x, codebook, metric=metric, temperature=T, weight=weight.to(device))
+    x64, codebook64 = wide(x, codebook)
+    truth_logits = logits(x64, codebook64, metric, T)
+    p = truth_logits.softmax(1)
+    truth = truth_logits.logsumexp(1), entropy(p), weight.double() @ p
+    error = float32_error(x64, codebook64, metric, T)
+    for mine, true in zip(out, truth, strict=True):
+        assert mine.dtype == torch.float32
+        assert_near(mine, true, error)
+    weights = [randn(*value.shape, seed=4 + i) for i, value in enumerate(truth)]
+    for i in range(3):  # each output alone, so that none hides behind a larger one
+        mine = torch.autograd.grad((out[i] * weights[i].to(device)).sum(), (x, codebook), retain_graph=True)
+        true = torch.autograd.grad((truth[i] * weights[i].double()).sum(), (x64, codebook64), retain_graph=True)
+        for a, b in zip(mine, true, strict=True):
+            assert_near(a, b, 4 * error)
+
+
+@every_metric
+@pytest.mark.parametrize("name", ["reference", "compiled"])
+def test_gradients_by_finite_differences(name: str, metric: str):
+    if reason := _cannot(name, torch.float64):
+        pytest.skip(reason)
+    x, codebook = data(torch.float64, n=6, k=7, d=3)
+    weight = torch.rand(6, dtype=torch.float64)
+    codes = torch.tensor([0, -1, 6, 2, 2, 5])
+    options = {"metric": metric, "temperature": T}
+
+    def everything(x: Tensor, codebook: Tensor) -> tuple[Tensor, ...]:
+        return (
+            *vq.soft_assignment(x, codebook, weight=weight, **options),
+            *vq.entropy_loss(x, codebook, weight=weight, token_weight=0.3, batch_weight=0.6, **options),
+            vq.code_cross_entropy(x, codebook, codes, **options),
+        )
+
+    with vq.use_backend(name):
+        assert torch.autograd.gradcheck(everything, (x, codebook), fast_mode=True)
+
+
+def _cannot(name: str, dtype: torch.dtype) -> str | None:
+    """None where the backend runs all four kernels in ``dtype``."""
+    from vqkernels.backends import candidates
+
+    x, codebook = torch.zeros(1, 1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+    reasons = {c.backend: c.reason for c in candidates("softmax_forward", x, codebook, None, 1.0)}
+    return reasons[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(backend, dtype: torch.dtype):
+    name, device = backend
+    if name == "triton" and dtype == torch.float64 and (reason := _cannot(name, dtype)):
+        pytest.skip(reason)
+    x, codebook = data(dtype, device)
+    out = vq.entropy_loss(x, codebook, temperature=2.0)
+    assert out.loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    x64, codebook64 = wide(x, codebook)
+    p = logits(x64, codebook64, "euclidean", 2.0).softmax(1)
+    truth = entropy(p).mean() - entropy(p.mean(0))
+    assert_near(out.loss, truth, 1e-12 if dtype == torch.float64 else 1e-4)
+    out.loss.backward()
+    truth.backward()
+    tolerance = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps
+    for mine, true in ((x, x64), (codebook, codebook64)):
+        assert mine.grad.dtype == dtype
+        assert_near(mine.grad, true.grad, tolerance)
+
+
+def test_half_tokens_over_a_float32_codebook():
+    x, codebook = data()
+    half = x.detach().bfloat16()
+    mixed = vq.soft_assignment(half, codebook)
+    assert torch.equal(mixed.entropy, vq.soft_assignment(half.float(), codebook).entropy)
+
+
+def test_any_layout(backend):
+    """A channels-first map read in place gives what its copy gives, and its gradient has its strides."""
+    _, device = backend
+    image = randn(2, D, 4, 5).to(device)  # [B, D, H, W]
+    _, codebook = data(device=device)
+    grads, outs = [], []
+    for x in (image.permute(0, 2, 3, 1), image.permute(0, 2, 3, 1).contiguous()):
+        x = x.detach().requires_grad_()
+        out = vq.soft_assignment(x, codebook)
+        assert out.lse.shape == out.entropy.shape == (2, 4, 5)
+        (out.entropy.sum() + out.code_sums.square().sum()).backward()
+        outs.append(out)
+        grads.append(x.grad)
+    torch.testing.assert_close(grads[0], grads[1])
+    for a, b in zip(*outs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@every_metric
+def test_no_tokens_and_one_token(backend, metric: str):
+    _, device = backend
+    x, codebook = data(device=device)
+    out = vq.soft_assignment(x[:0], codebook, metric=metric)
+    assert out.lse.shape == (0,)
+    assert torch.equal(out.code_sums.cpu(), torch.zeros(K))
+    loss = vq.entropy_loss(x[:0], codebook, metric=metric)
+    assert loss.loss == loss.token_entropy == loss.batch_entropy == 0
+    loss.loss.backward()
+    one = vq.soft_assignment(x[0], codebook, metric=metric)
+    assert one.lse.shape == ()
+    torch.testing.assert_close(one.code_sums.sum().cpu(), torch.tensor(1.0))
+
+
+@every_metric
+def test_padding_may_hold_anything_and_bad_tokens_hurt_no_other(backend, metric: str):
+    _, device = backend
+    x, codebook = data(device=device)
+    keep = torch.ones(N, dtype=torch.bool)
+    keep[[0, 9, 44]] = False
+    spoiled = torch.where(keep[:, None].to(device), x.detach(), torch.nan).requires_grad_()
+    clean = x.detach()[keep.to(device)].requires_grad_()
+    for use in ("mask", "weight"):
+        weight = keep.to(device) if use == "mask" else keep.to(device).float()
+        masked = vq.entropy_loss(spoiled, codebook, metric=metric, temperature=T, weight=weight)
+        dx, dcodebook = torch.autograd.grad(masked.loss, (spoiled, codebook))
+        alone = vq.entropy_loss(clean, codebook, metric=metric, temperature=T)
+        true_dx, true_dcodebook = torch.autograd.grad(alone.loss, (clean, codebook))
+        error = float32_error(x, codebook, metric, T)
+        pairs = ((masked.loss, alone.loss), (dx[keep.to(device)], true_dx), (dcodebook, true_dcodebook))
+        for mine, true in pairs:
+            assert_near(mine, true.detach().cpu().double(), error)
+        assert (dx[~keep.to(device)] == 0).all()
+    bad = vq.soft_assignment(spoiled, codebook, metric=metric, temperature=T)  # not masked: NaN there, nowhere else
+    assert bad.lse.isnan().tolist() == bad.entropy.isnan().tolist() == (~keep).tolist()
+    torch.testing.assert_close(bad.code_sums, vq.soft_assignment(clean, codebook, metric=metric, temperature=T)[2])
+    loss = vq.entropy_loss(spoiled, codebook, metric=metric, temperature=T)
+    assert loss.token_entropy.isnan()
+    torch.testing.assert_close(loss.batch_entropy, alone.batch_entropy)
+
+
+def test_sharp_and_flat_extremes_stay_finite(backend):
+    """Probabilities that underflow, and codes that nobody comes near."""
+    _, device = backend
+    x, codebook = data(device=device)
+    for temperature in (1e-6, 1e6):
+        loss = vq.entropy_loss(x, codebook, temperature=temperature)
+        dx, dcodebook = torch.autograd.grad(loss.loss, (x, codebook))
+        assert dx.isfinite().all()
+        assert dcodebook.isfinite().all()
+    assert loss.token_entropy.item() == pytest.approx(torch.tensor(float(K)).log().item(), rel=1e-5)  # all alike
+
+
+def test_an_offset_does_not_cost_the_euclidean_entropy_its_digits(backend):
+    """-|x - c|^2 as 2 x c - |c|^2 at 1000 sigma: 1e-2 off in float32; around the mean code a hundredth of it."""
+    _, device = backend
+    x, codebook = (t.detach() + 1000 for t in data(device=device))
+    mine = vq.soft_assignment(x, codebook, temperature=T).entropy
+    x64, codebook64 = wide(x, codebook)
+    truth = entropy(logits(x64, codebook64, "euclidean", T).softmax(1))
+    lengths = (x64 - codebook64.mean(0)).norm(dim=1).max() * codebook64.norm(dim=1).max()
+    assert_near(mine, truth, 2 * (D + 6) * 2.0**-24 * lengths.item() / T)
+
+
+@pytest.mark.parametrize("size", [(700, 50, 6), (30, 3000, 5)])
+def test_bitwise_the_same_on_every_run_and_thread_count(backend, size: tuple[int, int, int]):
+    _, device = backend
+    x, codebook = data(device=device, n=size[0], k=size[1], d=size[2])
+    results = []
+    for threads in (1, 2, 2):
+        torch.set_num_threads(threads)
+        out = vq.soft_assignment(x, codebook, temperature=T)
+        loss = out.entropy.square().sum() + out.code_sums.square().sum() + out.lse.sum()
+        results.append([*out, *torch.autograd.grad(loss, (x, codebook))])
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+# ---- the field's entropy losses ----
+
+
+def test_llamagen(backend):
+    _, device = backend
+    x, codebook = (F.normalize(t.detach(), dim=1) for t in data(device=device))
+    mine = vq.entropy_loss(x, codebook, temperature=0.01, eps=1e-5)
+    x64, codebook64 = wide(x, codebook)
+    distance = (x64[:, None] - codebook64).square().sum(-1)
+    assert_near(mine.loss, llamagen_loss(-distance), float32_error(x64, codebook64, "dot", 0.005))
+
+
+def test_ibq(backend):
+    _, device = backend
+    x, codebook = data(device=device)
+    mine = vq.entropy_loss(x, codebook, metric="dot", temperature=0.3, eps=1e-5, token_weight=0.5, batch_weight=2.0)
+    x64, codebook64 = wide(x, codebook)
+    p = (x64 @ codebook64.T / 0.3).softmax(1)
+    mean = p.mean(0)
+    truth = 0.5 * entropy(p).mean() - 2.0 * -(mean * (mean + 1e-5).log()).sum()
+    assert_near(mine.loss, truth, float32_error(x64, codebook64, "dot", 0.3))
+
+
+def test_codebook_diversity_of_a_cosine_codebook(backend):
+    _, device = backend
+    x, codebook = data(device=device)
+    mine = vq.entropy_loss(x, codebook, metric="cosine", temperature=1 / 100, token_weight=0.0)
+    x64, codebook64 = wide(x, codebook)
+    p = (F.normalize(x64, dim=1) @ F.normalize(codebook64, dim=1).T * 100).softmax(1)
+    least = p.mean(0).min().item()
+    assert least > 0
+    truth = -clamped_entropy(p.mean(0), min(least, 1e-5))  # theirs where no code's probability is below its clamp
+    assert_near(mine.loss, truth, float32_error(x64, codebook64, "cosine", 0.01))
+
+
+def test_without_batch_weight_there_is_no_batch_entropy():
+    x, codebook = data()
+    out = vq.entropy_loss(x, codebook, batch_weight=0.0)
+    assert out.batch_entropy == 0
+    assert out.loss == out.token_entropy
+
+
+# ---- cross-entropy ----
+
+
+@every_metric
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_cross_entropy_is_torchs(backend, metric: str, reduction: str):
+    _, device = backend
+    x, codebook = data(device=device)
+    codes = torch.randint(-1, K, (N,), generator=torch.Generator().manual_seed(5))
+    codes[:8] = torch.tensor([-1, 3, 3, 3, K - 1, 0, -1, 3])  # a code that several tokens share
+    mine = vq.code_cross_entropy(x, codebook, codes.to(device), metric=metric, temperature=T, reduction=reduction)
+    x64, codebook64 = wide(x, codebook)
+    truth = F.cross_entropy(logits(x64, codebook64, metric, T), codes, ignore_index=-1, reduction=reduction)
+    error = float32_error(x64, codebook64, metric, T)
+    assert_near(mine, truth, error)
+    g = randn(1, *mine.shape, seed=6)[0]
+    grads = torch.autograd.grad((mine * g.to(device)).sum(), (x, codebook))
+    true_grads = torch.autograd.grad((truth * g.double()).sum(), (x64, codebook64))
+    for a, b in zip(grads, true_grads, strict=True):
+        assert_near(a, b, 4 * error)
+
+
+def test_cross_entropy_without_targets_and_with_bad_tokens(backend):
+    _, device = backend
+    x, codebook = data(device=device)
+    none = vq.code_cross_entropy(x, codebook, torch.full((N,), -1, device=device))
+    none.backward()
+    assert none == 0
+    assert not x.grad.any()
+    assert not codebook.grad.any()
+    spoiled = x.detach().clone()
+    spoiled[3] = torch.inf
+    codes = torch.zeros(N, dtype=torch.int64, device=device)
+    assert vq.code_cross_entropy(spoiled, codebook, codes, reduction="none").isnan().nonzero().tolist() == [[3]]
+    codes[3] = -1
+    loss = vq.code_cross_entropy(spoiled, codebook, codes)
+    assert torch.autograd.grad(loss, codebook)[0].isfinite().all()
+
+
+def test_a_certain_code_costs_nothing(backend):
+    """-log p where lse and the logit are equal but for rounding: never below 0."""
+    _, device = backend
+    _, codebook = data(device=device)
+    codes = torch.arange(K, device=device)
+    loss = vq.code_cross_entropy(codebook.detach(), codebook.detach(), codes, temperature=1e-3, reduction="none")
+    assert (loss >= 0).all()
+    assert loss.max() < 1e-2
+
+
+# ---- sampling ----
+
+
+def _chi_square(counts: Tensor, expected: Tensor) -> float:
+    """Statistic over the cells that expect 5 or more, the rest pooled."""
+    large = expected >= 5
+    pooled = torch.stack([counts[~large].sum(), expected[~large].sum()])
+    terms = (counts - expected)[large].square() / expected[large]
+    rest = (pooled[0] - pooled[1]).square() / pooled[1] if pooled[1] > 0 else torch.zeros(())
+    return (terms.sum() + rest).item()
+
+
+@every_metric
+def test_draws_follow_the_probabilities(backend, metric: str):
+    name, device = backend
+    draws = 500 if name == "triton" else 4000
+    x, codebook = (t.detach() for t in data(device=device, n=3, k=16, d=4))
+    tokens = x.repeat(draws, 1)  # each token many times
+    codes = vq.sample_codes(tokens, codebook, metric=metric, temperature=1.5, seed=11, step=3).cpu().view(draws, 3)
+    p = logits(*wide(x, codebook), metric, 1.5).softmax(1).detach()
+    for token in range(3):
+        counts = torch.bincount(codes[:, token], minlength=16).double()
+        # the 99.9 % point of chi-square with 15 degrees of freedom is 37.7; fewer cells only lower it
+        assert _chi_square(counts, draws * p[token]) < 37.7
+
+
+def test_a_draw_is_a_function_of_seed_step_and_place(backend):
+    _, device = backend
+    x, codebook = (t.detach() for t in data(device=device))
+
+    def draw(seed, step) -> list[int]:
+        return vq.sample_codes(x, codebook, temperature=20.0, seed=seed, step=step).tolist()
+
+    first = draw(1, 2)
+    assert first == draw(1, 2) == draw(torch.tensor(1, device=device), torch.tensor(2, device=device))
+    assert first != draw(1, 3)
+    assert first != draw(2, 2)
+    with vq.use_backend("reference"):  # none of these uniform numbers is within rounding of a step
+        assert first == draw(1, 2)
+
+
+def test_cold_draws_are_the_nearest_codes_and_bad_tokens_have_none(backend):
+    _, device = backend
+    x, codebook = (t.detach() for t in data(device=device))
+    x[7, 0] = torch.nan
+    codes = vq.sample_codes(x, codebook, temperature=1e-4)
+    assert torch.equal(codes, vq.nearest(x, codebook)[0])
+    assert codes[7] == -1
+
+
+# ---- index propagation ----
+
+
+def _hard_soft(x: Tensor, codebook: Tensor, metric: str, codes: Tensor) -> Tensor:
+    """IBQ's forward with one-hot rows, [N, D]."""
+    p = logits(x, codebook, metric, T).softmax(1)
+    rows = F.normalize(codebook, dim=1) if metric == "cosine" else codebook
+    return (F.one_hot(codes, len(codebook)) - p.detach() + p) @ rows
+
+
+@every_metric
+def test_index_propagation_is_the_hard_row_with_the_soft_gradient(backend, metric: str):
+    _, device = backend
+    x, codebook = data(device=device)
+    out = vq.index_propagation(x, codebook, metric=metric, temperature=T)
+    x64, codebook64 = wide(x, codebook)
+    assert torch.equal(out.codes.cpu(), logits(x64, codebook64, metric, T).argmax(1))
+    if metric != "cosine":
+        assert torch.equal(out.quantized, codebook[out.codes])
+    truth = _hard_soft(x64, codebook64, metric, out.codes.cpu())
+    assert_near(out.quantized, truth, 1e-6)
+    g = randn(N, D, seed=7)
+    mine = torch.autograd.grad((out.quantized * g.to(device)).sum(), (x, codebook))
+    true = torch.autograd.grad((truth * g.double()).sum(), (x64, codebook64))
+    error = float32_error(x64, codebook64, metric, T)
+    for a, b in zip(mine, true, strict=True):
+        assert_near(a, b, 4 * error)
+
+
+def test_the_whole_ibq_loss(backend):
+    _, device = backend
+    x, codebook = data(device=device)
+    found = vq.index_propagation(x, codebook, temperature=T)
+    loss = (found.quantized - x).square().mean() + found.commitment_error.mean() / D
+    loss = loss + 0.25 * found.codebook_error.mean() / D
+    x64, codebook64 = wide(x, codebook)
+    soft, hard = _hard_soft(x64, codebook64, "dot", found.codes.cpu()), codebook64[found.codes.cpu()]
+    truth = (soft - x64).square().mean() + (hard.detach() - x64).square().mean()
+    truth = truth + 0.25 * (hard - x64.detach()).square().mean()
+    assert_near(loss, truth, 1e-5)
+    grads, true = torch.autograd.grad(loss, (x, codebook)), torch.autograd.grad(truth, (x64, codebook64))
+    for a, b in zip(grads, true, strict=True):
+        assert_near(a, b, 4 * float32_error(x64, codebook64, "dot", T))
+
+
+def test_index_propagation_with_masked_and_bad_tokens(backend):
+    _, device = backend
+    x, codebook = data(device=device)
+    spoiled = x.detach().clone()
+    spoiled[[2, 5]] = torch.nan
+    spoiled.requires_grad_()
+    mask = torch.ones(N, dtype=torch.bool, device=device)
+    mask[[0, 2]] = False  # one of the masked tokens is bad, and one that is not masked
+    out = vq.index_propagation(spoiled, codebook, temperature=T, mask=mask)
+    assert out.codes[[0, 2, 5]].tolist() == [-1, -1, -1]
+    assert not out.quantized[[0, 2]].any()
+    assert out.quantized[5].isnan().all()
+    assert not out.commitment_error[[0, 2]].any()
+    good = mask.clone()
+    good[5] = False
+    dx, dcodebook = torch.autograd.grad(out.quantized[good].square().sum(), (spoiled, codebook))
+    clean = x.detach()[good].requires_grad_()
+    alone = vq.index_propagation(clean, codebook, temperature=T).quantized.square().sum()
+    true_dx, true_dcodebook = torch.autograd.grad(alone, (clean, codebook))
+    error = float32_error(x, codebook, "dot", T)
+    assert_near(dx[good], true_dx.cpu().double(), error)
+    assert_near(dcodebook, true_dcodebook.cpu().double(), error)
+    assert not dx[~good].any()
+
+
+# ---- errors ----
+
+BAD = {
+    "metric": (lambda x, c: vq.soft_assignment(x, c, metric="l1"), "metric: expected one of"),
+    "temperature": (lambda x, c: vq.soft_assignment(x, c, temperature=0.0), "temperature: expected a positive"),
+    "temperature nan": (lambda x, c: vq.sample_codes(x, c, temperature=float("nan")), "temperature: expected"),
+    "weight shape": (lambda x, c: vq.entropy_loss(x, c, weight=torch.ones(3)), r"weight: expected bool or float \[5\]"),
+    "weight dtype": (
+        lambda x, c: vq.entropy_loss(x, c, weight=torch.ones(5, dtype=torch.int64)),
+        "weight: expected bool or float",
+    ),
+    "eps": (lambda x, c: vq.entropy_loss(x, c, eps=-1.0), "eps: expected >= 0"),
+    "token_weight": (lambda x, c: vq.entropy_loss(x, c, token_weight=-1.0), "token_weight: expected >= 0"),
+    "mask": (lambda x, c: vq.index_propagation(x, c, mask=torch.ones(5)), "mask: expected bool"),
+    "codes dtype": (
+        lambda x, c: vq.code_cross_entropy(x, c, torch.zeros(5, dtype=torch.int32)),
+        "codes: expected int64",
+    ),
+    "codes shape": (
+        lambda x, c: vq.code_cross_entropy(x, c, torch.zeros(4, dtype=torch.int64)),
+        r"codes: expected \[5\]",
+    ),
+    "codes range": (lambda x, c: vq.code_cross_entropy(x, c, torch.full((5,), 6)), r"codes: expected in \[-1, 6\)"),
+    "reduction": (
+        lambda x, c: vq.code_cross_entropy(x, c, torch.zeros(5, dtype=torch.int64), reduction="median"),
+        "reduction: expected one of",
+    ),
+    "x": (lambda x, c: vq.soft_assignment(x[:, :3], c), r"x: expected \[..., 4\]"),
+}
+
+
+@pytest.mark.parametrize(("call", "message"), BAD.values(), ids=BAD)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises((ValueError, TypeError, IndexError), match=message):
+        call(torch.randn(5, 4), torch.randn(6, 4))

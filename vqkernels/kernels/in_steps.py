@@ -1,0 +1,106 @@
+"""Training ops made of smaller ones, for the backends that have no kernel of their own for the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._dtypes import accumulation_dtype
+
+Nearest = Callable[[Tensor, Tensor, str, str], tuple[Tensor, Tensor]]
+Gather = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Statistics = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def quantize_in_steps(nearest: Nearest, gather: Gather) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """``quantize`` out of a search and a lookup."""
+
+    def quantize(
+        x: Tensor,  # [B, T, D]
+        codebook: Tensor,  # [K, D]
+        mask: Tensor | None,  # bool [B, T]
+        metric: str,
+        precision: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # quantized [B, T, D] laid out like x, codes [B, T], error [B, T]
+        """Rows of the nearest codes and their squared errors; a masked token has code -1, a row of 0 and error 0."""
+        codes, _ = nearest(x, codebook, metric, precision)
+        if mask is None:
+            quantized, error = gather(x, codebook, codes)
+            return quantized, codes, error
+        out = ~mask
+        codes.masked_fill_(out, -1)
+        quantized, error = gather(x, codebook, codes)
+        return quantized.masked_fill_(out[..., None], 0), codes, error.masked_fill_(out, 0)
+
+    return quantize
+
+
+def gradient_in_steps(statistics: Statistics) -> Callable[..., Tensor]:
+    """``codebook_gradient`` out of sums over the tokens of a code."""
+
+    def codebook_gradient(
+        x: Tensor,  # [B, T, D]
+        quantized: Tensor,  # [B, T, D]
+        codes: Tensor,  # [B, T]
+        derror: Tensor,  # [B, T]
+        codebook_size: int,
+    ) -> Tensor:  # [K, D]
+        """-sum over a code's tokens of 2 derror (x - q), in token order."""
+        wide = accumulation_dtype(x.dtype)
+        pull = (quantized.to(wide) - x.to(wide)) * (2 * derror[..., None])
+        return statistics(pull, codes, codebook_size)[1].to(x.dtype)
+
+    return codebook_gradient
+
+
+def add_in_steps(statistics: Statistics) -> Callable[..., None]:
+    """``add_statistics_`` out of ``codebook_stats``."""
+
+    def add_statistics_(
+        x: Tensor,  # [B, T, D]
+        codes: Tensor,  # [B, T]
+        counts: Tensor,  # [K], written
+        sums: Tensor | None,  # [K, D], written
+    ) -> None:
+        """Adds the counts of the codes, and the sums of their tokens."""
+        tokens = x if sums is not None else x[..., :1]
+        fresh = statistics(tokens, codes, counts.shape[0])
+        counts += fresh[0]
+        if sums is not None:
+            sums += fresh[1]
+
+    return add_statistics_
+
+
+def clear_consumed(consume: bool, *consumed: Tensor) -> None:
+    """What ``ema_update_`` leaves behind of statistics that it used up."""
+    for tensor in consumed if consume else ():
+        tensor.zero_()
+
+
+def or_zeros(
+    x: Tensor,  # [B, T, D]
+    dquantized: Tensor | None,  # [B, T, D]
+    derror: Tensor | None,  # [B, T]
+) -> tuple[Tensor, Tensor]:
+    """Absent gradients as tensors, without memory of their own."""
+    if dquantized is None:
+        dquantized = x.new_zeros(()).expand(x.shape)
+    if derror is None:
+        derror = torch.zeros((), dtype=accumulation_dtype(x.dtype), device=x.device).expand(x.shape[:2])
+    return dquantized, derror
+
+
+def masked(mask: Tensor | None, dx: Tensor) -> Tensor:  # bool [B, T], [B, T, D] -> [B, T, D]
+    """No gradient for what is masked."""
+    return dx if mask is None else dx.masked_fill_(~mask[..., None], 0)
+
+
+def register_in_steps(register: Callable[..., None], backend: str, parts: dict[str, Any], supports: Any) -> None:
+    """Enter the three ops for a backend that has their ``parts``: nearest, gather and codebook_stats."""
+    register("quantize", backend, quantize_in_steps(parts["nearest"], parts["gather"]), supports=supports)
+    register("codebook_gradient", backend, gradient_in_steps(parts["codebook_stats"]), supports=supports)
+    register("add_statistics_", backend, add_in_steps(parts["codebook_stats"]), supports=supports)

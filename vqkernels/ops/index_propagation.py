@@ -1,0 +1,162 @@
+"""index_propagation: the value of the chosen code, the gradient of all of them.
+
+    codes_n = argmax_k l_nk        q_n = sum_k (onehot_nk - sg(p_nk) + p_nk) c_k = c[codes_n]
+
+    dl_nk = p_nk (<dq_n, c_k> - sum_j p_nj <dq_n, c_j>)        dx_n, dc_k through the logits
+    dc_k += sum of dq_n over the tokens that chose k
+
+Shi et al. 2024, "Scalable Image Tokenization with Index Backpropagation Quantization" (IBQ), sec. 3.2. The errors are
+those of ``quantize``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .._dtypes import accumulation_dtype
+from ._library import check_mask, define, run
+from ._logits import add_rows_, centred, make_logits, per_token
+from .quantize import Quantized
+from .soft_assignment import logits_gradient, softmax_forward
+
+_BLOCK_PRODUCTS = 1 << 22  # 16 MiB of float32
+
+
+def _largest_product(
+    x: Tensor,  # [B, T, D]
+    codebook: Tensor,  # [K, D]
+) -> Tensor:  # int64 [B, T]
+    """argmax_k <x_n, c_k> in the inputs' own arithmetic, the lowest index on ties; -1 for a token with NaN or Inf."""
+    tokens = x.reshape(-1, x.shape[-1])
+    codes = torch.empty(tokens.shape[0], dtype=torch.int64, device=x.device)
+    step = max(1, _BLOCK_PRODUCTS // codebook.shape[0])
+    with torch.autocast(x.device.type, enabled=False):
+        for start in range(0, tokens.shape[0], step):
+            block = tokens[start : start + step]
+            best = (block @ codebook.T).argmax(1)
+            codes[start : start + step] = torch.where(block.isfinite().all(1), best, -1)
+    return codes.view(x.shape[:2])
+
+
+def _run_choose(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    return _largest_product(x, codebook) if metric == "dot" else run("nearest", x, codebook, metric, "exact")[0]
+
+
+def _fake_choose(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
+    return x.new_empty(x.shape[:2], dtype=torch.int64)
+
+
+_choose = define("softmax_choose(Tensor x, Tensor codebook, str metric) -> Tensor", _run_choose, _fake_choose)
+
+
+class _IndexPropagation(torch.autograd.Function):
+    """Saves x, the codebook and the codes; the softmax is left to the backward: inference pays for a search alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [B, T, D]
+        codebook: Tensor,  # [K, D]
+        center: Tensor | None,  # [D]
+        mask: Tensor | None,  # bool [B, T]
+        metric: str,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        codes = _choose(x, codebook, metric)
+        if mask is not None:
+            codes = torch.where(mask, codes, -1)
+        rows = torch.where((codes < 0)[..., None], torch.nan, codebook[codes.clamp(min=0)])
+        if mask is not None:
+            rows = torch.where(mask[..., None], rows, 0)
+        quantized = torch.empty_like(x).copy_(rows)  # laid out like x
+        error = (x - quantized).square().sum(-1)
+        if mask is not None:
+            error = torch.where(mask, error, 0)
+        ctx.save_for_backward(x, codebook, center, codes)
+        ctx.scale = scale
+        ctx.mark_non_differentiable(codes)
+        ctx.set_materialize_grads(False)
+        return quantized, codes, error, error.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        dquantized: Tensor | None,  # [B, T, D]
+        _dcodes: None,
+        dcommitment: Tensor | None,  # [B, T]
+        dcodebook_error: Tensor | None,  # [B, T]
+    ) -> tuple[Tensor | None, ...]:
+        x, codebook, _, codes = ctx.saved_tensors
+        chosen = (codes >= 0)[..., None]  # a token without a code passes nothing on
+        pull = torch.where(chosen, x - codebook[codes.clamp(min=0)], 0)  # [B, T, D]
+        direct = torch.zeros_like(x) if dquantized is None else torch.where(chosen, dquantized, 0)
+        dx, dcodebook = _through_softmax(ctx, direct, dquantized is not None)
+        if dcommitment is not None:
+            dx = dx + 2 * dcommitment[..., None] * pull
+        if dcodebook is not None:
+            rows = direct if dcodebook_error is None else direct - 2 * dcodebook_error[..., None] * pull
+            dcodebook = add_rows_(dcodebook, codes, rows)
+        return dx, dcodebook, None, None, None, None
+
+
+def _through_softmax(
+    ctx: Any,
+    direction: Tensor,  # [B, T, D]
+    needed: bool,
+) -> tuple[Tensor, Tensor | None]:  # dx [B, T, D], dcodebook [K, D]
+    """The gradient of <direction_n, sum_k p_nk c_k> through p alone."""
+    x, codebook, center, _ = ctx.saved_tensors
+    need_codebook = ctx.needs_input_grad[1]
+    if not needed:
+        return torch.zeros_like(x), torch.zeros_like(codebook) if need_codebook else None
+    tokens, bias = centred(x, codebook, center, ctx.scale)
+    lse, _ = softmax_forward(tokens, codebook, bias, ctx.scale)
+    return logits_gradient(x, codebook, center, ctx.scale, lse, need_codebook=need_codebook, direction=direction)
+
+
+def index_propagation(
+    x: Tensor,  # [..., D]
+    codebook: Tensor,  # [K, D]
+    *,
+    metric: str = "dot",
+    temperature: float = 1.0,
+    mask: Tensor | None = None,  # bool [...]
+) -> Quantized:
+    """Replace every token by its likeliest code, with the gradient of the soft assignment to all codes.
+
+    Args:
+        x: tokens [..., D]; float32, float16, bfloat16 or float64; any strides.
+        codebook: codes [K, D] in x's dtype (or float32 under a half-precision x); finite.
+        metric, temperature: of the softmax, see ``soft_assignment``; IBQ's are "dot" and 1. With "cosine", tokens and
+            codes have length 1, in the errors and in ``quantized`` too.
+        mask: bool [...], False where a token is padding: code -1, quantized 0, errors 0, no gradient.
+
+    Returns:
+        Quantized(quantized, codes, commitment_error, codebook_error), as ``quantize`` returns it, but ``quantized``
+        passes its gradient through the softmax to x and to every code, and to the chosen code directly; none of it goes
+        straight through to x. Differentiable once. The code is the exact nearest one for "euclidean" and "cosine", see
+        ``nearest``; for "dot" it is the one with the largest product in the arithmetic of the inputs (float32 at
+        least), the lowest index on ties. A token with NaN or Inf has code -1, NaN outputs, and passes no gradient of
+        ``quantized``.
+
+    IBQ's quantizer loss is ``((quantized - x) ** 2).mean() + commitment_error.mean() / D + beta * codebook_error.mean()
+    / D`` with beta = 0.25.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named.
+
+    Extra memory is O(N D + K D): no [N, K] array, forward or backward.
+    """
+    if mask is not None:
+        check_mask(mask, x.shape[:-1], x.device)
+    logits = make_logits(x, codebook, metric, temperature, mask)
+    real = None if mask is None else per_token(mask, logits.x)
+    found = _IndexPropagation.apply(logits.x, logits.codebook, logits.center, real, metric, logits.scale)
+    shape = x.shape[:-1]
+    errors = (value.reshape(shape).to(accumulation_dtype(x.dtype)) for value in found[2:])
+    return Quantized(found[0].to(x.dtype).reshape(x.shape), found[1].reshape(shape), *errors)

@@ -1,0 +1,81 @@
+"""nearest_tokens: for every code the index of its true nearest token, the columns' side of ``nearest``.
+
+euclidean   index[k] = argmin_n |x_n - c_k|^2,   distance[k] = min_n |x_n - c_k|^2
+cosine      index[k] = argmax_n cos(x_n, c_k),   distance[k] = 1 - max_n cos(x_n, c_k)
+
+It is the search with the roles exchanged. In the place of a token that may not win stands a copy of the first that may:
+the two tie, and whichever index comes out is taken for that token's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._library import as_tokens, check_choice, check_mask, check_tokens, define, promoted, run
+from .nearest import METRICS
+
+
+def _run(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str) -> tuple[Tensor, Tensor]:
+    tokens = x.reshape(-1, x.shape[-1])  # [N, D]
+    if tokens.shape[0] == 0:
+        return _fake(x, codebook, mask, metric)[0].fill_(-1), x.new_full(codebook.shape[:1], torch.nan).float()
+    valid = tokens.isfinite().all(1)  # [N]
+    if mask is not None:
+        valid = valid & mask.reshape(-1)
+    first = valid.long().argmax()  # the lowest index that may win; 0 where none may
+    stand_in = torch.where(valid.any(), tokens.index_select(0, first[None]), 0)  # [1, D]
+    rows = torch.where(valid[:, None], tokens, stand_in)
+    index, distance = (found[0] for found in run("nearest", codebook[None], rows, metric, "exact"))
+    index = torch.where(valid[index.clamp(min=0)], index, first)
+    known = (distance == distance) & valid.any()  # NaN: a code that is not finite
+    return torch.where(known, index, -1), torch.where(known, distance, torch.nan)
+
+
+def _fake(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str) -> tuple[Tensor, Tensor]:
+    shape = codebook.shape[:1]
+    return x.new_empty(shape, dtype=torch.int64), x.new_empty(shape, dtype=torch.float32)
+
+
+_nearest_tokens = define(
+    "nearest_tokens(Tensor x, Tensor codebook, Tensor? mask, str metric) -> (Tensor, Tensor)", _run, _fake
+)
+
+
+def nearest_tokens(
+    x: Tensor,  # [..., D]
+    codebook: Tensor,  # [K, D]
+    *,
+    metric: str = "euclidean",
+    mask: Tensor | None = None,  # bool [...]
+) -> tuple[Tensor, Tensor]:  # index [K], distance [K]
+    """The nearest token of every code, over the real numbers: what online clustering moves unused codes towards
+    (CVQ-VAE, Zheng & Vedaldi 2023, eq. 5).
+
+        index, _ = vq.nearest_tokens(x, codebook)
+        anchors = x.reshape(-1, x.shape[-1])[index]        # [K, D]; where index is -1, no token at all
+
+    Args:
+        x: tokens [..., D]; float32, float16, bfloat16 or float64; any strides.
+        codebook: codes [K, D] in x's dtype (or float32 under a half-precision x).
+        metric: "euclidean" or "cosine", as in ``nearest``.
+        mask: True where a token is real; the others, and those with NaN or Inf, are nobody's nearest.
+
+    Returns:
+        index: int64 [K] into the tokens as x.reshape(-1, D) has them; the lowest on ties; -1 where there is no token
+            that may be chosen, or the code holds NaN or Inf.
+        distance: float32 [K]; squared euclidean distance, or 1 - cosine; NaN where the index is -1.
+        Neither is differentiable.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named.
+
+    Extra memory is O((N + K) D); no N x K array is formed, and nothing waits for the device.
+    """
+    check_choice("metric", metric, METRICS)
+    check_tokens(x, codebook)
+    if mask is not None:
+        check_mask(mask, x.shape[:-1], x.device)
+        mask = as_tokens(mask[..., None])[..., 0]
+    tokens = as_tokens(promoted(x.detach(), codebook))  # [B, T, D]
+    return _nearest_tokens(tokens, codebook.detach(), mask, metric)
