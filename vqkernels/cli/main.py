@@ -44,7 +44,7 @@ COMMANDS = {
     "encode": Command("turn a folder of images into an .npy file of codes", "cli.options:EncodeConfig"),
     "decode": Command("turn a folder of codes back into images", "cli.options:DecodeConfig"),
     "convert": Command(
-        "turn a VQGAN checkpoint of taming-transformers, latent diffusion, LlamaGen or diffusers into a model folder",
+        "turn a VQGAN checkpoint of taming, latent diffusion, LlamaGen, IBQ or diffusers into a model folder",
         "cli.options:ConvertConfig",
     ),
     "bench": Command("time the operators of this package beside others", "benchmarks.config:BenchConfig"),
