@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from vqkernels.backends import use_backend
-from vqkernels.ops import codebook_stats, ema_update_
+from vqkernels.ops._library import as_tokens, run
 
 from .problem import EMA_DECAY, EMA_EPS, Problem, initial_state
 from .providers import Call, Provider, register
@@ -15,15 +16,30 @@ from .step_providers import Statistics, index_add_statistics, one_hot_statistics
 
 
 def ours(backend: str, problem: Problem) -> Call:
-    """``codebook_stats`` and ``ema_update_`` on one backend."""
+    """What an EMA quantizer does on one backend: statistics into its pending sums, then the update that clears them."""
     assert problem.codes is not None
-    state, codes = initial_state(problem.codebook), problem.codes
+    state, codes = initial_state(problem.codebook), as_tokens(problem.codes[:, None])[..., 0]
+    x = as_tokens(problem.x)
+    pending = (torch.zeros_like(state.cluster_size), torch.zeros_like(state.embed_sum), state.cluster_size > 2)
 
-    def run() -> Tensor:
+    def run_step() -> Tensor:
         with use_backend(backend):
-            counts, sums = codebook_stats(problem.x, codes, problem.shape.codes)
-            ema_update_(state.codebook, state.cluster_size, state.embed_sum, counts, sums, decay=EMA_DECAY, eps=EMA_EPS)
+            run("add_statistics_", x, codes, *pending[:2])
+            rows = (state.codebook, state.cluster_size, state.embed_sum)
+            run("ema_update_", *rows, *pending, EMA_DECAY, EMA_EPS, 1.0, False, False, True)
         return state.codebook
+
+    return run_step
+
+
+def read_and_write(problem: Problem) -> Call:
+    """The least that memory has to do: read x once, write the codebook and its statistics once."""
+    state = initial_state(problem.codebook)
+
+    def run() -> None:
+        problem.x.sum()
+        for each in (state.codebook, state.cluster_size, state.embed_sum):
+            each.fill_(1.0)
 
     return run
 
@@ -60,5 +76,14 @@ register(
         dtypes=HALF_AND_SINGLE,
         bytes_per_score=12,
         note="one_hot.t() @ x",
+    )
+)
+register(
+    Provider(
+        "read-and-write",
+        "ema",
+        read_and_write,
+        yardstick=True,
+        note="x.sum() and fill_() of codebook, sizes and sums",
     )
 )

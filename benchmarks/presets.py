@@ -30,6 +30,9 @@ TIMES_FAISS = {  # at its best setting
 LARGE = ("1024,16384,256", "4096,8192,64")  # bound by arithmetic: (64,262144,256) reads a codebook for 64 tokens
 PERCENT_OF_INT16 = 85.0
 STEP, LONG_STEP = "4096,16384,8", "131072,16384,8"
+SIGNS, LARGE_CODEBOOK = "1024,262144,18", "1024,262144,256"
+TIMES_LUCIDRAINS = {"4096,1024,256": 8.0, "16384,512,64": 15.0, "2048,16384,32": 50.0, STEP: 120.0}
+EMA_SHAPES = ("16384,1024,256", "16384,16384,256", "65536,16384,32", "65536,512,64", "8192,262144,18")
 
 
 def _beside_faiss(data: Data) -> BenchConfig:
@@ -67,11 +70,19 @@ _QUANTIZE = BenchConfig(
 )
 _STEP = BenchConfig(
     operation="train-step",
-    shape=[STEP],
+    shape=list(TIMES_LUCIDRAINS),
     provider=[OURS, "vector-quantize-pytorch", "torch-index-add"],
     baseline=["vector-quantize-pytorch", "torch-index-add"],
     threads=[1, 2],
     seconds=15.0,
+)
+_EMA = BenchConfig(
+    operation="ema",
+    shape=list(EMA_SHAPES),
+    provider=[OURS, "torch-index-add", "read-and-write"],
+    baseline=["torch-index-add", "read-and-write"],
+    threads=[1, 2],
+    seconds=4.0,
 )
 _MEMORY = BenchConfig(
     operation="train-step",
@@ -81,16 +92,38 @@ _MEMORY = BenchConfig(
     measure="memory",
     check_rows=256,  # the reference scans them against all codes in float64
 )
+_ENTROPY = BenchConfig(
+    operation="entropy",
+    shape=[SIGNS],
+    provider=[OURS, "vqkernels-signs", "torch-chunked"],
+    baseline=["torch-chunked"],
+    threads=[1, 2],
+    data="signs",
+    seconds=10.0,
+)
+_ENTROPY_MEMORY = BenchConfig(
+    operation="entropy", shape=[LARGE_CODEBOOK], provider=[OURS], threads=[2], measure="memory"
+)
 _CPU = Preset(
-    configs=(_beside_faiss("normal"), _CHANGING, _beside_faiss("kmeans"), _EVERYBODY, _QUANTIZE, _STEP, _MEMORY),
+    configs=(
+        *(_beside_faiss("normal"), _CHANGING, _beside_faiss("kmeans"), _EVERYBODY, _QUANTIZE, _STEP),
+        *(_EMA, _MEMORY, _ENTROPY, _ENTROPY_MEMORY),
+    ),
     goals=(
         *(Goal("search", shape, baseline="faiss", at_least=times) for shape, times in TIMES_FAISS.items()),
         *(
             Goal("search", shape, percent_of="int16", at_least=PERCENT_OF_INT16, threads=1) for shape in LARGE
         ),  # of a core
         *(Goal("search", shape, baseline="torch-cdist", at_least=3.0) for shape in _EVERYBODY.shape[1:]),
-        Goal("train-step", STEP, baseline="vector-quantize-pytorch", at_least=5.0),
+        *(
+            Goal("train-step", shape, baseline="vector-quantize-pytorch", at_least=times)
+            for shape, times in TIMES_LUCIDRAINS.items()
+        ),
+        *(Goal("ema", shape, baseline="torch-index-add", at_least=2.0) for shape in EMA_SHAPES),
+        *(Goal("ema", shape, baseline="read-and-write", at_least=0.5) for shape in EMA_SHAPES),  # within twice
         Goal("train-step", LONG_STEP, max_bytes=64_000_000),
+        Goal("entropy", SIGNS, baseline="torch-chunked", at_least=3.0),
+        Goal("entropy", LARGE_CODEBOOK, max_bytes=64_000_000 + 4 * 262144 * 256),  # beyond the codebook's gradient
     ),
 )
 

@@ -187,8 +187,11 @@ class ImageTokenizer(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", 
         images: Tensor,  # [B, C, H, W] in [-1, 1]
     ) -> Tensor:  # [B, h, w]
         """Codes int64 [B, H / factor, W / factor] of images; changes nothing in the model, not differentiable."""
+        tokens = self.tokens(images)
+        if isinstance(self.quantizer, VectorQuantizer):
+            return self.quantizer.encode(tokens)
         with _evaluating(self.quantizer):
-            return self.quantizer(self.tokens(images)).codes
+            return self.quantizer(tokens).codes
 
     def decode(
         self,
@@ -203,7 +206,8 @@ class ImageTokenizer(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", 
         if codes.dim() != 3 or codes.is_floating_point() or codes.dtype is torch.bool:
             raise ValueError(f"codes must be integers of shape [B, h, w], got {codes.dtype} {list(codes.shape)}")
         codes = codes.long()
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < size:
+        looking = not torch.compiler.is_compiling() and codes.numel()  # a graph cannot; lookup complains when it runs
+        if looking and not 0 <= int(codes.min()) <= int(codes.max()) < size:
             raise ValueError(f"codes must lie in [0, {size - 1}], got {int(codes.min())} to {int(codes.max())}")
         return _widened(self._image_of(self.quantizer.lookup(codes))).clamp(-1, 1)
 

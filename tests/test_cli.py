@@ -183,6 +183,19 @@ def test_decode_of_encode_is_reconstruct(tiny: Path, codes: Path, tmp_path, caps
         assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
+def test_export_writes_an_encoder_and_a_decoder(tiny: Path, codes: Path, tmp_path, capsys):
+    import torch
+
+    assert main(["export", str(tiny / "run"), "-o", str(tmp_path / "graphs")]) == 0
+    assert "takes" in capsys.readouterr().out
+    decode = torch.export.load(tmp_path / "graphs" / "decoder.pt2").module()
+    encode = torch.export.load(tmp_path / "graphs" / "encoder.pt2").module()
+    array = torch.from_numpy(np.load(codes / "codes.npy").astype(np.int64))
+    images = decode(array)
+    assert images.shape == (3, 3, 24, 32)
+    assert encode(images).shape == array.shape
+
+
 @pytest.mark.parametrize(
     ("fit", "note", "size"),
     [("pad", "30x27 padded to 32x28 and cut back", (30, 27)), ("crop", "30x27 cropped to 28x24", (28, 24))],

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
-from quantizers import OPTIONS, assert_same_state, make, randn, state
+from quantizers import OPTIONS, assert_same_state, every_option, make, randn, state
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vqkernels.nn import QuantizerOutput, VectorQuantizer, defer_codebook_update, kmeans, statistics
+from vqkernels.nn import QuantizerOutput, VectorQuantizer, defer_codebook_update, kmeans, passes, statistics
 
 
 @pytest.fixture(autouse=True)
@@ -90,10 +91,10 @@ def test_accumulation_works_compiled():
 class Model(nn.Module):
     """A quantizer inside a model, unpacked there."""
 
-    def __init__(self, recompute: bool = False) -> None:
+    def __init__(self, recompute: bool = False, **options) -> None:
         super().__init__()
         self.encoder, self.decoder = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.vq = make(dead_code_threshold=0.5)
+        self.vq = make(dead_code_threshold=0.5, **options)
         self.recompute = recompute
 
     def body(self, x: Tensor) -> Tensor:  # [N, 8] -> []
@@ -104,10 +105,14 @@ class Model(nn.Module):
         return checkpoint(self.body, x, use_reentrant=False) if self.recompute else self.body(x)
 
 
+FIRST_STEPS = {"": {}, "kmeans": {"kmeans_init": True, "metric": "cosine", "codebook_dim": 5}}
+
+
+@pytest.mark.parametrize("options", FIRST_STEPS.values(), ids=FIRST_STEPS)
 @pytest.mark.parametrize("where", ["none", "inside", "around"])
-def test_a_compiled_model_with_activation_checkpointing_trains_like_the_eager_one(where: str):
+def test_a_compiled_model_with_activation_checkpointing_trains_like_the_eager_one(where: str, options: dict):
     torch.manual_seed(0)
-    eager = Model()
+    eager = Model(**options)
     model = copy.deepcopy(eager)
     model.recompute = where == "inside"
     fast = compiled(model)
@@ -148,11 +153,41 @@ def test_the_ops_pass_opcheck():
         ),
         (statistics.collect_, (tokens, codes, module.cluster_size, *own, *pending, *usage, 2.0, False, 10)),
         (statistics.observe_, (tokens, codes, *usage, 10)),
-        (statistics.synchronize_, ([module.codebook, module.step],)),
-        (kmeans.initialize_, (tokens, None, module.codebook, module.initialized, module.seed, "euclidean", "exact")),
+        (statistics.synchronize_, ([module.codebook, module.step], module._number)),
+        (passes.finish_first_forward_, (module.initialized, module._number)),
+        (
+            kmeans.initialize_,
+            (tokens, None, module.codebook, module.initialized, module.seed, "euclidean", "exact", module._number),
+        ),
     ]
     for op, args in calls:
         torch.library.opcheck(op, copy.deepcopy(args))
+
+
+@every_option
+def test_explain_finds_no_graph_break(options: dict):
+    module = make(**options)
+    for training in (True, False):
+        module.train(training)
+        found = torch._dynamo.explain(module)(randn(30, 8), randn(30, seed=1) > 0)
+        assert found.graph_count == 1
+        assert found.graph_break_count == 0, found.break_reasons
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@every_option
+def test_a_marked_batch_is_compiled_once(options: dict, training: bool):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    module = make(channels="first", **options).train(training)
+    fast = torch.compile(module, fullgraph=True, backend=counter)
+    for step_, size in enumerate((5, 2, 9, 3)):
+        x = randn(size, 8, 3, 2 + size, seed=step_).requires_grad_()
+        for axis in (0, 3):
+            torch._dynamo.mark_dynamic(x, axis)
+        out = fast(x)
+        (out.quantized.square().sum() + out.loss).backward()
+    first_step = training and module.options.kmeans_init  # is a graph of its own
+    assert counter.frame_count == (2 if first_step else 1)
 
 
 def test_dynamic_batch_sizes_do_not_recompile_every_time():
@@ -161,4 +196,19 @@ def test_dynamic_batch_sizes_do_not_recompile_every_time():
     fast = torch.compile(module, fullgraph=True, backend=counter)
     for size in range(20, 30):
         fast(randn(size, 8))
-    assert counter.frame_count <= 4  # first step, second step, then one with a symbolic size
+    assert counter.frame_count <= 2  # the first size, then one graph for any
+
+
+def test_the_first_step_is_the_first_of_each_copy():
+    """The flag is set by an op, from inside a graph, on the module that ran it."""
+    module = make(kmeans_init=True)
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module))]
+    x = randn(200, 8)
+    for each in (module, *copies):
+        before = each.codebook.clone()
+        out = compiled(each)(x)
+        assert not torch.equal(each.codebook, before)
+        assert torch.equal(out.codes, each.encode(x))
+        after = each.codebook.clone()
+        each(randn(200, 8, seed=1))  # no k-means again: the EMA of the first batch moves it
+        assert 0 < (each.codebook - after).abs().max() < 0.2

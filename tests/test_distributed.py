@@ -1,8 +1,9 @@
-"""Two processes equal one with the joined batch, whatever each of them has to give."""
+"""Two and four processes equal one with the joined batch, whatever each of them has to give."""
 
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from quantizers import OPTIONS as ALL_OPTIONS
 from quantizers import make, randn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import vqkernels as vq
 from vqkernels.nn import VectorQuantizer, defer_codebook_update
@@ -23,13 +26,10 @@ STEPS = 5
 Batch = tuple[Tensor, Tensor]  # x [T, 8], mask bool [T]
 
 
-def batches(step: int, sizes: tuple[int, int], masked: bool = False) -> list[Batch]:
-    """What each rank sees in ``step``; with ``masked`` rank 1's tokens are all padding."""
-    x = randn(sum(sizes), 8, seed=100 + step)
-    mask = torch.ones(len(x), dtype=torch.bool)
-    if masked:
-        mask[sizes[0] :] = False
-    return list(zip(x.split(sizes), mask.split(sizes), strict=True))
+def batches(step: int, sizes: tuple[int, ...], masked: int | None = None) -> list[Batch]:
+    """What each rank sees in ``step``; the tokens of rank ``masked`` are all padding."""
+    parts = randn(sum(sizes), 8, seed=100 + step).split(sizes)
+    return [(x, torch.full((len(x),), rank != masked)) for rank, x in enumerate(parts)]
 
 
 def joined(parts: list[Batch]) -> Batch:
@@ -40,14 +40,25 @@ SPLITS: dict[str, dict[str, Any]] = {
     "equal": {"sizes": (40, 40)},
     "unequal": {"sizes": (71, 9)},
     "empty rank": {"sizes": (80, 0)},
-    "all-masked rank": {"sizes": (40, 40), "masked": True},
+    "all-masked rank": {"sizes": (40, 40), "masked": 1},
+    "four": {"sizes": (20, 20, 20, 20)},
+    "four, all of it": {"sizes": (47, 0, 20, 13), "masked": 2},  # unequal, one empty, one all padding
 }
+HARD = "four, all of it"
 OPTIONS: dict[str, dict[str, Any]] = {
     "ema": {},
     "cosine": {"metric": "cosine"},
     "gradient": {"update": "gradient"},
+    "projected": {"codebook_dim": 5},
 }
+DDP = [("ema", True), ("ema", False), ("gradient", True)]  # update, broadcast_buffers
 CASES = [(option, split) for option in OPTIONS for split in SPLITS]
+WAYS = ("plain", "checkpointed", "resumed")  # all with the same result, bit for bit
+EVERY = {**ALL_OPTIONS, "everything": {"metric": "cosine", "dead_code_threshold": 0.3, "kmeans_init": True}}
+
+
+def world_of(split: str) -> int:
+    return len(SPLITS[split]["sizes"])
 
 
 def rounds(module: VectorQuantizer, pick: Callable[[list[Batch]], Batch], split: dict[str, Any]) -> list[Tensor]:
@@ -59,6 +70,38 @@ def rounds(module: VectorQuantizer, pick: Callable[[list[Batch]], Batch], split:
     return seen
 
 
+class Recomputed(nn.Module):
+    """Runs a quantizer under activation checkpointing."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return checkpoint(lambda x, mask: tuple(self.module(x, mask)), x, mask, use_reentrant=False)
+
+
+def prepared(module: VectorQuantizer, way: str) -> nn.Module:
+    recomputed = Recomputed(module) if way in ("checkpointed", "compiled") else module
+    return torch.compile(recomputed, fullgraph=True, backend="aot_eager") if way == "compiled" else recomputed
+
+
+def run_way(way: str, options: dict[str, Any], mine: Callable[[list[Batch]], Batch], split: str) -> dict[str, Tensor]:
+    """Train with backward passes; what is left, and the last step's outputs and gradient."""
+    module = make(**options)
+    runs = prepared(module, way)
+    for step in range(STEPS):
+        if way == "resumed" and step == 3:
+            saved = snapshot(module)
+            runs = module = make(seed=7, **options)
+            module.load_state_dict(saved)
+        x, mask = mine(batches(step, **SPLITS[split]))
+        x = x.clone().requires_grad_()
+        quantized, codes, loss = runs(x, mask)
+        (quantized.square().sum() + loss).backward()
+    return snapshot(module) | {"codes": codes, "loss": loss.detach(), "dx": x.grad}
+
+
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     return copy.deepcopy(module.state_dict())
 
@@ -66,9 +109,9 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
 class Model(nn.Module):
     """A quantizer between two layers, to train under DDP."""
 
-    def __init__(self) -> None:
+    def __init__(self, update: str = "ema") -> None:
         super().__init__()
-        self.encoder, self.vq, self.decoder = nn.Linear(8, 8), make(), nn.Linear(8, 8)
+        self.encoder, self.vq, self.decoder = nn.Linear(8, 8), make(update=update), nn.Linear(8, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         quantized, _, loss = self.vq(self.encoder(x))
@@ -88,38 +131,64 @@ def fit(model: nn.Module, pick: Callable[[list[Batch]], Batch], **step_options: 
 
 def worker(rank: int, folder: str, early: VectorQuantizer) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results: dict[str, Any] = {}
+    for world in (4, 2):
+        if rank < world:
+            store = f"file://{folder}/store{world}"
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+            results = run_splits(rank, world, early) | (run_two(rank) if world == 2 else run_four(rank))
+            torch.save(results, f"{folder}/{world}-rank{rank}.pt")
+            dist.barrier()
+            dist.destroy_process_group()
 
+
+def run_splits(rank: int, world: int, early: VectorQuantizer) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for option, split in CASES:
+        if world_of(split) == world:
+            module = copy.deepcopy(early) if option == "ema" else make(**OPTIONS[option])
+            metrics = rounds(module, lambda parts: parts[rank], SPLITS[split])
+            results[f"{option}, {split}"] = {"state": snapshot(module), "metrics": metrics}
+    return results
+
+
+def run_two(rank: int) -> dict[str, Any]:
+    results: dict[str, Any] = {"collectives": count_collectives(rank), "on their way": run_on_their_way(rank)}
+    for way in ("plain", "compiled"):
+        results[way] = run_way(way, EVERY["everything"], lambda parts: parts[rank], "unequal")
+    results |= {"revival": run_revival(rank), "k-means": run_kmeans(rank)}
+    return results | {f"ddp {update} {flag}": run_ddp(rank, update, flag) for update, flag in DDP}
+
+
+def run_four(rank: int) -> dict[str, Any]:
     def mine(parts: list[Batch]) -> Batch:
         return parts[rank]
 
-    for option, split in CASES:
-        module = copy.deepcopy(early) if option == "ema" else make(**OPTIONS[option])
-        metrics = rounds(module, mine, SPLITS[split])
-        results[f"{option}, {split}"] = {"state": snapshot(module), "metrics": metrics}
-    results |= {"accumulation": run_accumulation(rank), "collectives": count_collectives(rank)}
-    results["compiled"] = run_compiled(rank)
-    results |= {"revival": run_revival(rank), "k-means": run_kmeans(rank)}
-    results |= {f"ddp {flag}": run_ddp(rank, flag) for flag in (True, False)}
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    results: dict[str, Any] = {"accumulation": run_accumulation(mine)}
+    for name, options in EVERY.items():
+        results |= {f"{name}, {way}": run_way(way, options, mine, HARD) for way in WAYS}
+    return results
 
 
-def run_compiled(rank: int) -> dict[str, Tensor]:
-    module = make(seed=rank)
-    fast = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for step in range(STEPS):
-        fast(batches(step, (40, 40))[rank][0])
-    return snapshot(module)
+def run_on_their_way(rank: int) -> dict[str, Any]:
+    """Sums that were still travelling when the module was saved, copied, pickled, cast or loaded."""
+    module, loaded, later = make(), make(), make()
+    first, second = (batches(step, (71, 9))[rank][0] for step in (0, 1))
+    later(first)
+    wide = copy.deepcopy(later).double()
+    ends = {"copied": snapshot(copy.deepcopy(later)), "pickled": snapshot(pickle.loads(pickle.dumps(later)))}
+    later(second)  # applies the first step's sums, and sends its own
+    module(first)
+    saved = snapshot(module)
+    loaded(second)
+    loaded.load_state_dict(saved)  # what loaded had collected is dropped, also what has not arrived
+    return ends | {"saved": saved, "wide": snapshot(wide), "loaded": snapshot(loaded), "later": snapshot(later)}
 
 
-def run_accumulation(rank: int) -> dict[str, Tensor]:
+def run_accumulation(pick: Callable[[list[Batch]], Batch]) -> dict[str, Tensor]:
     module = make()
     with defer_codebook_update(module):
         for step in range(STEPS):
-            module(batches(step, (40, 40))[rank][0])
+            module(*pick(batches(step, **SPLITS[HARD])))
     return snapshot(module)
 
 
@@ -150,11 +219,11 @@ def run_kmeans(rank: int) -> dict[str, Tensor]:
     return found | {"trained": hidden.codebook, "resumed": resumed.codebook}
 
 
-def run_ddp(rank: int, broadcast_buffers: bool) -> dict[str, Tensor]:
+def run_ddp(rank: int, update: str, broadcast_buffers: bool) -> dict[str, Tensor]:
     torch.manual_seed(rank)  # DDP starts every rank from rank 0's weights
-    model = Model()
+    model = Model(update)
     if rank == 1:
-        model.vq = make(seed=5)
+        model.vq = make(seed=5, update=update)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers will be called forward_sync_buffers
         wrapped = DistributedDataParallel(model, broadcast_buffers=broadcast_buffers)
@@ -188,12 +257,18 @@ def count_collectives(rank: int) -> dict[str, list[tuple[int, bool]]]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Both ranks' results; the processes run every case once."""
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """Every rank's results, by the number of ranks; the processes run every case once."""
     folder = tmp_path_factory.mktemp("ranks")
     early = make()  # built before there is a process group
-    mp.spawn(worker, args=(str(folder), early), nprocs=2)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
+    mp.spawn(worker, args=(str(folder), early), nprocs=4)
+    return {world: [torch.load(folder / f"{world}-rank{rank}.pt") for rank in range(world)] for world in (2, 4)}
+
+
+@pytest.fixture
+def ranks(worlds: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Of two."""
+    return worlds[2]
 
 
 def assert_same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -209,39 +284,82 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("option", "split"), CASES, ids=[", ".join(case) for case in CASES])
-def test_two_ranks_equal_the_joined_batch(ranks: list[dict[str, Any]], option: str, split: str):
+def test_the_ranks_equal_the_joined_batch(worlds: dict[int, list[dict[str, Any]]], option: str, split: str):
     alone = make(**OPTIONS[option])
     metrics = rounds(alone, joined, SPLITS[split])
-    first, second = (each[f"{option}, {split}"] for each in ranks)
-    assert_same_bits(first["state"], second["state"])
+    first, *others = (each[f"{option}, {split}"] for each in worlds[world_of(split)])
+    for other in others:
+        assert_same_bits(first["state"], other["state"])
+        assert all(torch.equal(a, b) for a, b in zip(first["metrics"], other["metrics"], strict=True))
     assert_close(first["state"], alone.state_dict())
-    for expected, a, b in zip(metrics, first["metrics"], second["metrics"], strict=True):
-        assert torch.equal(a, b)
-        torch.testing.assert_close(a, expected)
+    for expected, got in zip(metrics, first["metrics"], strict=True):
+        torch.testing.assert_close(got, expected)
 
 
-def test_a_compiled_quantizer_on_two_ranks_equals_the_joined_batch(ranks: list[dict[str, Any]]):
+@pytest.mark.parametrize("name", EVERY)
+def test_checkpointing_and_resuming_equal_the_plain_run(worlds: dict[int, list[dict[str, Any]]], name: str):
+    """Also with k-means and revival, whose draws depend on how the tokens lie on the ranks."""
+    ranks = worlds[4]
+    for way in WAYS[1:]:
+        for each in ranks:
+            assert_same_bits(each[f"{name}, {way}"], each[f"{name}, plain"])
+    states = [{k: v for k, v in each[f"{name}, plain"].items() if k not in ("codes", "loss", "dx")} for each in ranks]
+    for state in states[1:]:
+        assert_same_bits(states[0], state)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in EVERY if not {"dead_code_threshold", "kmeans_init"} & set(EVERY[name])]
+)
+def test_outputs_and_gradients_on_four_ranks_are_those_of_one(worlds: dict[int, list[dict[str, Any]]], name: str):
+    alone = run_way("plain", EVERY[name], joined, HARD)
+    sizes, masked = SPLITS[HARD]["sizes"], SPLITS[HARD]["masked"]
+    parts = [each[f"{name}, plain"] for each in worlds[4]]
+    assert torch.equal(torch.cat([part["codes"] for part in parts]), alone["codes"])
+    tokens = torch.tensor([0 if rank == masked else size for rank, size in enumerate(sizes)])
+    loss = sum(part["loss"] * n for part, n in zip(parts, tokens, strict=True)) / tokens.sum()
+    torch.testing.assert_close(loss, alone["loss"], rtol=1e-5, atol=1e-6)
+    assert all((part["loss"] == 0) == (n == 0) for part, n in zip(parts, tokens, strict=True))
+    assert not parts[masked]["dx"].any()
+
+
+def test_a_compiled_checkpoint_on_two_ranks_equals_the_plain_run(ranks: list[dict[str, Any]]):
+    for each in ranks:
+        assert_same_bits(each["compiled"], each["plain"])
+
+
+def test_sums_on_their_way_are_never_lost_or_counted_twice(ranks: list[dict[str, Any]]):
     alone = make()
-    rounds(alone, joined, SPLITS["equal"])
-    assert_same_bits(ranks[0]["compiled"], ranks[1]["compiled"])
-    assert_close(ranks[0]["compiled"], alone.state_dict())
+    alone(joined(batches(0, (71, 9)))[0])
+    first, second = (each["on their way"] for each in ranks)
+    for name in first:
+        assert_same_bits(first[name], second[name])
+    assert_close(first["saved"], alone.state_dict())
+    for name in ("copied", "pickled", "loaded"):
+        assert_same_bits(first[name], first["saved"])
+    for name, value in first["wide"].items():
+        torch.testing.assert_close(value.to(first["saved"][name].dtype), first["saved"][name])
+    alone(joined(batches(1, (71, 9)))[0])
+    assert_close(first["later"], alone.state_dict())
 
 
-def test_accumulation_over_ranks_equals_the_joined_batch(ranks: list[dict[str, Any]]):
+def test_accumulation_over_ranks_equals_the_joined_batch(worlds: dict[int, list[dict[str, Any]]]):
+    first, *others = (each["accumulation"] for each in worlds[4])
+    for other in others:
+        assert_same_bits(first, other)
+    assert_close(first, run_accumulation(joined))
     alone = make()
-    alone(torch.cat([joined(batches(step, (40, 40)))[0] for step in range(STEPS)]))
-    first, second = (each["accumulation"] for each in ranks)
-    assert_same_bits(first, second)
+    alone(*joined([part for step in range(STEPS) for part in batches(step, **SPLITS[HARD])]))
     for name in ("codebook", "cluster_size", "embed_sum"):
         torch.testing.assert_close(first[name], alone.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("broadcast_buffers", [True, False])
-def test_ddp_training_equals_one_process(ranks: list[dict[str, Any]], broadcast_buffers: bool):
+@pytest.mark.parametrize(("update", "broadcast_buffers"), DDP)
+def test_ddp_training_equals_one_process(ranks: list[dict[str, Any]], update: str, broadcast_buffers: bool):
     torch.manual_seed(0)
-    alone = Model()
+    alone = Model(update)
     fit(alone, joined)
-    first, second = (each[f"ddp {broadcast_buffers}"] for each in ranks)
+    first, second = (each[f"ddp {update} {broadcast_buffers}"] for each in ranks)
     assert_same_bits(first, second)
     assert_close(first, alone.state_dict())
 

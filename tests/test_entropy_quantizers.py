@@ -7,11 +7,14 @@ import io
 
 import pytest
 import torch
+from host_waits import no_host_waits
 from quantizers import assert_same_state, randn, state
+from requirements import skip_or_fail
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import vqkernels as vq
+from vqkernels import _extension
 from vqkernels.nn import EntropyOptions, IndexPropagationQuantizer, LookupFreeQuantizer
 
 K = 32
@@ -225,10 +228,45 @@ def test_half_keeps_the_codebook_of_ibq_wide():
     assert out.loss.dtype == torch.float32
 
 
+def _everything(x: Tensor, codebook: Tensor, codes: Tensor | None) -> Tensor:
+    """All the functions, but for cross-entropy and lookup without codes: on the CPU they look at them."""
+    total = vq.soft_assignment(x, codebook).code_sums.square().sum()
+    total = total + vq.entropy_loss(x, codebook, metric="cosine", temperature=0.5).loss
+    total = total + vq.index_propagation(x, codebook).quantized.square().sum()
+    total = total + vq.sign_entropy_loss(x, temperature=0.5, group_size=3).loss
+    total = total + vq.sign_rows(vq.sign_codes(x), 6).sum()
+    drawn = vq.sample_codes(x, codebook, seed=x.detach().sum().long(), step=3)
+    if codes is None:
+        return total + drawn.sum()
+    return total + vq.code_cross_entropy(x, codebook, codes, metric="dot") + vq.lookup(drawn, codebook).sum()
+
+
+# ---- no host wait ----
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@every_form
+def test_no_training_step_waits_for_the_device(form: str, device: str):
+    if reason := _extension.cpu_library():  # the reference search is for the CPU, and looks at its candidates
+        skip_or_fail("compiled", reason)
+    module = make(form, channels="first").to(device)
+    x, mask = randn(2, 6, 3, 5).to(device), (randn(2, 3, 5) > -1).to(device)
+    with no_host_waits(device):
+        step(module, x)
+        step(module, x, mask)
+        module.eval()(x)
+
+
+def test_nor_do_the_functions():
+    x, codebook = randn(20, 6).requires_grad_(), randn(9, 6, seed=1).requires_grad_()
+    with no_host_waits():
+        _everything(x, codebook, None).backward()
+
+
 # ---- torch.compile ----
 
 
-@pytest.mark.parametrize("form", ["lfq", "bsq", "ibq-entropy", "ibq-cosine", "ibq-projected"])
+@pytest.mark.parametrize("form", ["lfq-projected", "bsq", "ibq-entropy"])
 def test_training_and_eval_are_one_graph_and_equal_eager(form: str):
     torch._dynamo.reset()
     eager = make(form, channels="first")
@@ -249,20 +287,10 @@ def test_training_and_eval_are_one_graph_and_equal_eager(form: str):
 
 def test_the_functional_ops_are_one_graph():
     torch._dynamo.reset()
-
-    def everything(x: Tensor, codebook: Tensor, codes: Tensor) -> Tensor:
-        total = vq.soft_assignment(x, codebook).code_sums.square().sum()
-        total = total + vq.entropy_loss(x, codebook, metric="cosine", temperature=0.5).loss
-        total = total + vq.code_cross_entropy(x, codebook, codes, metric="dot")
-        total = total + vq.index_propagation(x, codebook).quantized.square().sum()
-        total = total + vq.sign_entropy_loss(x, temperature=0.5, group_size=3).loss
-        drawn = vq.sample_codes(x, codebook, seed=codes.sum(), step=3)
-        return total + vq.lookup(drawn, codebook).sum() + vq.sign_rows(vq.sign_codes(x), 6).sum()
-
     x, codebook = randn(20, 6).requires_grad_(), randn(9, 6, seed=1).requires_grad_()
     codes = torch.randint(-1, 9, (20,))
-    fast = torch.compile(everything, fullgraph=True, backend="aot_eager")
-    mine, true = fast(x, codebook, codes), everything(x, codebook, codes)
+    fast = torch.compile(_everything, fullgraph=True, backend="aot_eager")
+    mine, true = fast(x, codebook, codes), _everything(x, codebook, codes)
     torch.testing.assert_close(mine, true)
     for a, b in zip(*(torch.autograd.grad(v, (x, codebook)) for v in (mine, true)), strict=True):
         torch.testing.assert_close(a, b)

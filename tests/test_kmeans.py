@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from host_waits import HostWait, no_host_waits
 from quantizers import make, randn
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vqkernels as vq
 from vqkernels.nn import kmeans as module
@@ -246,28 +246,17 @@ def test_the_same_bits_again_and_on_any_number_of_threads():
     assert not torch.equal(other.centroids, vq.kmeans(x, 256, iterations=3).centroids)
 
 
-class NoWaiting(TorchDispatchMode):
-    """Fails on every op that a GPU's host would have to wait for."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert not name.startswith(("_local_scalar_dense", "nonzero", "masked_select", "_unique", "bincount")), func
-        if name == "index":
-            assert all(i is None or i.dtype != torch.bool for i in args[1]), f"{func} with a boolean mask"
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_iterations_and_the_first_training_step_never_wait_for_the_device(metric: str):
     x, seed = randn(900, 4), torch.tensor(5)
     x[7] = float("nan")
     measure, rows = lloyd.Measure(metric), randn(10, 4, seed=1)
     codebook, flag = randn(10, 4, seed=1), torch.tensor(False)
-    with NoWaiting():
+    with no_host_waits():
         lloyd.lloyd_(rows, lambda: [x], measure, seed, 3)
         lloyd.mini_batches_(rows, lambda: x.split(100), measure, seed, 2)
-        module._initialize(x[None], x[None, :, 0] > 0, codebook, flag, seed, metric, "exact")
-    with pytest.raises(AssertionError), NoWaiting():
+        module._initialize(x[None], x[None, :, 0] > 0, codebook, flag, seed, metric, "exact", -1)
+    with pytest.raises(HostWait), no_host_waits():
         lloyd.lloyd_(rows, lambda: [x], measure, seed, 3, tolerance=0.1)
     assert flag
     assert not torch.equal(codebook, randn(10, 4, seed=1))
@@ -275,7 +264,7 @@ def test_iterations_and_the_first_training_step_never_wait_for_the_device(metric
 
 def test_a_codebook_that_is_initialised_already_stays():
     codebook, flag = randn(10, 4), torch.tensor(True)
-    module.initialize_(randn(1, 50, 4), None, codebook, flag, torch.tensor(0), "euclidean", "exact")
+    module.initialize_(randn(1, 50, 4), None, codebook, flag, torch.tensor(0), "euclidean", "exact", -1)
     assert torch.equal(codebook, randn(10, 4))
 
 

@@ -144,8 +144,9 @@ def test_float64_is_the_formula(n: int, size: int, dim: int):
 
 
 def test_strips_of_tokens_add_up(instruction_set: str):
-    """More tokens than one strip holds: with groups of tokens, and with chunks of codes at a large D."""
+    """More tokens than one strip holds: in groups, with kept logits, and with chunks of codes at a large D."""
     assert_close(make_call(8200, 3, 2))
+    assert_close(make_call(260, 16384, 64, scale=0.1))
     assert_close(make_call(100, 2048, 4096, scale=0.02))
 
 

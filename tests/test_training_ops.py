@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import vqkernels as vq
+from vqkernels.ops._library import run
 from vqkernels.testing import sum_tolerance
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -261,6 +262,113 @@ def test_ema_update_in_float64(backend):
     vq.ema_update_(*mine, counts.to(device), sums.to(device), decay=0.99)
     for got, truth in zip(mine, expected, strict=True):
         torch.testing.assert_close(got.cpu(), truth, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_plain_smoothing_divides_by_size_and_eps(backend, normalize: bool):
+    _, device = backend
+    codebook, size = torch.randn(9, 11), torch.rand(9) * 3
+    state = [t.to(device) for t in (codebook, size, codebook * size[:, None])]
+    counts, sums = torch.ones(9).to(device), torch.randn(9, 11).to(device)
+    options = {"decay": 0.9, "eps": 0.25, "normalize": normalize}
+    vq.ema_update_(*state, counts, sums, smoothing="plain", **options)
+    mean = state[2].cpu().double() / (state[1].cpu().double() + 0.25)[:, None]
+    expected = mean / mean.norm(dim=1, keepdim=True) if normalize else mean
+    torch.testing.assert_close(state[0].cpu().double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_used_up_statistics_are_cleared_and_empty_rows_are_not_visited(backend):
+    """What the modules call: as ema_update_, then zeros; also where half of the codes have no token."""
+    _, device = backend
+    codebook, size = torch.randn(30, 10), torch.rand(30)
+    counts = torch.tensor([0.0, 2.0, 1.0]).repeat(10)
+    sums, revive = torch.randn(30, 10) * counts[:, None], torch.arange(30) == 4
+    ends = []
+    for consume in (False, True):
+        state = [t.clone().to(device) for t in (codebook, size, codebook * size[:, None])]
+        pending = [t.clone().to(device) for t in (counts, sums, revive)]
+        run("ema_update_", *state, *pending, 0.9, 1e-5, 2.0, False, False, consume)
+        ends.append((state, pending))
+    assert all(torch.equal(a, b) for a, b in zip(ends[0][0], ends[1][0], strict=True))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(ends[0][1], (counts, sums, revive), strict=True))
+    assert not any(t.any() for t in ends[1][1])
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["rows", "maps"])
+def test_statistics_are_added_to_what_is_there(backend, first: bool):
+    _, device = backend
+    x = (torch.randn(3, 21, 37).transpose(1, 2) if first else torch.randn(3, 37, 21)).to(device)
+    codes = torch.randint(-1, 40, (3, 37)).to(device)
+    counts, sums = vq.codebook_stats(x, codes, 50)
+    start = torch.rand(50).to(device), torch.randn(50, 21).to(device)
+    mine, alone = [t.clone() for t in start], start[0].clone()
+    run("add_statistics_", x, codes, *mine)
+    run("add_statistics_", x, codes, alone, None)
+    assert torch.equal(mine[0], start[0] + counts)
+    assert torch.equal(mine[1], start[1] + sums)
+    assert torch.equal(alone, mine[0])
+
+
+def test_many_codes_give_the_sums_of_few():
+    """Tokens are sorted another way where codes are many: the order within a code is the same."""
+    x, codes = torch.randn(300, 7), torch.randint(-1, 60, (300,))
+    counts, sums = vq.codebook_stats(x, codes, 60)
+    many = vq.codebook_stats(x, torch.where(codes < 0, codes, codes * 1000 + 17), 60_000)
+    assert torch.equal(many[0][17::1000], counts)
+    assert torch.equal(many[1][17::1000], sums)
+    assert many[0].sum() == counts.sum()
+
+
+@pytest.mark.parametrize("rotation", [False, True])
+@pytest.mark.parametrize("first", [False, True], ids=["rows", "maps"])
+def test_absent_gradients_are_zeros_and_masked_tokens_get_none(backend, first: bool, rotation: bool):
+    _, device = backend
+    shape = (2, 19, 35) if first else (2, 35, 19)
+    x, q, g = (t.transpose(1, 2) if first else t for t in torch.randn(3, *shape).to(device))
+    codes, error = torch.randint(-1, 9, (2, 35)).to(device), torch.rand(2, 35).to(device)
+    mask = (torch.rand(2, 35) > 0.4).to(device)
+    zeros, nothing = torch.zeros_like(x), torch.zeros_like(error)
+    for absent, present in (
+        ((None, error), (zeros, error)),
+        ((g, None), (g, nothing)),
+        ((None, None), (zeros, nothing)),
+    ):
+        dx = run("quantize_backward", x, q, codes, *absent, rotation, mask)
+        truth = run("quantize_backward", x, q, codes, *present, rotation, None)
+        torch.testing.assert_close(dx, torch.where(mask[..., None], truth, 0.0))
+        assert dx.stride() == x.stride()
+
+
+def test_rotation_of_nearly_opposite_directions(backend):
+    """|u + v|^2 would cancel in products of the rows; summed term by term it does not."""
+    name, device = backend
+    x = torch.randn(40, 24, dtype=torch.float64)
+    off = torch.randn(40, 24, dtype=torch.float64)
+    bend = 10.0 ** -torch.linspace(0, 4 if name != "triton" else 1.5, 40, dtype=torch.float64)
+    q = -1.3 * x + bend[:, None] * off
+    x, q, g = (t.float() for t in (x, q, torch.randn_like(x)))
+    codes = torch.arange(40)[None].to(device)
+    dx = run("quantize_backward", *(t[None].to(device) for t in (x, q)), codes, g[None].to(device), None, True, None)
+    truth, _ = _formula_gradients(x, q, torch.arange(40), g, torch.zeros(40), True)
+    assert (dx[0].cpu().double() - truth).norm() <= (1e-4 if name == "triton" else 1e-6) * truth.norm()
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["rows", "maps"])
+def test_codebook_gradient_for_any_number_of_threads(first: bool):
+    shape = (4, 40, 700) if first else (4, 700, 40)
+    x, q = (t.transpose(1, 2) if first else t for t in torch.randn(2, *shape))
+    codes, error = torch.randint(-1, 50, (4, 700)), torch.rand(4, 700)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(run("codebook_gradient", x, q, codes, error, 60))
+    rows = run("codebook_gradient", x.contiguous(), q.contiguous(), codes, error, 60)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], rows)
+    kept = codes >= 0
+    pull = 2 * error[kept][:, None].double() * (q - x)[kept].double()
+    truth = torch.zeros(60, 40, dtype=torch.float64).index_add_(0, codes[kept], pull)
+    assert (rows.double() - truth).abs().max() <= sum_tolerance(200, torch.float32, pull.abs().max().item())
 
 
 BAD = {

@@ -67,6 +67,21 @@ def test_any_leading_dimensions(shape: tuple[int, ...]):
     assert torch.isfinite(out.loss)
 
 
+@every_option
+def test_encode_gives_forwards_codes_and_touches_nothing(options: dict):
+    module = make(**options)
+    module(randn(3, 20, 8))
+    x, mask = randn(3, 20, 8, seed=1), randn(3, 20, seed=2) > 0
+    x[1, 4] = float("nan")
+    before = copy.deepcopy(module)
+    codes = module.encode(x, mask)  # in training mode, with statistics pending
+    assert_same_state(module, before)
+    tokens, metric = module._tokens(x, mask)[0], module.options.metric
+    assert torch.equal(codes, vq.quantize(tokens, module._rows(), mask=mask, metric=metric).codes)
+    module.eval()
+    assert torch.equal(module.encode(x, mask), module(x, mask).codes)
+
+
 def test_three_spatial_dimensions_channels_first():
     out = make(channels="first")(randn(2, 8, 3, 4, 5))
     assert out.quantized.shape == (2, 8, 3, 4, 5)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         sign_rows,
         soft_assignment,
     )
+    from .ops.plain import plain_ops
 
 _HOMES = {
     "backends": ("BackendError", "explain", "use_backend"),
@@ -55,6 +56,7 @@ _HOMES = {
         *("EntropyLoss", "SoftAssignment", "code_cross_entropy", "entropy_loss", "index_propagation", "sample_codes"),
         *("sign_assignment", "sign_codes", "sign_entropy_loss", "sign_rows", "soft_assignment"),
     ),
+    "ops.plain": ("plain_ops",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -82,6 +84,7 @@ __all__ = [
     "lookup",
     "nearest",
     "nearest_tokens",
+    "plain_ops",
     "quantize",
     "sample_codes",
     "sign_assignment",
@@ -100,7 +103,7 @@ def __getattr__(name: str) -> Any:
         module = importlib.import_module(f"{__name__}.{_HOME_OF[name]}")
         globals().update({each: getattr(module, each) for each in _HOMES[_HOME_OF[name]]})
         return globals()[name]
-    if name in ("backends", "nn", "ops", "testing", "models", "benchmarks"):
+    if name in ("backends", "export", "nn", "ops", "testing", "models", "benchmarks"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

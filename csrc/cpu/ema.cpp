@@ -2,6 +2,7 @@
 // order.
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "../checks.h"
@@ -38,8 +39,12 @@ struct Ema {
     std::vector<double> blocks(ceil_div(size, BLOCK));
     for_each_range(size, BLOCK, 2.0 * size, [&](int64_t begin, int64_t end) {
       double parts[PARTS] = {};
-      for (int64_t k = begin; k < end; ++k) parts[k % PARTS] += value(k);
+      int64_t k = begin;
+      for (; k + PARTS <= end; k += PARTS) {
+        for (int64_t i = 0; i < PARTS; ++i) parts[i] += value(k + i);
+      }
       double sum = 0.0;
+      for (; k < end; ++k) sum += value(k);
       for (const double part : parts) sum += part;
       blocks[begin / BLOCK] = sum;
     });
@@ -68,14 +73,12 @@ struct Ema {
     for (int64_t d = k * dim; d < (k + 1) * dim; ++d) sums[d] = 0;
   }
 
-  void update_code(const TrainingLoops<W>& loops, int64_t k, double n) const {
+  void update_code(const TrainingLoops<W>& loops, int64_t k, double preserve) const {
     const bool counted = !consume || counts[k] != W(0);
     if (revive[k]) {
       revive_code(k);
     } else {
-      const double smoothed =
-          plain ? cluster_size[k] + eps : (cluster_size[k] + eps) / (n + static_cast<double>(size) * eps) * n;
-      const EmaRow step{decay, 1.0 - decay, 1.0 / smoothed, normalize};
+      const EmaRow step{decay, 1.0 - decay, preserve / (cluster_size[k] + eps), normalize};
       loops.learn_row(step, counted ? sums + k * dim : nullptr, dim, embed_sum + k * dim, codebook + k * dim);
     }
     if (consume && (counted || revive[k])) clear(k);
@@ -96,12 +99,14 @@ struct Ema {
   void update() const {
     const TrainingLoops<W>& loops = training_loops<W>();
     const double learned = total([&](int64_t k) { return revive[k] ? 0.0 : static_cast<double>(counts[k]); });
-    const double revived = total([&](int64_t k) { return revive[k] ? 1.0 : 0.0; });
-    if (learned == 0.0 && revived == 0.0) return;
+    const bool revived = std::memchr(revive, true, size) != nullptr;
+    if (learned == 0.0 && !revived) return;
     const double n = update_sizes(learned != 0.0);
+    const double preserve =
+        plain ? 1.0 : (n + static_cast<double>(size) * eps) / n;  // the sum of smoothed sizes
     for_each_range(size, 1 + 16384 / dim, 8.0 * size * dim, [&](int64_t begin, int64_t end) {
       for (int64_t k = begin; k < end; ++k) {
-        if (learned != 0.0 || revive[k]) update_code(loops, k, n);
+        if (learned != 0.0 || revive[k]) update_code(loops, k, preserve);
       }
     });
   }

@@ -24,6 +24,11 @@ constexpr int64_t ITEMS = 32;         // of a strip, so that threads end togethe
 constexpr int64_t PARTIAL = 8 << 20;  // numbers of [chunks, tokens, D]
 constexpr int64_t STRIP_TOKENS = 170 * BLOCK_TOKENS;
 constexpr int64_t PANEL_WORDS = 64 * 1024;  // of a block of codes; it lies in the L2 cache
+// A backward pass that goes over the logits twice keeps them for the second time, a strip of them, where this
+// saves more than it costs: above some D, below some K.
+constexpr int64_t KEPT = 4 << 20;  // numbers
+constexpr int64_t KEPT_TOKENS = 4 * BLOCK_TOKENS;
+constexpr int64_t KEPT_DIM = 64;
 constexpr double LOG_2 = 0.693147180559945309417232121458;
 
 inline int64_t round_up(int64_t a, int64_t unit) { return ceil_div(a, unit) * unit; }
@@ -38,14 +43,20 @@ struct SoftmaxPlan {
   int64_t strip;   // tokens, whole groups
   int64_t group;   // tokens, whole blocks
   int64_t groups;  // of a strip, at most
+  bool keep;       // a strip's logits
+
+  int64_t stride() const { return block + STRIDE_PADDING; }
 };
 
-inline SoftmaxPlan plan_softmax(int64_t tokens, int64_t codes, int64_t dim) {
+inline SoftmaxPlan plan_softmax(int64_t tokens, int64_t codes, int64_t dim, bool twice) {
   SoftmaxPlan plan;
   plan.block = clamp(PANEL_WORDS / dim / CODES_UNIT * CODES_UNIT, CODES_UNIT, LARGEST_BLOCK);
   plan.chunk = round_up(ceil_div(codes, ITEMS), plan.block);
   plan.chunks = ceil_div(codes, plan.chunk);
-  const int64_t fitting = clamp(PARTIAL / (plan.chunks * dim), BLOCK_TOKENS, STRIP_TOKENS);
+  const int64_t kept = KEPT / (ceil_div(codes, plan.block) * plan.stride());
+  plan.keep = twice && dim >= KEPT_DIM && kept >= KEPT_TOKENS;
+  const int64_t most = plan.keep ? clamp(kept, BLOCK_TOKENS, STRIP_TOKENS) : STRIP_TOKENS;
+  const int64_t fitting = clamp(PARTIAL / (plan.chunks * dim), BLOCK_TOKENS, most);
   const int64_t strip = clamp(tokens, 1, fitting);
   plan.group = round_up(ceil_div(strip, ceil_div(ITEMS, plan.chunks)), BLOCK_TOKENS);
   plan.groups = ceil_div(strip, plan.group);
@@ -61,6 +72,9 @@ struct TokenStrip {
   Buffer<Word> direction;                       // [count, D], or nothing
   Buffer<Word> lse, entropy, weight, constant;  // [count]: see TokenTerms
   Buffer<bool> finite;                          // [count]
+  Word* scores = nullptr;  // [code blocks, token blocks, BLOCK_TOKENS, stride] where they are kept
+  Word* along = nullptr;   // likewise
+  bool scored = false;     // these are
 
   TokenTerms<Word> terms(int64_t n) const {
     return {lse.get() + n, entropy.get() + n, weight.get() + n, constant.get() + n};
@@ -73,7 +87,7 @@ struct SoftmaxScratch {
   Buffer<Word> dpanels;           // likewise, or nothing
   Buffer<Word> bias, dcode_sums;  // [block]
   Buffer<Word> zeros;             // [block]
-  Buffer<Word> scores, along;     // [BLOCK_TOKENS, SCORES_STRIDE]; along or nothing
+  Buffer<Word> scores, along;     // [BLOCK_TOKENS, stride]; along or nothing
   Buffer<double> totals;          // [block]
 };
 
@@ -143,7 +157,7 @@ struct SoftmaxCall {
   }
 
   SoftmaxScratch<Word> make_scratch(bool along, bool gradient) const {
-    const int64_t words = plan.block * dim(), scores = BLOCK_TOKENS * SCORES_STRIDE;
+    const int64_t words = plan.block * dim(), scores = BLOCK_TOKENS * plan.stride();
     SoftmaxScratch<Word> scratch{Buffer<Word>(words),
                                  Buffer<Word>(gradient ? words : 0),
                                  Buffer<Word>(plan.block),
@@ -188,13 +202,14 @@ struct SoftmaxCall {
             const int64_t count = end - code < plan.block ? end - code : plan.block;
             open_block(code, count, scratch);
             SoftmaxVisit<Word> place{scratch, chunk, group, code, count, first, 0, {}};
-            place.block = {scratch.scores.get(), along ? scratch.along.get() : nullptr, 0,
+            place.block = {scratch.scores.get(), along ? scratch.along.get() : nullptr, plan.stride(), 0,
                            round_up(count, table.width)};
             open(place);
             for (int64_t token = first; token < last; token += BLOCK_TOKENS) {
               place.token = token;
               place.tokens = place.block.tokens = last - token < BLOCK_TOKENS ? last - token : BLOCK_TOKENS;
-              score(strip, place);
+              if (plan.keep) use_kept(strip, along, place);
+              if (!strip.scored) score(strip, place);
               visit(place);
             }
             close(place);
@@ -209,14 +224,26 @@ struct SoftmaxCall {
     for_blocks(strip, products, along, false, [](int64_t, int64_t, int64_t) {}, nothing, visit, nothing);
   }
 
+  int64_t kept_numbers(int64_t count) const {
+    return ceil_div(codes, plan.block) * ceil_div(count, BLOCK_TOKENS) * BLOCK_TOKENS * plan.stride();
+  }
+
+  void use_kept(const TokenStrip<Word>& strip, bool along, SoftmaxVisit<Word>& place) const {
+    const int64_t token_blocks = ceil_div(strip.count, BLOCK_TOKENS);
+    const int64_t number = place.code / plan.block * token_blocks + place.token / BLOCK_TOKENS;
+    const int64_t at = number * BLOCK_TOKENS * plan.stride();
+    place.block.scores = strip.scores + at;
+    if (along) place.block.along = strip.along + at;
+  }
+
   void score(const TokenStrip<Word>& strip, const SoftmaxVisit<Word>& place) const {
     const ScoreBlock<Word>& block = place.block;
     const SoftmaxScratch<Word>& scratch = place.scratch;
     table.score(strip.x.get() + place.token * dim(), scratch.panels.get(), scratch.bias.get(), block.tokens,
-                block.codes, dim(), block.scores);
+                block.codes, dim(), block.scores, block.stride);
     if (block.along == nullptr) return;
     table.score(strip.direction.get() + place.token * dim(), scratch.panels.get(), scratch.zeros.get(),
-                block.tokens, block.codes, dim(), block.along);
+                block.tokens, block.codes, dim(), block.along, block.stride);
   }
 };
 

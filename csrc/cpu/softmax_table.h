@@ -13,8 +13,7 @@ namespace cpu {
 constexpr int64_t BLOCK_TOKENS = 48;    // a multiple of every pass's rows and tokens
 constexpr int64_t LARGEST_BLOCK = 512;  // codes; 48 x 512 logits are 96 KiB, in any L2 cache of today
 constexpr int64_t CODES_UNIT = 64;      // blocks and chunks are multiples of it: of every width
-constexpr int64_t SCORES_STRIDE =
-    LARGEST_BLOCK + 16;  // rows that are a power of two apart share few cache sets
+constexpr int64_t STRIDE_PADDING = 16;  // of a row of logits: rows a power of two apart share few cache sets
 
 // What a token's logits are compared with and weighted by, after the packing: one number a token each.
 template <class Word>
@@ -28,8 +27,9 @@ struct TokenTerms {
 // One block of logits.
 template <class Word>
 struct ScoreBlock {
-  Word* scores;  // [tokens, SCORES_STRIDE]
-  Word* along;   // [tokens, SCORES_STRIDE]: <direction, code>, or null
+  Word* scores;  // [tokens, stride]
+  Word* along;   // [tokens, stride]: <direction, code>, or null
+  int64_t stride;
   int64_t tokens;
   int64_t codes;  // a multiple of width
 };
@@ -54,7 +54,8 @@ struct SoftmaxTable {
                 const Word* panels,  // [panels, D, width]
                 const Word* bias,    // [codes]
                 int64_t tokens, int64_t codes, int64_t dim,
-                Word* scores);  // [tokens, SCORES_STRIDE]
+                Word* scores,  // [tokens, stride]
+                int64_t stride);
 
   // Running over blocks: m = max l, s = sum 2^(l - m), u = sum 2^(l - m) (l - m).
   void (*fold)(const ScoreBlock<Word>& block, double* maximum, double* sum, double* moment);  // [tokens] each

@@ -158,11 +158,12 @@ struct SoftmaxTile {
                     const Word* panels,  // [panels, D, WIDTH]
                     const Word* bias,    // [codes]
                     int64_t tokens, int64_t codes, int64_t dim,
-                    Word* scores) {  // [tokens, SCORES_STRIDE]
+                    Word* scores,  // [tokens, stride]
+                    int64_t stride) {
     for (int64_t k = 0; k < codes; k += WIDTH, panels += dim * WIDTH) {
       for (int64_t n = 0; n < tokens; n += P::ROWS) {
         choose_multiply(tokens - n)(x + n * dim, dim, 1, panels, WIDTH, dim, bias + k, 0,
-                                    scores + n * SCORES_STRIDE + k, SCORES_STRIDE);
+                                    scores + n * stride + k, stride);
       }
     }
   }
@@ -174,15 +175,16 @@ struct SoftmaxTile {
     for (int64_t k = 0; k < block.codes; k += WIDTH, dpanels += dim * WIDTH) {
       for (int64_t d = 0; d < dim; d += P::ROWS) {
         Word* out = dpanels + d * WIDTH;
-        choose_multiply(dim - d)(x + d, 1, dim, block.scores + k, SCORES_STRIDE, block.tokens, out, WIDTH,
-                                 out, WIDTH);
+        choose_multiply(dim - d)(x + d, 1, dim, block.scores + k, block.stride, block.tokens, out, WIDTH, out,
+                                 WIDTH);
       }
     }
   }
 
   // dx[n, d] += sum_k scores[n, k] codes[k, d] with codes along the lanes, which wastes none whatever D is.
   template <int DIMS>
-  static void reduce(const Word* scores,  // [TOKENS, SCORES_STRIDE]
+  static void reduce(const Word* scores,  // [TOKENS, stride]
+                     int64_t stride,
                      const Word* panels,  // [panels, D, WIDTH], at its dimension
                      int64_t codes, int64_t dim, int64_t tokens,
                      Word* dx) {  // [tokens, D], at its dimension
@@ -197,7 +199,7 @@ struct SoftmaxTile {
       for (int lane = 0; lane < WIDTH; lane += P::LANES) {
         Vector values[P::TOKENS];
 #pragma GCC unroll 4
-        for (int n = 0; n < P::TOKENS; ++n) values[n] = P::load(scores + n * SCORES_STRIDE + k + lane);
+        for (int n = 0; n < P::TOKENS; ++n) values[n] = P::load(scores + n * stride + k + lane);
 #pragma GCC unroll 8
         for (int d = 0; d < DIMS; ++d) {
           const Vector column = P::load(panels + d * WIDTH + lane);
@@ -218,7 +220,7 @@ struct SoftmaxTile {
     }
   }
 
-  using Reduce = void (*)(const Word*, const Word*, int64_t, int64_t, int64_t, Word*);
+  using Reduce = void (*)(const Word*, int64_t, const Word*, int64_t, int64_t, int64_t, Word*);
 
   template <int DIMS = P::ROWS>
   static Reduce choose_reduce(int64_t dims) {
@@ -236,8 +238,8 @@ struct SoftmaxTile {
     for (int64_t d = 0; d < dim; d += P::ROWS) {
       const Reduce reduce_rows = choose_reduce(dim - d);
       for (int64_t n = 0; n < block.tokens; n += P::TOKENS) {
-        reduce_rows(block.scores + n * SCORES_STRIDE, panels + d * WIDTH, block.codes, dim, block.tokens - n,
-                    dx + n * dim + d);
+        reduce_rows(block.scores + n * block.stride, block.stride, panels + d * WIDTH, block.codes, dim,
+                    block.tokens - n, dx + n * dim + d);
       }
     }
   }
@@ -266,7 +268,7 @@ struct SoftmaxTile {
 
   static void fold(const Block& block, double* maximum, double* sum, double* moment) {  // [tokens] each
     for (int64_t n = 0; n < block.tokens; ++n) {
-      const Word* scores = block.scores + n * SCORES_STRIDE;
+      const Word* scores = block.scores + n * block.stride;
       const Word largest = largest_score(scores, block.codes);
       if (largest > maximum[n]) {
         const double step = maximum[n] - largest;
@@ -322,8 +324,8 @@ struct SoftmaxTile {
                        const Word* dcode_sums,          // [codes]
                        double* mass, double* moment) {  // [tokens] each
     for (int64_t n = 0; n < block.tokens; ++n) {
-      const Word* scores = block.scores + n * SCORES_STRIDE;
-      const Word* along = ALONG ? block.along + n * SCORES_STRIDE : nullptr;
+      const Word* scores = block.scores + n * block.stride;
+      const Word* along = ALONG ? block.along + n * block.stride : nullptr;
       const Spread token(terms, n);
       Vector sums[P::VECTORS], moments[P::VECTORS];
 #pragma GCC unroll 4
@@ -355,7 +357,7 @@ struct SoftmaxTile {
 
   static void probabilities(const Block& block, const Terms& terms) {
     for (int64_t n = 0; n < block.tokens; ++n) {
-      Word* scores = block.scores + n * SCORES_STRIDE;
+      Word* scores = block.scores + n * block.stride;
       const Vector lse = P::broadcast(terms.lse[n]);
       for (int64_t k = 0; k < block.codes; k += P::LANES) {
         P::store(scores + k, P::power(above(P::load(scores + k), lse)));
@@ -378,7 +380,7 @@ struct SoftmaxTile {
 #pragma GCC unroll 4
       for (int v = 0; v < P::VECTORS; ++v) sums[v] = P::broadcast(Word(0));
       for (int64_t n = 0; n < block.tokens; ++n) {
-        const Word* scores = block.scores + n * SCORES_STRIDE + k;
+        const Word* scores = block.scores + n * block.stride + k;
         const Vector lse = P::broadcast(terms.lse[n]), weight = P::broadcast(terms.weight[n]);
 #pragma GCC unroll 4
         for (int v = 0; v < P::VECTORS; ++v) {
@@ -398,8 +400,8 @@ struct SoftmaxTile {
 #pragma GCC unroll 4
       for (int v = 0; v < P::VECTORS; ++v) sums[v] = P::broadcast(Word(0));
       for (int64_t n = 0; n < block.tokens; ++n) {
-        Word* scores = block.scores + n * SCORES_STRIDE + k;
-        const Word* along = ALONG ? block.along + n * SCORES_STRIDE + k : nullptr;
+        Word* scores = block.scores + n * block.stride + k;
+        const Word* along = ALONG ? block.along + n * block.stride + k : nullptr;
         const Spread token(terms, n);
 #pragma GCC unroll 4
         for (int v = 0; v < P::VECTORS; ++v) {

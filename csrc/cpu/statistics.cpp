@@ -16,7 +16,7 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
-constexpr int64_t AHEAD = 4;  // rows lie anywhere in memory, and the processor would not guess them
+constexpr int64_t AHEAD = 6;  // rows lie anywhere in memory, and the processor would not guess them
 
 template <class T>
 void prefetch_row(const Tokens<const T>& x, int64_t n) {
@@ -107,6 +107,24 @@ Tokens<const T> some_dimensions(Tokens<const T> x, int64_t first, int64_t count)
   return x;
 }
 
+// Rows that lie in memory as they are summed.
+template <class W>
+void sum_dense_rows(const Tokens<const W>& x, const Groups& groups, W* out, bool adds) {  // out [K, D]
+  const TrainingLoops<W>& loops = training_loops<W>();
+  const int64_t tokens = groups.start.back(), dim = x.dim, per_item = 1 + 8192 / dim;
+  for_each_item<std::vector<double>>(
+      ceil_div(groups.used(), per_item), 4.0 * (tokens + groups.used()) * dim,
+      [&] { return std::vector<double>(dim); },
+      [&](int64_t item, std::vector<double>& total) {
+        const int64_t first = item * per_item, end = std::min(groups.used(), first + per_item);
+        for (int64_t g = first; g < end; ++g) {
+          const int64_t start = groups.start[g];
+          loops.sum_rows(x.data, x.spacing(), groups.order.get() + start, groups.start[g + 1] - start,
+                         tokens - start, dim, total.data(), adds, out + groups.code[g] * dim);
+        }
+      });
+}
+
 template <class T, class Emit>
 void sum_tokens(const Tokens<const T>& x, const Groups& groups, const Emit& emit) {
   using W = Wide<T>;
@@ -171,9 +189,9 @@ void clear_rows(Out* rows, int64_t count) {
 // Overwrites, or adds each code's sum as a whole.
 template <class Out>
 auto write_to(Out* rows, int64_t dim, bool adds) {  // rows [K, D]
-  return [rows, dim, adds](int64_t code, int64_t first, int64_t count, const double* total) {
-    Out* row = rows + code * dim + first;
-    for (int64_t d = 0; d < count; ++d) row[d] = adds ? row[d] + Out(total[d]) : Out(total[d]);
+  const auto put = training_loops<Out>().put_sum;
+  return [rows, dim, adds, put](int64_t code, int64_t first, int64_t count, const double* total) {
+    put(total, count, adds, rows + code * dim + first);
   };
 }
 
@@ -186,7 +204,11 @@ void statistics_into(const Tokens<const T>& x, const Groups& groups, Wide<T>* co
     const Wide<T> tokens = static_cast<Wide<T>>(groups.start[g + 1] - groups.start[g]);
     counts[groups.code[g]] = adds ? counts[groups.code[g]] + tokens : tokens;
   }
-  if (sums != nullptr) sum_tokens(x, groups, write_to(sums, x.dim, adds));
+  if (sums == nullptr) return;
+  if constexpr (std::is_same_v<T, Wide<T>>) {
+    if (!side_by_side(x) && usable_as_rows(x)) return sum_dense_rows(x, groups, sums, adds);
+  }
+  sum_tokens(x, groups, write_to(sums, x.dim, adds));
 }
 
 }  // namespace

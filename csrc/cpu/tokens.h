@@ -70,7 +70,10 @@ struct Tokens {
     }
   }
 
-  T* row(int64_t n) const { return data + (n / length) * batch_stride + (n % length) * length_stride; }
+  T* row(int64_t n) const {
+    if (batch == 1) return data + n * length_stride;
+    return data + (n / length) * batch_stride + (n % length) * length_stride;
+  }
 
   // Whether one stride leads from every token to the next.
   bool evenly_spaced() const { return batch == 1 || length == 1 || batch_stride == length * length_stride; }
@@ -108,7 +111,9 @@ struct TokenValues {
   int64_t length_stride = 0;
 
   W operator[](int64_t n) const {
-    return data == nullptr ? W(0) : data[(n / length) * batch_stride + (n % length) * length_stride];
+    if (data == nullptr) return W(0);
+    return n < length ? data[n * length_stride]
+                      : data[(n / length) * batch_stride + (n % length) * length_stride];
   }
 };
 

@@ -184,6 +184,60 @@ void add_row(const W* row, int64_t dim, double* total) {
 }
 
 template <class W>
+void put_sum(const double* total, int64_t dim, bool adds, W* out) {
+  typename Eight<W>::Vector old;
+  Doubles sum;
+  int64_t d = 0;
+  for (; d + LANES <= dim; d += LANES) {
+    load(total + d, sum);
+    typename Eight<W>::Vector fresh = __builtin_convertvector(sum, typename Eight<W>::Vector);
+    if (adds) {
+      load(out + d, old);
+      fresh += old;
+    }
+    store(out + d, fresh);
+  }
+  for (; d < dim; ++d) out[d] = adds ? out[d] + static_cast<W>(total[d]) : static_cast<W>(total[d]);
+}
+
+// A sum of one row is that row.
+template <class W>
+VQ_INLINE void put_row(const W* row, int64_t dim, bool adds, W* out) {
+  typename Eight<W>::Vector fresh, old;
+  int64_t d = 0;
+  for (; d + LANES <= dim; d += LANES) {
+    load(row + d, fresh);
+    if (adds) {
+      load(out + d, old);
+      fresh += old;
+    }
+    store(out + d, fresh);
+  }
+  for (; d < dim; ++d) out[d] = adds ? out[d] + row[d] : row[d];
+}
+
+constexpr int64_t AHEAD = 6;  // rows lie anywhere in memory, and the processor would not guess them
+
+template <class W>
+VQ_INLINE void fetch_row(const W* row, int64_t dim) {
+  constexpr int64_t PER_LINE = 64 / sizeof(W);
+  for (int64_t d = 0; d < dim; d += PER_LINE) __builtin_prefetch(row + d);
+}
+
+template <class W>
+void sum_rows(const W* rows, int64_t stride, const int64_t* order, int64_t count, int64_t left, int64_t dim,
+              double* total, bool adds, W* out) {
+  if (AHEAD < left) fetch_row(rows + order[AHEAD] * stride, dim);
+  if (count == 1) return put_row(rows + order[0] * stride, dim, adds, out);
+  for (int64_t d = 0; d < dim; ++d) total[d] = rows[order[0] * stride + d];
+  for (int64_t i = 1; i < count; ++i) {
+    if (i + AHEAD < left) fetch_row(rows + order[i + AHEAD] * stride, dim);
+    add_one_row(rows + order[i] * stride, dim, total);
+  }
+  put_sum(total, dim, adds, out);
+}
+
+template <class W>
 void add_rows(const W* rows, const int64_t* slots, int64_t count, int64_t dim, double* totals) {
   for (int64_t n = 0; n < count; ++n) {
     if (slots[n] >= 0) add_one_row(rows + n * dim, dim, totals + slots[n] * dim);
@@ -226,19 +280,29 @@ void divide_by_length(W* row, int64_t dim) {
 }
 
 template <class W>
+VQ_INLINE void learn_eight(const EmaRow& step, const typename Eight<W>::Vector& was,
+                           const typename Eight<W>::Vector& sum, W* embed, W* code) {
+  Doubles value = __builtin_convertvector(was, Doubles);
+  value = step.decay * value + step.gain * __builtin_convertvector(sum, Doubles);
+  const typename Eight<W>::Vector rounded = __builtin_convertvector(value, typename Eight<W>::Vector);
+  store(embed, rounded);
+  store_narrow(code, __builtin_convertvector(rounded, Doubles) * step.inverse);
+}
+
+template <class W>
 void learn_row(const EmaRow& step, const W* sum, int64_t dim, W* embed, W* code) {
-  Doubles old, fresh = {};
+  typename Eight<W>::Vector was, fresh = {}, last = {}, last_sum = {};
+  const int64_t end = dim - LANES;  // the last eight overlap the ones before: read before those are written
+  if (end >= 0) load(embed + end, last);
+  if (end >= 0 && sum != nullptr) load(sum + end, last_sum);
   int64_t d = 0;
-  for (; d + LANES <= dim; d += LANES) {
-    load_wide(embed + d, old);
-    if (sum != nullptr) load_wide(sum + d, fresh);
-    old = step.decay * old + step.gain * fresh;
-    store_narrow(embed + d, old);
-    load_wide(embed + d, old);  // as it was rounded
-    old *= step.inverse;
-    store_narrow(code + d, old);
+  for (; d < end; d += LANES) {
+    load(embed + d, was);
+    if (sum != nullptr) load(sum + d, fresh);
+    learn_eight<W>(step, was, fresh, embed + d, code + d);
   }
-  for (; d < dim; ++d) {
+  if (end >= 0) learn_eight<W>(step, last, last_sum, embed + end, code + end);
+  for (; end < 0 && d < dim; ++d) {
     embed[d] = static_cast<W>(step.decay * embed[d] + step.gain * (sum != nullptr ? sum[d] : W(0)));
     code[d] = static_cast<W>(embed[d] * step.inverse);
   }
@@ -247,7 +311,8 @@ void learn_row(const EmaRow& step, const W* sum, int64_t dim, W* embed, W* code)
 
 template <class W>
 constexpr TrainingLoops<W> make_loops() {
-  return {copy_code<W>, straight_through<W>, rotation<W>, add_rows<W>, add_row<W>, add_pull<W>, learn_row<W>};
+  return {copy_code<W>, straight_through<W>, rotation<W>, add_rows<W>, sum_rows<W>,
+          add_row<W>,   put_sum<W>,          add_pull<W>, learn_row<W>};
 }
 
 constexpr TrainingTable TRAINING{make_loops<float>(), make_loops<double>()};

@@ -44,10 +44,24 @@ struct TrainingLoops {
                    int64_t count, int64_t dim,
                    double* totals);  // [slots, D]
 
-  // total += the row at `row`
+  // out = sum of the chosen rows of a matrix, or out += it; rows far apart are fetched ahead.
+  void (*sum_rows)(const W* rows,  // [N, D], stride apart
+                   int64_t stride,
+                   const int64_t* order,  // [left] indices of the rows to be summed now and of those after
+                   int64_t count, int64_t left, int64_t dim,
+                   double* total,  // [D], memory
+                   bool adds,
+                   W* out);  // [D]
+
+  // total += row
   void (*add_row)(const W* row,  // [D]
                   int64_t dim,
                   double* total);  // [D]
+
+  // out = total, or out += it
+  void (*put_sum)(const double* total,  // [D]
+                  int64_t dim, bool adds,
+                  W* out);  // [D]
 
   // total += weight (q - x)
   void (*add_pull)(const W* x,  // [D]

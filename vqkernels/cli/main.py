@@ -47,6 +47,10 @@ COMMANDS = {
         "turn a VQGAN checkpoint of taming, latent diffusion, LlamaGen, IBQ or diffusers into a model folder",
         "cli.options:ConvertConfig",
     ),
+    "export": Command(
+        "write a model's encoder and decoder as graphs, for torch.export.load or ONNX runtimes",
+        "cli.options:ExportConfig",
+    ),
     "bench": Command("time the operators of this package beside others", "benchmarks.config:BenchConfig"),
     "profile": Command(
         "show where the time and memory of a search or a training step go, as one HTML page and as JSON",
@@ -106,7 +110,8 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror or error}"
     if isinstance(error, ImportError) and error.name and not error.name.startswith("vqkernels"):
-        return f"{error.name} is not installed; this command needs pip install 'vqkernels[demo]' ({error})"
+        extra = "export" if error.name.startswith("onnx") else "demo"
+        return f"{error.name} is not installed; this command needs pip install 'vqkernels[{extra}]' ({error})"
     return str(error) or type(error).__name__
 
 

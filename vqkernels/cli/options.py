@@ -99,6 +99,20 @@ class ConvertConfig:
 
 
 @dataclass
+class ExportConfig:
+    """Options"""
+
+    model: str = field(metadata=WORD)
+    """folder with a model (runs/NAME or runs/NAME/model), or hf://OWNER/NAME"""
+    output: str = field(default="exported", metadata=OUTPUT)
+    """folder for the two files, encoder and decoder"""
+    format: Literal["pt2", "onnx"] = "pt2"
+    """pt2 for torch.export.load, onnx for ONNX runtimes"""
+    plain: bool = False
+    """standard ops only, as always for onnx: runs without vqkernels, and a few codes may differ from the exact ones"""
+
+
+@dataclass
 class AuditConfig:
     """Options"""
 

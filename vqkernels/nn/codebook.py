@@ -25,6 +25,7 @@ from ..ops.nearest import METRICS, PRECISIONS
 from .distributed import all_reduce_packed, finish_all_reduce, rank_and_world
 from .kmeans import ITERATIONS, initialize_, kmeans_
 from .normalize import l2_normalize
+from .passes import enter, finish_first_forward_
 from .statistics import (
     NEVER,
     apply_pending,
@@ -122,7 +123,9 @@ class Codebook(nn.Module):
         self.codebook_dim = codebook_dim
         self.options = options
         self._deferring = 0  # how many defer_codebook_update blocks are open
-        self._started = False  # whether the first training forward has done what only it does
+        self._first_done = False  # whether the first training forward has done what only it does
+        self._started = False  # whether later ones may know; both are set by ops, see passes.py
+        self._number = enter(self)
         rows = self._random_rows()
         if options.update == "gradient":
             self.codebook = nn.Parameter(rows)
@@ -164,12 +167,11 @@ class Codebook(nn.Module):
 
     def _before_search(self, tokens: Tensor, mask: Tensor | None) -> None:  # [B, T, D], bool [B, T]
         """First training forward: rank 0's state, and k-means where asked for. Every one: apply what is pending."""
-        # the flag stays as it is where there is nothing to do: a compiled checkpoint may not set attributes
         if not self._started and (self.options.kmeans_init or rank_and_world()[1] > 1):
-            synchronize_([tensor.detach() for tensor in self._own_tensors()])
+            synchronize_([tensor.detach() for tensor in self._own_tensors()], self._number)
             if self.options.kmeans_init:
                 self._initialize(tokens, mask)
-            self._started = True
+            finish_first_forward_(self.initialized, self._number)
         if self.options.update == "ema" and not self._deferring:
             apply_pending_(*self._ema_state(), *self._update_arguments())
 
@@ -217,7 +219,7 @@ class Codebook(nn.Module):
     @torch.no_grad()
     def _initialize(self, tokens: Tensor, mask: Tensor | None) -> None:
         before = self.initialized.clone()
-        arguments = (self.seed, self.options.metric, self.options.precision)
+        arguments = (self.seed, self.options.metric, self.options.precision, self._number)
         initialize_(tokens.detach(), mask, self.codebook.detach(), self.initialized, *arguments)
         if self.options.update == "ema":  # a resumed codebook keeps its statistics
             size = self._first_size()
@@ -269,6 +271,10 @@ class Codebook(nn.Module):
         self._fit(torch.cat([none, *tokens], dim=1), iterations)
 
     # ---- what torch calls ----
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of copy.deepcopy and pickle
+        super().__setstate__(state)
+        self._number = enter(self)
 
     def train(self, mode: bool = True) -> Codebook:
         """As for any module; switching to eval applies the pending statistics."""

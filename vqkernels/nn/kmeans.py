@@ -16,8 +16,8 @@ from ..ops.nearest import METRICS
 from .distributed import all_reduce_packed
 from .lloyd import Batches, Measure, Totals, assigned_totals, lloyd_, mini_batches_, plus, total_of, unit, zeros
 from .normalize import l2_normalize
+from .passes import first_forward
 from .seeding import START_TOKENS, Ranks, first_rows, random_words
-from .statistics import recomputing
 
 ITERATIONS = 10
 INITS = ("k-means++", "random")
@@ -271,8 +271,9 @@ def _initialize(
     seed: Tensor,  # int64 []
     metric: str,
     precision: str,
+    number: int,
 ) -> None:
-    if recomputing():
+    if not first_forward(number):
         return
     rows = codebook.clone()
     kmeans_(rows, tokens, mask, seed, metric, precision, ITERATIONS)
@@ -283,6 +284,6 @@ def _initialize(
 
 initialize_ = define(
     "codebook_initialize_(Tensor tokens, Tensor? mask, Tensor(a!) codebook, Tensor(b!) initialized, Tensor seed,"
-    " str metric, str precision) -> ()",
+    " str metric, str precision, int number) -> ()",
     _initialize,
 )

@@ -33,4 +33,5 @@ class QuantizerOutput:
         return (self.quantized, self.codes, self.loss)[index]
 
 
-torch.export.register_dataclass(QuantizerOutput)  # its tensors are leaves for pytree users: export, checkpoint, maps
+# its tensors are leaves for pytree users: export (also into a file), checkpoint, maps
+torch.export.register_dataclass(QuantizerOutput, serialized_type_name="vqkernels.nn.QuantizerOutput")

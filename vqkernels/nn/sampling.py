@@ -10,19 +10,8 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
+from ..ops._random import mix
 from .distributed import rank_and_world
-
-_WORD = 0xFFFFFFFF
-
-
-def _mix(
-    value: Tensor,  # int64 [...]
-) -> Tensor:  # int64 [...] in [0, 2^32)
-    """A 32-bit integer hash; both multipliers are below 2^31, so no product leaves int64."""
-    value = value & _WORD
-    value = ((value ^ (value >> 16)) * 0x21F0AAAD) & _WORD
-    value = ((value ^ (value >> 15)) * 0x735A2D97) & _WORD
-    return value ^ (value >> 15)
 
 
 def sample_tokens(
@@ -41,7 +30,7 @@ def sample_tokens(
     if tokens.shape[0] * tokens.shape[1] == 0:
         return tokens.new_zeros(size, dtype=dtype), tokens.new_zeros((size, tokens.shape[2]), dtype=dtype)
     rank, world = rank_and_world()
-    chance = _mix(_mix(_mix(seed) + step) + torch.arange(size, device=tokens.device))  # [K]
+    chance = mix(mix(mix(seed) + step) + torch.arange(size, device=tokens.device))  # [K]
     mine = wanted & (chance % world == rank)
     hit, pick = _one_of_each_run(mine, valid.sum(), chance // world)
     seen = valid.flatten().cumsum(0)  # [N] valid tokens up to here

@@ -19,23 +19,13 @@ import torch
 from torch import Tensor
 
 from ..ops import codebook_stats, nearest
+from ..ops._random import mix
 from .distributed import all_reduce_packed, rank_and_world
 
 ROUNDS = 5
 OVERSAMPLING = 2
 RECLUSTERING = 128
 START_TOKENS = 64  # per code and rank, that the start is chosen from
-_WORD = 0xFFFFFFFF
-
-
-def _mix(
-    value: Tensor,  # int64 [...]
-) -> Tensor:  # int64 [...] in [0, 2^32)
-    """A 32-bit integer hash; both multipliers are below 2^31, so no product leaves int64."""
-    value = value & _WORD
-    value = ((value ^ (value >> 16)) * 0x21F0AAAD) & _WORD
-    value = ((value ^ (value >> 15)) * 0x735A2D97) & _WORD
-    return value ^ (value >> 15)
 
 
 class Ranks(NamedTuple):
@@ -67,7 +57,7 @@ def random_words(
     """Counter-based: a function of (seed, draw, place)."""
     place = torch.arange(count, device=seed.device)
     # negative steps: those from 0 on are training's draws
-    high, low = (_mix(_mix(_mix(seed) - 2 * draw - half) + place) for half in (1, 2))
+    high, low = (mix(mix(mix(seed) - 2 * draw - half) + place) for half in (1, 2))
     return (high >> 1 << 31) | (low >> 1)
 
 

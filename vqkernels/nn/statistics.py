@@ -19,14 +19,10 @@ from .distributed import (
     rank_and_world,
     start_all_reduce,
 )
+from .passes import first_forward, recomputing
 from .sampling import sample_tokens
 
 NEVER = -(2**40)  # last_used of a code that was never used
-
-
-def recomputing() -> bool:
-    """Whether this forward runs inside a backward pass, as activation checkpointing does to recompute it."""
-    return torch._C._current_graph_task_id() != -1
 
 
 def count_codes(
@@ -159,8 +155,8 @@ def _observe(
 
 
 @torch.no_grad()
-def _synchronize(state: list[Tensor]) -> None:
-    if not recomputing():
+def _synchronize(state: list[Tensor], number: int) -> None:
+    if first_forward(number):
         broadcast_from_first(state)
 
 
@@ -193,4 +189,4 @@ observe_ = define(
     " Tensor(c!) step, int usage_window) -> ()",
     _observe,
 )
-synchronize_ = define("codebook_synchronize_(Tensor(a!)[] state) -> ()", _synchronize)
+synchronize_ = define("codebook_synchronize_(Tensor(a!)[] state, int number) -> ()", _synchronize)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._dtypes import DTYPES, HALF
-from ..ops import Quantized, lookup, quantize
+from ..ops import Quantized, lookup, nearest, quantize
 from ..ops._library import as_tokens, check_choice, check_mask
 from ..ops.quantize import GRADIENTS
 from .codebook import Codebook, CodebookOptions, check_positive
@@ -153,6 +153,25 @@ class VectorQuantizer(Codebook):
                 self._after_search(tokens.detach(), found.codes)
             return self._output(x, tokens.detach(), real, found)
 
+    @torch.no_grad()
+    def encode(
+        self,
+        x: Tensor,  # [..., dim] or [B, dim, *spatial]
+        mask: Tensor | None = None,  # bool, x's shape without its channel axis
+    ) -> Tensor:  # int64, x's shape without its channel axis
+        """The codes of ``forward`` alone, of the codebook as it stands; changes no state, in training mode neither.
+
+        Raises:
+            TypeError, ValueError: a bad argument, named.
+        """
+        self._check(x, mask)
+        with _no_autocast(x):
+            tokens, real = self._tokens(x, mask)
+            options = self.options
+            codes, _ = nearest(tokens, self._rows(), metric=options.metric, precision=options.precision)
+            codes = codes if real is None else torch.where(real, codes, -1)
+        return codes.view(self._codes_shape(x))
+
     def lookup(
         self,
         codes: Tensor,  # integer, x's shape without its channel axis
@@ -253,6 +272,6 @@ class VectorQuantizer(Codebook):
 def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Autocast off: it would round tokens and projections to half precision."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()

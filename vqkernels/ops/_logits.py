@@ -24,7 +24,7 @@ from .normalize import l2_normalize
 
 METRICS = ("euclidean", "cosine", "dot")
 _SERIAL_SUM = 1 << 12  # a sum this short is added up by one thread
-_BIAS_ENTRIES = 1 << 20  # codebook entries squared at a time: 8 MiB of float64
+_BIAS_ENTRIES = 1 << 18  # codebook entries squared at a time: 2 MiB of float64
 
 
 class Logits(NamedTuple):
@@ -99,9 +99,11 @@ def _bias(
     scale: float,
 ) -> Tensor:  # [K]
     """-scale / 2 |c_k - m|^2, some codes at a time."""
+    bias = torch.empty_like(codebook[:, 0])
     rows = max(1, _BIAS_ENTRIES // codebook.shape[1])
-    norms = [(part.double() - center).square().sum(1) for part in codebook.split(rows)]
-    return (torch.cat(norms) * (-0.5 * scale)).to(codebook.dtype)
+    for part, out in zip(codebook.split(rows), bias.split(rows), strict=True):
+        out.copy_((part.double() - center).square().sum(1) * (-0.5 * scale))
+    return bias
 
 
 def _fake_bias(codebook: Tensor, center: Tensor, scale: float) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import DTYPES, accumulation_dtype
+from . import plain
 from ._library import as_tokens, define, run
 
 
@@ -60,4 +61,5 @@ def codebook_stats(
     if codebook_size < 1:
         raise ValueError(f"codebook_size: expected >= 1, got {codebook_size}")
     tokens = as_tokens(x.detach())
-    return _codebook_stats(tokens, codes.reshape(tokens.shape[:2]), codebook_size)
+    stats = plain.codebook_stats if plain.active() else _codebook_stats
+    return stats(tokens, codes.reshape(tokens.shape[:2]), codebook_size)

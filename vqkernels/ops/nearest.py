@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import plain
 from ._library import as_tokens, check_choice, check_tokens, define, promoted, run
 
 METRICS = ("euclidean", "cosine")
@@ -60,5 +61,8 @@ def nearest(
     check_choice("precision", precision, PRECISIONS)
     check_tokens(x, codebook)
     tokens = as_tokens(promoted(x.detach(), codebook))  # [B, T, D]
-    codes, distance = _nearest(tokens, codebook.detach(), metric, precision)
+    if plain.active():
+        codes, distance = plain.nearest(tokens, codebook.detach(), metric)
+    else:
+        codes, distance = _nearest(tokens, codebook.detach(), metric, precision)
     return codes.view(x.shape[:-1]), distance.view(x.shape[:-1])

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._dtypes import accumulation_dtype
+from . import plain
 from ._library import as_tokens, check_choice, check_mask, check_tokens, define, promoted, run
 from .nearest import METRICS, PRECISIONS
 
@@ -179,7 +180,11 @@ def quantize(
         check_mask(mask, x.shape[:-1], x.device)
         mask = as_tokens(mask[..., None])[..., 0]  # [B, T]
     tokens = as_tokens(promoted(x, codebook))  # [B, T, D]
-    out = _Quantize.apply(tokens, codebook, mask, metric, precision, gradient == "rotation")
+    if plain.active():
+        found = plain.quantize(tokens.detach(), codebook.detach(), mask, metric)
+        out = (*found, found[2])
+    else:
+        out = _Quantize.apply(tokens, codebook, mask, metric, precision, gradient == "rotation")
     shape = x.shape[:-1]
     quantized = out[0].to(x.dtype).view(x.shape) if x.dim() <= 3 else out[0].to(x.dtype).unflatten(1, x.shape[1:-1])
     codes, error = out[1].view(shape), out[2].view(shape)
