@@ -18,7 +18,7 @@ def run(config: ExportConfig) -> None:
     console = make_console()
     model, folder = load_model(config.model, torch.device("cpu")), Path(config.output)
     plain = config.plain or config.format == "onnx"
-    images = torch.zeros(2, 3, 4 * model.factor, 4 * model.factor)
+    images = torch.zeros(2, model.in_channels, 4 * model.factor, 4 * model.factor)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     with quiet_libraries():
