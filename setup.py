@@ -11,6 +11,7 @@ PACKAGES = {
     "vqkernels.kernels": "vqkernels/kernels",
     "vqkernels.ops": "vqkernels/ops",
     "vqkernels.nn": "vqkernels/nn",
+    "vqkernels.compat": "vqkernels/compat",
     "vqkernels.cli": "vqkernels/cli",
     "vqkernels.profiling": "vqkernels/profiling",
     "vqkernels.models": "models",

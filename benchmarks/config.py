@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from .shapes import parse_shape
 
-Operation = Literal["search", "quantize", "ema", "train-step", "kmeans", "entropy"]
+Operation = Literal["search", "quantize", "ema", "train-step", "kmeans", "entropy", "nearest-k", "nearest-tokens"]
 Data = Literal[
     "normal",
     "kmeans",
@@ -32,7 +32,8 @@ class BenchConfig:
     operation: Operation = field(default="search", metadata={"positional": True})
     """what to measure: search | quantize (search, lookup, errors: what inference does) | ema (statistics and update) |
     train-step (forward, backward and EMA) | kmeans (Lloyd's iterations from given centroids) |
-    entropy (the entropy loss over all codes, forward and backward)"""
+    entropy (the entropy loss over all codes, forward and backward) | nearest-k (the 8 nearest codes) |
+    nearest-tokens (the nearest token of every code)"""
     shape: list[str] = field(default_factory=list)
     """N,K,D or a model's name (vqgan-1024, llamagen, open-magvit2, encodec ...); repeat for more"""
     provider: list[str] = field(default_factory=list)
@@ -67,7 +68,7 @@ class BenchConfig:
     json: str | None = None
     """write the whole result to this file"""
     preset: str | None = None
-    """a named set of benchmarks instead of the options above: cpu | data | avx2 | worst | h200"""
+    """a named set of benchmarks instead of the options above: cpu | kmeans | data | avx2 | worst | h200"""
 
     def __post_init__(self) -> None:
         for name, allowed in _choices().items():

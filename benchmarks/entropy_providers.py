@@ -18,7 +18,7 @@ from vqkernels.ops import entropy_loss, sign_entropy_loss, sign_rows
 from .problem import Problem, entropy_temperature
 from .providers import Call, EntropyGradients, Provider, Unavailable, register
 
-CHUNK_LOGITS = 1 << 22  # 16 MiB of float32; 2^20 to 2^24 take the same time within a tenth
+CHUNK_LOGITS = 1 << 22  # 16 MiB; of 2^18 to 2^24 the quickest at (64, 262144, 18) on a Zen 5 core
 
 
 def _leaves(problem: Problem) -> tuple[Tensor, Tensor]:

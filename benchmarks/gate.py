@@ -6,16 +6,18 @@ exactly the same distance counts as right for others; ours must be the lowest in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from vqkernels.kernels.reference_nearest_k import nearest_k as reference_nearest_k
 from vqkernels.testing import true_codes, wrong_codes
 
 from .plain import blocked_argmin, lloyd_step
 from .problem import EMA_DECAY, Problem, entropy_temperature, initial_state
 from .providers import EntropyGradients, Lookup, Result
+from .shapes import Shape
 
 UNIT = 2.0**-24  # float32 unit roundoff
 INERTIA_TOLERANCE = 1e-3
@@ -175,7 +177,33 @@ def _soft(block: Tensor, codebook: Tensor, temperature: float) -> Tensor:  # [n,
     return torch.addmm(-codebook.square().sum(1) / temperature, block, codebook.T, alpha=2 / temperature).softmax(1)
 
 
-Gate = SearchGate | EmaGate | KMeansGate | EntropyGate
+class NearestKGate:
+    """The true k nearest codes of some tokens, by the reference; others may have codes of the same distance."""
+
+    def __init__(self, problem: Problem, limit: int) -> None:
+        self.rows = check_rows(problem.shape.tokens, limit)
+        self._x, self._codebook = problem.x.detach().cpu()[self.rows], problem.codebook.detach().cpu()
+        self.codes = reference_nearest_k(self._x[None], self._codebook, problem.nearest, "euclidean")[0][0]  # [R, k]
+
+    def check(
+        self,
+        result: Result,  # codes int64 [N, k]
+        *,
+        lowest_on_ties: bool,
+    ) -> Verdict:
+        """A token is wrong with one of its codes."""
+        assert isinstance(result, Tensor)
+        given = result.detach().cpu()[self.rows]
+        wrong = given != self.codes
+        if not lowest_on_ties:
+            wrong &= self._distance(given) > self._distance(self.codes) * (1 + 1e-12)
+        return Verdict(len(self.rows), int(wrong.any(dim=1).sum()))
+
+    def _distance(self, codes: Tensor) -> Tensor:  # [R, k] -> float64 [R, k]
+        return (self._x[:, None].double() - self._codebook[codes].double()).square().sum(-1)
+
+
+Gate = SearchGate | EmaGate | KMeansGate | EntropyGate | NearestKGate
 
 
 def make_gate(problem: Problem, limit: int) -> Gate:
@@ -184,4 +212,9 @@ def make_gate(problem: Problem, limit: int) -> Gate:
         return EntropyGate(problem)
     if problem.operation == "kmeans":
         return KMeansGate(problem)
+    if problem.operation == "nearest-k":
+        return NearestKGate(problem, limit)
+    if problem.operation == "nearest-tokens":  # the search with the roles exchanged
+        shape = Shape(problem.shape.codes, problem.shape.tokens, problem.shape.dim)
+        return SearchGate(replace(problem, shape=shape, x=problem.codebook, codebook=problem.x), limit)
     return EmaGate(problem) if problem.operation == "ema" else SearchGate(problem, limit)

@@ -79,7 +79,7 @@ print(*reports, *e.describe().items(), sep=\"\n\")
 raise SystemExit(any(report.reason for report in reports))'"
 
 tests="tests/test_nearest.py tests/test_training_ops.py tests/test_cuda_step.py tests/test_triton_kernels.py
- tests/test_triton_search.py tests/test_torch_integration.py tests/test_codebook.py tests/test_vector_quantizer.py tests/test_compile.py
+ tests/test_triton_search.py tests/test_triton_softmax.py tests/test_torch_integration.py tests/test_codebook.py tests/test_vector_quantizer.py tests/test_compile.py
  tests/test_memory.py"
 part tests 100 "$python -m pytest -q --durations=15 -k 'not cpu' ${tests//$'\n'/}"
 part hopper 40 "$python -m pytest -q --durations=5 tests/test_cuda_hopper.py"

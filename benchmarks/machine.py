@@ -25,6 +25,7 @@ PACKAGES = (
     "faiss-cpu",
     "scikit-learn",
     "vector-quantize-pytorch",
+    "diffusers",
     "flash-kmeans",
 )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,23 @@ def blocked_argmin(
     codebook: Tensor,  # [K, D]
 ) -> Tensor:  # int64 [N]
     """Nearest codes by ``addmm`` and ``argmin``."""
+    return torch.cat([scores.argmin(dim=1) for scores in _blocked_scores(x, codebook)])
+
+
+def blocked_top(
+    x: Tensor,  # [N, D]
+    codebook: Tensor,  # [K, D]
+    k: int,
+) -> Tensor:  # int64 [N, k]
+    """The k nearest codes by ``addmm`` and ``topk``."""
+    return torch.cat([scores.topk(k, dim=1, largest=False).indices for scores in _blocked_scores(x, codebook)])
+
+
+def _blocked_scores(x: Tensor, codebook: Tensor) -> Iterator[Tensor]:  # [N, D], [K, D] -> [n, K] each
     budget = CUDA_CHUNK_BYTES if x.is_cuda else CPU_CHUNK_BYTES
     rows = max(1, budget // (x.element_size() * codebook.shape[0]))
     bias, transposed = codebook.square().sum(dim=1) / 2, codebook.t()
-    return torch.cat([torch.addmm(bias, block, transposed, alpha=-1).argmin(dim=1) for block in x.split(rows)])
+    return (torch.addmm(bias, block, transposed, alpha=-1) for block in x.split(rows))
 
 
 def lloyd_step(

@@ -188,7 +188,17 @@ _H200 = Preset(
     goals=tuple(Goal("search", shape, "vqkernels", max_ms=most / 1e3) for shape, most in MICROSECONDS_H200.items()),
 )
 
-PRESETS = {"cpu": _CPU, "data": _DATA, "avx2": _AVX2, "worst": _WORST, "h200": _H200}
+KMEANS = "1000000,4096,64"
+_KMEANS = Preset(
+    configs=(
+        BenchConfig(
+            operation="kmeans", shape=[KMEANS], provider=[OURS, "faiss"], threads=[1, 2], iterations=3, seconds=30.0
+        ),
+    ),
+    goals=(Goal("kmeans", KMEANS, baseline="faiss", at_least=2.0),),
+)
+
+PRESETS = {"cpu": _CPU, "kmeans": _KMEANS, "data": _DATA, "avx2": _AVX2, "worst": _WORST, "h200": _H200}
 
 
 def preset_configs(name: str, base: BenchConfig) -> list[BenchConfig]:

@@ -12,6 +12,7 @@ from .shapes import Shape
 
 EMA_DECAY = 0.8  # vector-quantize-pytorch's default, so that its training step runs as its users run it
 EMA_EPS = 1e-5
+NEAREST = 8  # codes of "nearest-k"
 COMMITMENT_WEIGHT = 1.0  # likewise
 TRIAL_SHAPE = Shape(4, 4, 2)
 
@@ -29,6 +30,11 @@ class Problem:
     gradient: str = "rotation"
     changing: bool = False  # the codebook is written to before every call
     iterations: int = 3  # kmeans; the codebook is where it starts
+
+    @property
+    def nearest(self) -> int:
+        """How many codes "nearest-k" asks for."""
+        return min(NEAREST, self.shape.codes)
 
     @property
     def scores(self) -> int:
@@ -51,6 +57,8 @@ class Problem:
             "ema": size * n * d + 8 * n + 20 * k * d,
             "train-step": 6 * size * n * d + 24 * n + 24 * k * d,
             "entropy": 3 * size * (n * d + k * d),
+            "nearest-k": size * (n * d + k * d) + 12 * n * self.nearest,
+            "nearest-tokens": size * (n * d + k * d) + 12 * k,
             "kmeans": self.iterations * (2 * size * n * d + 20 * n + 3 * size * k * d),
         }[self.operation]
 
@@ -61,6 +69,8 @@ FLOPS_FORMULA = {
     "ema": None,
     "train-step": "2*N*K*D (the search)",
     "kmeans": "2*N*K*D an iteration (the search)",
+    "nearest-k": "2*N*K*D (the search)",
+    "nearest-tokens": "2*N*K*D (the search)",
     "entropy": "6*N*K*D: logits, and the gradients of x and codebook, each once",
 }
 BYTES_FORMULA = {
@@ -69,6 +79,8 @@ BYTES_FORMULA = {
     "ema": "s*N*D + 8*N + 20*K*D: read x and codes; write and read sums, update embed_sum, write the codebook",
     "train-step": "6*s*N*D + 24*N + 24*K*D: read x and write quantized; read x, quantized, dquantized and"
     " write dx; statistics and EMA",
+    "nearest-k": "s*(N*D + K*D) + 12*N*k: read x and codebook, write k codes and distances",
+    "nearest-tokens": "s*(N*D + K*D) + 12*K: read x and codebook, write indices and distances",
     "entropy": "3*s*(N*D + K*D): read x and codebook forward and backward, write their gradients",
     "kmeans": "s*(2*N*D + 3*K*D) + 20*N an iteration: read x and the centroids, write codes and distance; read x and"
     " codes, write and read sums",

@@ -35,12 +35,13 @@ class EntropyGradients(NamedTuple):
 
 
 # codes [N] ("search", "train-step"), a Lookup ("quantize"), the new codebook [K, D] ("ema", "kmeans"),
+# codes [N, k] ("nearest-k"), tokens [K] ("nearest-tokens"),
 # EntropyGradients ("entropy"); None: no check
 Result = Tensor | Lookup | EntropyGradients | None
 Call = Callable[[], Result]  # what is timed
 PROVIDER_MODULES = (
     *("search_providers", "gpu_providers", "quantize_providers", "ema_providers", "step_providers", "kmeans_providers"),
-    "entropy_providers",
+    *("entropy_providers", "columns_providers"),
 )
 MEMORY_SHARE = 0.7  # of what is free, that a provider may take for its N x K intermediates
 

@@ -7,6 +7,7 @@
 STABLE_TORCH_LIBRARY(vqkernels_C, m) {
   m.def("nearest(Tensor x, Tensor codebook, bool cosine, bool exact) -> (Tensor, Tensor)");
   m.def("nearest_report(Tensor x, Tensor codebook, bool cosine, bool exact) -> (Tensor, Tensor, Tensor)");
+  m.def("nearest_k(Tensor x, Tensor codebook, int k, bool cosine) -> (Tensor, Tensor)");
   m.def("gather(Tensor x, Tensor codebook, Tensor codes) -> (Tensor, Tensor)");
   m.def(
       "quantize(Tensor x, Tensor codebook, Tensor? mask, bool cosine, bool exact) -> (Tensor, Tensor, "
@@ -39,6 +40,7 @@ STABLE_TORCH_LIBRARY(vqkernels_C, m) {
 STABLE_TORCH_LIBRARY_IMPL(vqkernels_C, CPU, m) {
   m.impl("nearest", TORCH_BOX(&vqkernels::cpu::nearest));
   m.impl("nearest_report", TORCH_BOX(&vqkernels::cpu::nearest_report));
+  m.impl("nearest_k", TORCH_BOX(&vqkernels::cpu::nearest_k));
   m.impl("gather", TORCH_BOX(&vqkernels::cpu::gather));
   m.impl("quantize", TORCH_BOX(&vqkernels::cpu::quantize));
   m.impl("quantize_backward", TORCH_BOX(&vqkernels::cpu::quantize_backward));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,6 +177,44 @@ class VQVAEConfig:
 
 
 @dataclass
+class DiscriminatorConfig:
+    """The network that tells pictures from reconstructions, and what its opinion weighs."""
+
+    kind: Literal["none", "patch", "style"] = "none"
+    """patch: one logit per patch, as in VQGAN; style: one per image, as in StyleGAN2 (sides that are powers of two)."""
+    channels: int = 64
+    """Channels of its first layer."""
+    layers: int = 3
+    """Strided convolutions of kind patch."""
+    norm: Literal["batch", "act"] = "batch"
+    """Normalisation of kind patch: batch statistics, or a scale and shift set by the first batch (ActNorm)."""
+    loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
+    """What the two networks minimise."""
+    start_step: int = 0
+    """Steps before it takes part; until then it is neither run nor trained."""
+    learning_rate: float | None = None
+    """Largest learning rate of its optimizer; null: that of the autoencoder."""
+    weight: float = 0.8
+    """Weight of its loss for the autoencoder; a factor on the adaptive weight where that is on."""
+    adaptive: bool = True
+    """Weigh its loss so that its gradient at the last layer is as large as the reconstruction's (Esser et al. 2021)."""
+    lecam_weight: float = 0.0
+    """Weight of the LeCAM regularisation (Tseng et al. 2021); 0.001 to 0.05 where it is used."""
+    r1_weight: float = 0.0
+    """Weight of the R1 gradient penalty (Mescheder et al. 2018)."""
+    augmentation: list[Literal["color", "translation", "cutout"]] = field(default_factory=list)
+    """Differentiable augmentations of what it sees (Zhao et al. 2020), against overfitting of small datasets."""
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("start_step", "weight", "lecam_weight", "r1_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or greater, got {getattr(self, name)}")
+
+
+@dataclass
 class TrainConfig:
     """Everything about one training run; `vqkernels.models.train` takes it, configs/*.yaml are examples."""
 
@@ -213,8 +252,20 @@ class TrainConfig:
     """Weight of the mean absolute error of the reconstruction, in units of [-1, 1]."""
     l2_weight: float = 1.0
     """Weight of the mean squared error of the reconstruction."""
+    perceptual_weight: float = 0.0
+    """Weight of the distance between the VGG16 features of image and reconstruction (LPIPS)."""
+    vgg: str | None = None
+    """File with VGG16's weights as torchvision saves them; null: random features, which is not LPIPS."""
+    lpips: str | None = None
+    """File with LPIPS's linear weights (lin0.model.1.weight ...); needs vgg."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """The discriminator that makes the run a VQGAN's; kind none: a VQ-VAE."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 leaves them."""
+    max_skipped_steps: int = 0
+    """Steps with a loss or gradient that is NaN or infinite which are left out; the next one ends the run."""
+    collapse_usage: float = 0.05
+    """A warning comes when less than this share of the codebook is in use, from the 200th step on; 0: never."""
     weight_ema_decay: float = 0.999
     """Decay of the moving average of the weights that is saved as the model; 0 saves the last weights."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
@@ -249,6 +300,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if isinstance(self.model, dict):
             self.model = from_dict(VQVAEConfig, self.model, "model")
+        if isinstance(self.discriminator, dict):
+            self.discriminator = from_dict(DiscriminatorConfig, self.discriminator, "discriminator")
+        if self.discriminator.kind != "none" and self.mixed_precision == "fp16":
+            raise ValueError("mixed_precision must be bf16 or no with a discriminator, got fp16")
+        if self.perceptual_weight < 0:
+            raise ValueError(f"perceptual_weight must be 0 or greater, got {self.perceptual_weight}")
         if self.steps is None and self.max_seconds is None:
             self.steps = 10_000
         for name in ("image_size", "batch_size", "gradient_accumulation", "log_every", "checkpoint_every"):
@@ -266,7 +323,10 @@ class TrainConfig:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other, got both")
-        for name, low, high in (("min_crop", 0, 1), ("final_learning_rate", 0, 1), ("weight_ema_decay", 0, 1)):
+        for name, low, high in (
+            *(("min_crop", 0, 1), ("final_learning_rate", 0, 1), ("weight_ema_decay", 0, 1)),
+            *(("collapse_usage", 0, 1), ("max_skipped_steps", 0, math.inf)),
+        ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(self, name)}")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -78,19 +76,6 @@ def make_quantizer(config: QuantizerConfig, dim: int, codebook_dim: int | None) 
 
 def _widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype in HALF else x
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """In eval mode for a moment; a module that is in it already is not touched."""
-    if not module.training:
-        yield
-        return
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train()
 
 
 class ImageTokenizer(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipeline_tag="image-to-image"):
@@ -187,11 +172,7 @@ class ImageTokenizer(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", 
         images: Tensor,  # [B, C, H, W] in [-1, 1]
     ) -> Tensor:  # [B, h, w]
         """Codes int64 [B, H / factor, W / factor] of images; changes nothing in the model, not differentiable."""
-        tokens = self.tokens(images)
-        if isinstance(self.quantizer, VectorQuantizer):
-            return self.quantizer.encode(tokens)
-        with _evaluating(self.quantizer):
-            return self.quantizer(tokens).codes
+        return self.quantizer.encode(self.tokens(images))
 
     def decode(
         self,

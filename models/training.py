@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vqkernels.nn import defer_codebook_update
+from vqkernels.nn.distributed import all_reduce_packed
 
 from .checkpoint import (
     different_option,
@@ -28,10 +29,11 @@ from .checkpoint import (
 )
 from .config import TrainConfig, save_config, to_dict
 from .data import EndlessBatches, ImageFolder
+from .objective import Objective
 from .optimization import learning_rate_at, make_optimizer
 from .run_log import RunLog, delete_run, run_exists
 from .validation import HeldOut
-from .vqvae import VQVAE, VQVAEOutput
+from .vqvae import VQVAE
 from .weight_average import WeightAverage
 
 try:
@@ -45,10 +47,7 @@ except ImportError as error:
 
 __all__ = ["NonFiniteLossError", "TrainConfig", "TrainProgress", "TrainResult", "train"]
 
-# What is summed up on the device between two lines of metrics.jsonl, in this order
-WINDOW = ("loss", "l1", "mse", "commitment_loss", "perplexity", "usage", "grad_norm")
-
-
+COLLAPSE_FROM = 200  # steps: twice the window over which usage is taken
 MAX_NAMED = 5  # unreadable files that the warning names
 
 
@@ -133,10 +132,13 @@ class Trainer:
             warnings.warn(_skipped_in_words(self.data), stacklevel=3)
         self._build_model()
         self.step, self.seconds_before = 0, 0.0
-        self.window, self.window_steps, self.window_started = torch.zeros(len(WINDOW), device=self.device), 0, 0.0
+        self.names = (*self.objective.names, "grad_norm")  # summed up on the device between two lines of metrics.jsonl
+        self.window, self.window_steps, self.window_started = torch.zeros(len(self.names), device=self.device), 0, 0.0
         self.metrics: dict[str, float] = {}
         self.rate = 0.0
         self.unchecked: tuple[int, Tensor] | None = None
+        self.skipped = 0
+        self.alarmed = False
         self.sampled_at = -1
         state = self._restore() if config.resume else None
         self.log = RunLog(self.output, self.step) if self.is_main else None
@@ -177,6 +179,7 @@ class Trainer:
             nn.Module.to(self.raw_model, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = WeightAverage(self.raw_model.to(self.device), self.config.weight_ema_decay)
         optimizer = make_optimizer(self.raw_model, self.config)
+        self.objective = Objective(self.config, self.raw_model, self.accelerator)
         self.model, self.optimizer = self.accelerator.prepare(self.raw_model, optimizer)
 
     def _batches(self) -> Iterator[Tensor]:  # [B, 3, S, S]
@@ -221,9 +224,11 @@ class Trainer:
         self.raw_model.load_state_dict(state["model"])
         self.average.model.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.objective.load_state_dict(state.get("discriminator", {}))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds_before = state["step"], state["seconds"]
+        self.skipped = state.get("skipped", 0)
         self.window = state["window"].to(self.device)
         self.window_steps, self.window_started = state["window_steps"], state["window_started"]
         return state
@@ -249,11 +254,13 @@ class Trainer:
         state = {
             "step": self.step,
             "seconds": self._seconds(),
+            "skipped": self.skipped,
             "model_config": to_dict(self.config.model),
             "order": self._order_options(),
             "model": self.raw_model.state_dict(),
             "average": self.average.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "discriminator": self.objective.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": random,
             "window": self.window,
@@ -279,28 +286,14 @@ class Trainer:
 
     # One step
 
-    def _loss(
-        self,
-        images: Tensor,  # [B, 3, S, S]
-        out: VQVAEOutput,
-    ) -> tuple[Tensor, Tensor]:  # loss [], its parts for the log [6]
-        error = out.reconstruction.float() - images
-        l1, mse = error.abs().mean(), error.square().mean()
-        loss = self.config.l1_weight * l1 + self.config.l2_weight * mse + out.quantizer.loss
-        quantizer = out.quantizer
-        parts = (loss, l1, mse, quantizer.commitment_loss, quantizer.perplexity, quantizer.usage)
-        return loss, torch.stack([part.detach().float() for part in parts])
-
-    def _micro_batch(self, last: bool) -> Tensor:  # [6]
+    def _micro_batch(self, last: bool) -> Tensor:  # as the objective's names
         images = next(self.batches).to(self.device, non_blocking=True)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             with self.accelerator.autocast():
                 out = self.model(images)
-            loss, parts = self._loss(images, out)
-            self.accelerator.backward(loss / self.config.gradient_accumulation)
-        return parts
+            return self.objective.backward(images, out, self.step)
 
     def _train_step(self, share: float) -> None:
         self.rate = learning_rate_at(self.config, self.step, share)
@@ -313,18 +306,39 @@ class Trainer:
             parts = torch.stack([self._micro_batch(number == micro_batches - 1) for number in range(micro_batches)])
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
         values = torch.cat([parts.mean(dim=0), norm.detach().float().reshape(1)])
+        if self._left_out(values):
+            self.optimizer.zero_grad()
+            self.objective.zero_grad()
+            self.step += 1
+            return
         self._check_finite(values)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.objective.step(self.step, self.rate)
         self.raw_model.quantizer.update_codebook()  # now, so that the copy of its buffers is up to date
         self.step += 1
         self.average.update(self.raw_model, self.step)
         self.window += values
         self.window_steps += 1
 
+    def _left_out(
+        self,
+        values: Tensor,  # as `names`
+    ) -> bool:
+        """Whether this step is one of those that may be skipped; the same on all processes. Waits for the device."""
+        if self.skipped >= self.config.max_skipped_steps:
+            return False
+        (broken,) = all_reduce_packed((~values.isfinite().all()).float())
+        if not broken.item():
+            return False
+        self.skipped += 1
+        most = f"{self.skipped} of at most {self.config.max_skipped_steps}"
+        warnings.warn(f"step {self.step + 1} was left out, its loss or gradient is not finite: {most}", stacklevel=2)
+        return True
+
     def _check_finite(
         self,
-        values: Tensor,  # [7] as WINDOW
+        values: Tensor,  # as `names`
     ) -> None:
         """Raises before the optimizer steps on a CPU; on a GPU one step later, so that no step waits for it."""
         previous, self.unchecked = self.unchecked, (self.step + 1, values)
@@ -341,9 +355,9 @@ class Trainer:
     def _raise_unless_finite(
         self,
         step: int,
-        values: Tensor,  # [7] as WINDOW
+        values: Tensor,  # as `names`
     ) -> None:
-        found = dict(zip(WINDOW, values.tolist(), strict=True))
+        found = dict(zip(self.names, values.tolist(), strict=True))
         if self.accelerator.scaler is not None:  # fp16: the scaler skips such steps by itself
             found.pop("grad_norm")
         if all(map(math.isfinite, found.values())):
@@ -364,13 +378,27 @@ class Trainer:
         seconds = self._seconds()
         images = self.window_steps * self.config.gradient_accumulation * self.config.batch_size
         images *= self.accelerator.num_processes
-        values = {"learning_rate": self.rate, **dict(zip(WINDOW, means, strict=True))}
+        values = {"learning_rate": self.rate, **dict(zip(self.names, means, strict=True))}
         values["psnr"] = 10 * math.log10(4 / max(values["mse"], 1e-12))
         values["images_per_second"] = images / max(seconds - self.window_started, 1e-9)
         values["seconds"] = seconds
+        values["skipped_steps"] = self.skipped
+        self._watch_usage(values["usage"])
         self.window.zero_()
         self.window_steps, self.window_started = 0, seconds
         self._publish(values)
+
+    def _watch_usage(self, usage: float) -> None:
+        """One warning in a run whose codebook has collapsed."""
+        if usage >= self.config.collapse_usage or self.step < COLLAPSE_FROM or self.alarmed:
+            return
+        self.alarmed = True
+        if self.is_main:
+            warnings.warn(
+                f"step {self.step}: {usage:.1%} of the codebook is in use; what helps: "
+                "a higher dead_code_threshold, kmeans_init, a smaller codebook_dim, metric: cosine",
+                stacklevel=2,
+            )
 
     def _publish(self, values: dict[str, float]) -> None:
         """To the log, to the trackers, and to the progress callback as the newest values."""

@@ -53,7 +53,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 DDP = [("ema", True), ("ema", False), ("gradient", True)]  # update, broadcast_buffers
 CASES = [(option, split) for option in OPTIONS for split in SPLITS]
-WAYS = ("plain", "checkpointed", "resumed")  # all with the same result, bit for bit
+WAYS = ("plain", "checkpointed", "resumed", "copied")  # all with the same result, bit for bit
 EVERY = {**ALL_OPTIONS, "everything": {"metric": "cosine", "dead_code_threshold": 0.3, "kmeans_init": True}}
 
 
@@ -95,6 +95,8 @@ def run_way(way: str, options: dict[str, Any], mine: Callable[[list[Batch]], Bat
             saved = snapshot(module)
             runs = module = make(seed=7, **options)
             module.load_state_dict(saved)
+        if way == "copied" and step == 3:
+            runs = module = copy.deepcopy(module)
         x, mask = mine(batches(step, **SPLITS[split]))
         x = x.clone().requires_grad_()
         quantized, codes, loss = runs(x, mask)

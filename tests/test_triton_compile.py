@@ -221,15 +221,16 @@ def launch_softmax(
     arch: int,
     dims: tuple[int, ...],
     sizes: tuple[tuple[int, int, int], ...],  # batch, tokens, K
+    most: bool,
 ) -> None:
-    """Every op: with the least arguments and what streams in one part, with the most and in many parts."""
+    """Every op: with the most arguments and what streams in many parts, or with the least and in one."""
     import torch
 
     from vqkernels.kernels import triton_softmax, triton_softmax_backward, triton_softmax_tiles
 
     triton_softmax.device_of = triton_softmax_backward.device_of = lambda x: gpu_of(arch)
-    for dim, (batch, tokens, k), most in itertools.product(dims, sizes, (False, True)):
-        triton_softmax_tiles.slots_of = lambda x, config, most=most: 1000 if most else 1
+    triton_softmax_tiles.slots_of = lambda x, config: 1000 if most else 1
+    for dim, (batch, tokens, k) in itertools.product(dims, sizes):
         x, codebook = torch.zeros(batch, tokens, dim), torch.zeros(k, dim)
         each, per_code = torch.zeros(batch, tokens), torch.zeros(k)
         bias, sums, direction = (per_code, per_code, x) if most else (None, None, None)
@@ -281,10 +282,12 @@ def main(archs: list[int]) -> None:
         driver.set_active(StandInDriver(arch))
         launch_training()
         launch_search(arch)
-        launch_softmax(arch, (8, 32, 64, 256), ((1, 300, 200),))
+        launch_softmax(arch, (8, 32, 64, 256), ((1, 300, 200),), most=True)
+        launch_softmax(arch, (256,), ((1, 300, 200),), most=False)
         before = len(records)
         launch_other_sizes(arch)
-        launch_softmax(arch, (256,), ((1, 1, 70), (3, 77, 4096), (2, 1024, 1000)))
+        for most in (False, True):
+            launch_softmax(arch, (256,), ((1, 1, 70), (3, 77, 4096), (2, 1024, 1000)), most)
         for record in records.values():
             record.setdefault("new_by_size", len(records) - before)
     print(json.dumps(list(records.values())))

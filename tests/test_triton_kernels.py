@@ -23,7 +23,15 @@ import triton
 import triton.language as tl
 
 from vqkernels.kernels import reference_training as reference
-from vqkernels.kernels import triton_codebook, triton_common, triton_configs, triton_nearest, triton_training
+from vqkernels.kernels import (
+    triton_codebook,
+    triton_common,
+    triton_configs,
+    triton_nearest,
+    triton_softmax,
+    triton_softmax_backward,
+    triton_training,
+)
 from vqkernels.kernels.triton_arithmetic import compare_codes, cosine_of, row_dot
 from vqkernels.testing import sum_tolerance
 
@@ -157,6 +165,11 @@ def test_nothing_waits_for_the_device():
         triton_training.quantize_backward(x, quantized, codes, x, derror, True)
         counts, sums = triton_codebook.codebook_stats(x, codes, 9)
         triton_codebook.ema_update_(codebook, sizes, codebook.clone(), counts, sums, revive, 0.9, 1e-5, 1.0, True)
+        logits = (x, codebook, sizes, 1.0)
+        lse, entropy = triton_softmax.softmax_forward(*logits)
+        each = triton_softmax.softmax_code_sums(*logits, lse, entropy)
+        triton_softmax_backward.softmax_backward(*logits, lse, lse, entropy, lse, each, x, True)
+        triton_softmax.softmax_sample(*logits, lse, entropy)
 
 
 SHAPES = {  # batch, tokens, dim, codes, channels first

@@ -179,10 +179,10 @@ def test_samples_follow_the_probabilities():
     assert ((counts - 1000 * case.logits()[0].softmax(0)).abs() <= 1.1).all()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("value", "dim"), [(math.nan, 5), (math.inf, 5), (-math.inf, 70)])
 @pytest.mark.usefixtures("_slots")
-def test_a_token_that_is_not_finite_spoils_nothing_but_itself(value: float):
-    case = _case(1, 70, 70, 5, False, True, 1.0)
+def test_a_token_that_is_not_finite_spoils_nothing_but_itself(value: float, dim: int):
+    case = _case(1, 70, 70, dim, False, True, 3.0 / dim)
     broken = replace(case, x=case.x.clone())
     broken.x[0, 3, 2] = value
     rest = [t for t in range(70) if t != 3]
@@ -208,14 +208,24 @@ def test_a_token_that_is_not_finite_spoils_nothing_but_itself(value: float):
     assert (codes[0, rest] >= 0).all()
 
 
+def _one_high(k: int, depth: float) -> tuple[Tensor, Tensor, Tensor]:
+    """lse and entropy of one token whose last logit is 0 and whose others are -depth; and the true log p."""
+    bias = torch.full((k,), -depth, device=DEVICE)
+    bias[-1] = 0.0
+    lse, entropy = forward.softmax_forward(bias.new_zeros(1, 1, 1), bias.new_zeros(k, 1), bias, 1.0)
+    return lse, entropy, bias.double().log_softmax(0)
+
+
 def test_one_code_with_all_the_weight_leaves_an_entropy():
-    """exp(-18) beside 1 is below float32's rounding: it is kept apart."""
-    x, codebook = torch.zeros(1, 1, 1, device=DEVICE), torch.zeros(70, 1, device=DEVICE)
-    bias = torch.zeros(70, device=DEVICE)
-    bias[:-1] = -18.0
-    _, entropy = forward.softmax_forward(x, codebook, bias, 1.0)
-    log_p = bias.double().log_softmax(0)
-    assert entropy.item() == pytest.approx(-(log_p.exp() * log_p).sum().item(), rel=2e-2)
+    """exp(-25) beside 1 is below float32's rounding: 1 / 26 of the entropy would be lost with it."""
+    _, entropy, log_p = _one_high(320, 25.0)
+    assert entropy.item() == pytest.approx(-(log_p.exp() * log_p).sum().item(), rel=1e-2)
+
+
+def test_many_small_probabilities_are_not_lost_one_by_one():
+    """Hundreds of tiles of exp(-12) each after 1: plain float32 sums lose some 1e-6 of them."""
+    lse, _, log_p = _one_high(12000, 12.0)
+    assert lse.item() == pytest.approx(-log_p[-1].item(), abs=2.0**-22)
 
 
 def test_no_tokens():

@@ -12,12 +12,14 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .backends import BackendError, explain, use_backend
+    from .compat import ReplaceReport, replace_quantizers
     from .nn import (
         EntropyOptions,
         EntropyQuantizerOutput,
         IndexPropagationQuantizer,
         LookupFreeQuantizer,
         QuantizerOutput,
+        SamplingOptions,
         VectorQuantizer,
         defer_codebook_update,
     )
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
         index_propagation,
         lookup,
         nearest,
+        nearest_k,
         nearest_tokens,
         quantize,
         sample_codes,
@@ -46,13 +49,14 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "backends": ("BackendError", "explain", "use_backend"),
+    "compat": ("ReplaceReport", "replace_quantizers"),
     "nn": (
         *("EntropyOptions", "EntropyQuantizerOutput", "IndexPropagationQuantizer", "LookupFreeQuantizer"),
-        *("QuantizerOutput", "VectorQuantizer", "defer_codebook_update"),
+        *("QuantizerOutput", "SamplingOptions", "VectorQuantizer", "defer_codebook_update"),
     ),
     "nn.kmeans": ("KMeansResult", "kmeans"),
     "ops": (
-        *("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "nearest_tokens", "quantize"),
+        *("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "nearest_k", "nearest_tokens", "quantize"),
         *("EntropyLoss", "SoftAssignment", "code_cross_entropy", "entropy_loss", "index_propagation", "sample_codes"),
         *("sign_assignment", "sign_codes", "sign_entropy_loss", "sign_rows", "soft_assignment"),
     ),
@@ -70,6 +74,8 @@ __all__ = [
     "LookupFreeQuantizer",
     "Quantized",
     "QuantizerOutput",
+    "ReplaceReport",
+    "SamplingOptions",
     "SoftAssignment",
     "VectorQuantizer",
     "__version__",
@@ -83,9 +89,11 @@ __all__ = [
     "kmeans",
     "lookup",
     "nearest",
+    "nearest_k",
     "nearest_tokens",
     "plain_ops",
     "quantize",
+    "replace_quantizers",
     "sample_codes",
     "sign_assignment",
     "sign_codes",
@@ -103,7 +111,7 @@ def __getattr__(name: str) -> Any:
         module = importlib.import_module(f"{__name__}.{_HOME_OF[name]}")
         globals().update({each: getattr(module, each) for each in _HOMES[_HOME_OF[name]]})
         return globals()[name]
-    if name in ("backends", "export", "nn", "ops", "testing", "models", "benchmarks"):
+    if name in ("backends", "compat", "export", "nn", "ops", "testing", "models", "benchmarks"):
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -22,6 +22,11 @@ std::tuple<Tensor, Tensor> nearest(Tensor x,         // [B, T, D]
 // int16, 1 float32, 2 float64).
 std::tuple<Tensor, Tensor, Tensor> nearest_report(Tensor x, Tensor codebook, bool cosine, bool exact);
 
+std::tuple<Tensor, Tensor> nearest_k(Tensor x,         // [B, T, D]
+                                     Tensor codebook,  // [K, D]
+                                     int64_t k,
+                                     bool cosine);  // -> codes [B, T, k], distance [B, T, k]
+
 // "int16" or "float32": the coarse pass that a search in `dim` dimensions takes; "?" where VQKERNELS_CPU_ISA
 // or VQKERNELS_CPU_PASS asks for one that cannot be.
 const char* coarse_pass(int64_t dim, bool exact) noexcept;

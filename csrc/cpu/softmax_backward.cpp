@@ -141,9 +141,8 @@ struct SoftmaxGradient {
     const int64_t numbers = codes_too ? call.codes * dim() : 0, groups = call.plan.groups;
     const Buffer<Word> apart(groups > 1 ? groups * numbers : 0);
     Word* rows = groups > 1 ? apart.get() : dcodebook;
-    if (codes_too && (groups > 1 || call.x.count() == 0)) {
-      Word* all = call.x.count() == 0 ? dcodebook : rows;
-      for (int64_t i = 0; i < numbers * (call.x.count() == 0 ? 1 : groups); ++i) all[i] = Word(0);
+    if (call.x.count() == 0) {  // else the first strip writes every row of every group
+      for (int64_t i = 0; i < numbers; ++i) dcodebook[i] = Word(0);
     }
     const Store store = make_store();
     GroupSums sums(groups, codes_too ? call.padded_codes() : 0);

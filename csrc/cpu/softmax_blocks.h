@@ -25,7 +25,8 @@ constexpr int64_t PARTIAL = 8 << 20;  // numbers of [chunks, tokens, D]
 constexpr int64_t STRIP_TOKENS = 170 * BLOCK_TOKENS;
 constexpr int64_t PANEL_WORDS = 64 * 1024;  // of a block of codes; it lies in the L2 cache
 // A backward pass that goes over the logits twice keeps them for the second time, a strip of them, where this
-// saves more than it costs: above some D, below some K.
+// saves more than it costs: above some D, below some K. (N, K, D) = (1024, 16384, 256) and (16384, 1024,
+// 256): the whole of an entropy loss, forward and backward, takes 4 to 10% less; D = 64: 0 to 6% (Zen 5).
 constexpr int64_t KEPT = 4 << 20;  // numbers
 constexpr int64_t KEPT_TOKENS = 4 * BLOCK_TOKENS;
 constexpr int64_t KEPT_DIM = 64;

@@ -43,13 +43,13 @@ COMMANDS = {
     ),
     "encode": Command("turn a folder of images into an .npy file of codes", "cli.options:EncodeConfig"),
     "decode": Command("turn a folder of codes back into images", "cli.options:DecodeConfig"),
-    "convert": Command(
-        "turn a VQGAN checkpoint of taming, latent diffusion, LlamaGen, IBQ or diffusers into a model folder",
-        "cli.options:ConvertConfig",
-    ),
     "export": Command(
         "write a model's encoder and decoder as graphs, for torch.export.load or ONNX runtimes",
         "cli.options:ExportConfig",
+    ),
+    "convert": Command(
+        "turn a VQGAN checkpoint of taming, latent diffusion, LlamaGen, IBQ or diffusers into a model folder",
+        "cli.options:ConvertConfig",
     ),
     "bench": Command("time the operators of this package beside others", "benchmarks.config:BenchConfig"),
     "profile": Command(

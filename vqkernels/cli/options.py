@@ -81,6 +81,20 @@ class DecodeConfig:
 
 
 @dataclass
+class ExportConfig:
+    """Options"""
+
+    model: str = field(metadata=WORD)
+    """folder with a model (runs/NAME or runs/NAME/model), or hf://OWNER/NAME"""
+    output: str = field(default="exported", metadata=OUTPUT)
+    """folder for the two files, encoder and decoder"""
+    format: Literal["pt2", "onnx"] = "pt2"
+    """pt2 for torch.export.load, onnx for ONNX runtimes"""
+    plain: bool = False
+    """standard ops only, as always for onnx: runs without vqkernels, and a few codes may differ from the exact ones"""
+
+
+@dataclass
 class ConvertConfig:
     """Options"""
 
@@ -96,20 +110,6 @@ class ConvertConfig:
     """the last weights of training (raw) or their average (ema); auto takes the average where there is one"""
     resolution: int = 256
     """side of the images that attention_resolutions in the config is counted for; changes no result"""
-
-
-@dataclass
-class ExportConfig:
-    """Options"""
-
-    model: str = field(metadata=WORD)
-    """folder with a model (runs/NAME or runs/NAME/model), or hf://OWNER/NAME"""
-    output: str = field(default="exported", metadata=OUTPUT)
-    """folder for the two files, encoder and decoder"""
-    format: Literal["pt2", "onnx"] = "pt2"
-    """pt2 for torch.export.load, onnx for ONNX runtimes"""
-    plain: bool = False
-    """standard ops only, as always for onnx: runs without vqkernels, and a few codes may differ from the exact ones"""
 
 
 @dataclass

@@ -44,6 +44,21 @@ def _value_errors() -> Iterator[None]:
         raise
 
 
+def nearest_k(
+    x: Tensor,  # [B, T, D]
+    codebook: Tensor,  # [K, D]
+    k: int,
+    metric: str,
+) -> tuple[Tensor, Tensor]:  # codes int64 [B, T, k], distance float32 [B, T, k]
+    """See ``vqkernels.nearest_k``."""
+    try:
+        return torch.ops.vqkernels_C.nearest_k(x, codebook, k, metric == "cosine")
+    except RuntimeError as error:
+        if NON_FINITE in str(error):
+            raise ValueError(NON_FINITE) from None
+        raise
+
+
 STAGES = ("prepare", "tokens", "coarse", "rerank", "scan")  # as csrc/cpu/report.h has them
 PASSES = ("int16", "float32", "float64")
 
@@ -225,6 +240,10 @@ def _supports(first: Tensor, *_rest: object) -> str | None:
     return f"runs on cpu and cuda, not on {first.device.type}"
 
 
+def _supports_on_cpu(first: Tensor, *rest: object) -> str | None:
+    return _supports(first, *rest) if first.device.type == "cpu" else f"runs on cpu, not on {first.device.type}"
+
+
 def _nearest_details(x: Tensor, _codebook: Tensor, _metric: str, precision: str) -> str | None:
     """Which coarse pass runs, and why."""
     if x.device.type == "cuda":
@@ -261,5 +280,6 @@ def _coarse_pass(dim: int, exact: bool) -> str:
 
 
 register("nearest", "compiled", nearest, supports=_supports, details=_nearest_details)
+register("nearest_k", "compiled", nearest_k, supports=_supports_on_cpu)
 for _op in (gather, quantize, quantize_backward, codebook_gradient, codebook_stats, add_statistics_, ema_update_):
     register(_op.__name__, "compiled", _op, supports=_supports)

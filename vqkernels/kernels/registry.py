@@ -11,6 +11,7 @@ from typing import Any
 
 OPS = (
     "nearest",
+    "nearest_k",
     "gather",
     "quantize",
     "quantize_backward",

@@ -51,14 +51,14 @@ MERGE_ROWS = 128
 def finish_forward(
     top,  # [R] float32, the maximum m
     total,  # [R] float32, s = sum exp(l - m)
-    error,  # [R] float32, what s has too much
+    error,  # [R] float32, what s lacks
     moment,  # [R] float32, sum exp(l - m) (l - m)
 ):
     """lse = m + log s and the entropy log s - moment / s, both NaN where s is zero or no number.
 
     Where one code has all the weight, s is 1 and little: that little is in the error, which log s takes to first order.
     """
-    log = tl.log(total) - error / total
+    log = tl.log(total) + error / total
     usual = (total > 0) & (total < float("inf"))
     entropy = tl.maximum(log - moment / total, 0.0)
     return tl.where(usual, top + log, float("nan")), tl.where(usual, entropy, float("nan"))

@@ -1,7 +1,9 @@
 """Quantizer modules."""
 
 from .codebook import Codebook, CodebookOptions, defer_codebook_update
+from .draws import SamplingOptions
 from .entropy import EntropyOptions, EntropyQuantizerOutput
+from .health import CodebookHealth, margin_histogram
 from .index_propagation import IndexPropagationQuantizer
 from .lookup_free import LookupFreeQuantizer
 from .output import QuantizerOutput
@@ -9,12 +11,15 @@ from .vector_quantizer import VectorQuantizer
 
 __all__ = [
     "Codebook",
+    "CodebookHealth",
     "CodebookOptions",
     "EntropyOptions",
     "EntropyQuantizerOutput",
     "IndexPropagationQuantizer",
     "LookupFreeQuantizer",
     "QuantizerOutput",
+    "SamplingOptions",
     "VectorQuantizer",
     "defer_codebook_update",
+    "margin_histogram",
 ]

@@ -23,6 +23,7 @@ from ..ops._library import check_choice
 from ..ops.ema import SMOOTHINGS
 from ..ops.nearest import METRICS, PRECISIONS
 from .distributed import all_reduce_packed, finish_all_reduce, rank_and_world
+from .health import CodebookHealth, mean_length
 from .kmeans import ITERATIONS, initialize_, kmeans_
 from .normalize import l2_normalize
 from .passes import enter, finish_first_forward_
@@ -32,6 +33,7 @@ from .statistics import (
     apply_pending_,
     collect_,
     count_codes,
+    dead_codes,
     observe_,
     synchronize_,
     usage_and_perplexity,
@@ -114,6 +116,7 @@ class Codebook(nn.Module):
     step: Tensor  # int64 [] training forwards so far
     seed: Tensor  # int64 [] of the draws for revival and k-means
     initialized: Tensor  # bool [] whether k-means has run
+    start_length: Tensor  # [] mean length of the codes at the start; not in the state_dict
 
     def __init__(self, codebook_size: int, codebook_dim: int, options: CodebookOptions) -> None:
         super().__init__()
@@ -137,6 +140,7 @@ class Codebook(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_buffer("seed", torch.randint(2**31, ()))
         self.register_buffer("initialized", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("start_length", mean_length(rows), persistent=False)
 
     def _random_rows(self) -> Tensor:  # [K, D]
         # of length about 1: of U(-1/K, 1/K), N(0, 0.01), N(0, 1/D) and N(0, 1), this one used the most codes after
@@ -194,6 +198,26 @@ class Codebook(nn.Module):
         counts = count_codes(tokens, codes, self.codebook_size)
         return usage_and_perplexity(counts > 0, counts)
 
+    @torch.no_grad()
+    def health(self) -> CodebookHealth:
+        """Usage, perplexity, dead share and norm drift as tensors on the codebook's device; local, nothing is changed.
+
+        Of all ranks, as the statistics are. See ``vqkernels.nn.margin_histogram`` for how clearly tokens choose.
+        """
+        recent = self.last_used > self.step - self.options.usage_window
+        usage, perplexity = usage_and_perplexity(recent, self.window_counts)
+        dead = ~recent
+        if self.options.dead_code_threshold > 0:
+            dead = dead_codes(self.cluster_size, float(self.options.dead_code_threshold), self.options.relative)
+        drift = mean_length(self._rows().detach()) / self.start_length - 1
+        return CodebookHealth(usage, perplexity, dead.to(usage.dtype).mean(), drift)
+
+    def _mark_start(self) -> None:
+        """From here on ``norm_drift`` counts."""
+        if self.codebook.is_meta:
+            return
+        self.start_length.copy_(mean_length(self._rows().detach()))
+
     def _own_tensors(self) -> list[Tensor]:
         """What rank 0 shares at the start."""
         named = {**self._parameters, **self._buffers}
@@ -225,6 +249,7 @@ class Codebook(nn.Module):
             size = self._first_size()
             self.cluster_size.copy_(torch.where(before, self.cluster_size, size))
             self.embed_sum.copy_(torch.where(before, self.embed_sum, self.codebook * size))
+        self.start_length.copy_(torch.where(before, self.start_length, mean_length(self._rows().detach())))
 
     @torch.no_grad()
     def _fit(self, tokens: Tensor, iterations: int) -> None:  # [1, N, D]
@@ -239,6 +264,7 @@ class Codebook(nn.Module):
         options = self.options
         kmeans_(self.codebook, tokens, None, self.seed, options.metric, options.precision, iterations)
         self.initialized.fill_(True)
+        self._mark_start()
         if options.update == "ema":
             self.cluster_size.fill_(self._first_size())
             self.embed_sum.copy_(self.codebook * self._first_size())
@@ -308,6 +334,7 @@ class Codebook(nn.Module):
         super()._load_from_state_dict(*args)
         if self.options.update == "ema":
             self._drop_pending()
+        self._mark_start()
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles."""

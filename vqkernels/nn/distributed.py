@@ -23,6 +23,11 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
+def capturing(tensor: Tensor) -> bool:
+    """Whether what runs on the tensor's device is being recorded into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def all_reduce_packed(
     *parts: Tensor,  # any shapes, one dtype and device
 ) -> tuple[Tensor, ...]:  # the same shapes
@@ -72,6 +77,8 @@ def finish_all_reduce(
     """Add what is on its way for ``owner``, if anything, to ``into``. Local: it waits for no rank but the slowest."""
     flight = _FLIGHTS.pop(owner.data_ptr(), None) if _FLIGHTS else None
     if flight is not None and not flight.owner.expired():
+        if capturing(into):
+            raise RuntimeError("codebook: sums of the last step are still on their way; call update_codebook() first")
         flight.work.wait()  # on CUDA the stream waits, not the host
         into += flight.part
 

@@ -206,7 +206,7 @@ def _reservoir(batches: Iterable[Tensor], count: int, seed: int) -> tuple[Tensor
     kept, seen = None, 0
     for i, tokens in enumerate(batches):
         words = random_words(torch.tensor(seed, device=tokens.device), _SAMPLES + i, tokens.shape[0])
-        keys = torch.where(tokens.isfinite().all(1), words, 2**62)
+        keys = torch.where(tokens.abs().amax(1) < torch.inf, words, 2**62)
         if kept is not None:
             tokens, keys = torch.cat([kept[0], tokens]), torch.cat([kept[1], keys])
         seen += tokens.shape[0] - (0 if kept is None else kept[0].shape[0])

@@ -20,6 +20,8 @@ def sample_tokens(
     wanted: Tensor,  # bool [K], the same on every rank
     seed: Tensor,  # int64 []
     step: Tensor,  # int64 []
+    *,
+    ranks: tuple[int, int] | None = None,  # (rank, how many); None: the process group's
 ) -> tuple[Tensor, Tensor]:  # hits [K] (0 or 1), rows [K, D]; both in the accumulation dtype
     """For every wanted code one valid token of this rank, no token twice; summed over ranks, one token per code.
 
@@ -29,7 +31,7 @@ def sample_tokens(
     size, dtype = wanted.shape[0], accumulation_dtype(tokens.dtype)
     if tokens.shape[0] * tokens.shape[1] == 0:
         return tokens.new_zeros(size, dtype=dtype), tokens.new_zeros((size, tokens.shape[2]), dtype=dtype)
-    rank, world = rank_and_world()
+    rank, world = ranks or rank_and_world()
     chance = mix(mix(mix(seed) + step) + torch.arange(size, device=tokens.device))  # [K]
     mine = wanted & (chance % world == rank)
     hit, pick = _one_of_each_run(mine, valid.sum(), chance // world)

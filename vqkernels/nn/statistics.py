@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
+from ..ops import plain
 from ..ops._library import define, run
 from ..ops.codebook_stats import add_statistics_
 from .distributed import (
     all_reduce_packed,
     broadcast_from_first,
+    capturing,
     finish_all_reduce,
     rank_and_world,
     start_all_reduce,
@@ -31,6 +33,8 @@ def count_codes(
     codebook_size: int,
 ) -> Tensor:  # [K]
     """Tokens per code."""
+    if plain.active():
+        return plain.codebook_stats(tokens[..., :1], codes, codebook_size)[0]
     counts = tokens.new_zeros(codebook_size, dtype=accumulation_dtype(tokens.dtype))
     add_statistics_(tokens, codes, counts, None)
     return counts
@@ -124,6 +128,8 @@ def _collect(
     pending_counts += counts
     if alone:
         pending_sums += slots
+    elif capturing(tokens):  # a CUDA graph holds its whole step: nothing may be on its way from one replay to the next
+        pending_sums += all_reduce_packed(slots)[0]
     else:
         finish_all_reduce(owner, pending_sums)  # of the last micro-batch, where the update is deferred
         start_all_reduce(owner, slots)

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from .._dtypes import DTYPES, HALF
-from ..ops import Quantized, lookup, nearest, quantize
+from ..ops import Quantized, entropy_loss, lookup, nearest, quantize
 from ..ops._library import as_tokens, check_choice, check_mask
 from ..ops.quantize import GRADIENTS
 from .codebook import Codebook, CodebookOptions, check_positive
+from .draws import SamplingOptions, draw_codes
+from .entropy import EntropyOptions, EntropyQuantizerOutput, no_entropy
 from .normalize import l2_normalize
 from .output import QuantizerOutput
 
@@ -48,6 +50,10 @@ class VectorQuantizer(Codebook):
         usage_window: training forwards that ``usage`` and ``perplexity`` look back on.
         precision: "exact" or "fast" search, see ``vqkernels.nearest``.
         smoothing: Laplace smoothing of the cluster sizes, "sum_preserving" or "plain" (see ``vqkernels.ema_update_``).
+        entropy: an entropy loss over the codebook in training, see ``EntropyOptions``. It is part of ``loss``; forward
+            then returns an ``EntropyQuantizerOutput``.
+        sampling: in training, draw codes instead of taking the nearest, see ``SamplingOptions``. A recomputed forward
+            (activation checkpointing) draws its codes again only if no other training forward came in between.
 
     **When the EMA codebook changes.** A training forward only collects statistics. They take effect at the start of
     the next training forward, on ``.eval()``, on ``state_dict()`` or by ``update_codebook()``. So the codes of a
@@ -70,6 +76,8 @@ class VectorQuantizer(Codebook):
     code threshold where that is more; a revived code starts at twice the threshold.
     """
 
+    draw: Tensor  # int64 [] training forwards that drew codes; with `sampling` alone
+
     def __init__(
         self,
         dim: int,
@@ -90,6 +98,8 @@ class VectorQuantizer(Codebook):
         precision: str = "exact",
         smoothing: str = "sum_preserving",
         dead_code_unit: str = "tokens",
+        entropy: EntropyOptions | None = None,
+        sampling: SamplingOptions | None = None,
     ) -> None:
         check_positive("dim", dim)
         learning = (metric, update, ema_decay, eps, dead_code_threshold, kmeans_init)
@@ -105,6 +115,10 @@ class VectorQuantizer(Codebook):
         self.gradient = gradient
         self.commitment_weight = commitment_weight
         self.codebook_weight = codebook_weight
+        self.entropy = entropy
+        self.sampling = sampling
+        if sampling is not None:
+            self.register_buffer("draw", torch.zeros((), dtype=torch.int64))
         projected = self.codebook_dim != dim
         self.project_in = nn.Linear(dim, self.codebook_dim) if projected else nn.Identity()
         self.project_out = nn.Linear(self.codebook_dim, dim) if projected else nn.Identity()
@@ -141,17 +155,52 @@ class VectorQuantizer(Codebook):
             tokens, real = self._tokens(x, mask)
             if self.training:
                 self._before_search(tokens, real)
+            rows = self._rows()
             found = quantize(
                 tokens,
-                self._rows(),
+                rows,
                 metric=self.options.metric,
                 precision=self.options.precision,
                 gradient=self.gradient,
                 mask=real,
+                codes=self._drawn(tokens, rows),
             )
             if self.training:
                 self._after_search(tokens.detach(), found.codes)
-            return self._output(x, tokens.detach(), real, found)
+            out = self._output(x, tokens.detach(), real, found)
+            return out if self.entropy is None else self._with_entropy(out, tokens, rows, real)
+
+    def _drawn(self, tokens: Tensor, rows: Tensor) -> Tensor | None:  # [B, T, D], [K, D] -> int64 [B, T]
+        if self.sampling is None or not self.training:
+            return None
+        return draw_codes(tokens, rows, self.options.metric, self.sampling.temperature, self.seed, self.draw)
+
+    def _with_entropy(
+        self,
+        out: QuantizerOutput,
+        tokens: Tensor,  # [B, T, D]
+        rows: Tensor,  # [K, D]
+        mask: Tensor | None,  # bool [B, T]
+    ) -> EntropyQuantizerOutput:
+        """``out`` with the entropy loss in it."""
+        assert self.entropy is not None
+        found, loss = no_entropy(out.loss), out.loss
+        if self.training and self.entropy.weight > 0:
+            found = entropy_loss(tokens, rows, metric=self.options.metric, weight=mask, **self.entropy.of_loss())
+            loss = loss + self.entropy.weight * found.loss
+        return EntropyQuantizerOutput(
+            quantized=out.quantized,
+            codes=out.codes,
+            loss=loss,
+            commitment_loss=out.commitment_loss,
+            codebook_loss=out.codebook_loss,
+            perplexity=out.perplexity,
+            usage=out.usage,
+            non_finite=out.non_finite,
+            entropy_loss=found.loss,
+            token_entropy=found.token_entropy,
+            batch_entropy=found.batch_entropy,
+        )
 
     @torch.no_grad()
     def encode(

@@ -7,6 +7,7 @@ from .entropy_loss import EntropyLoss, entropy_loss
 from .index_propagation import index_propagation
 from .lookup import lookup
 from .nearest import nearest
+from .nearest_k import nearest_k
 from .nearest_tokens import nearest_tokens
 from .quantize import Quantized, quantize
 from .sample_codes import sample_codes
@@ -26,6 +27,7 @@ __all__ = [
     "index_propagation",
     "lookup",
     "nearest",
+    "nearest_k",
     "nearest_tokens",
     "quantize",
     "sample_codes",

@@ -80,6 +80,13 @@ def promoted(x: Tensor, codebook: Tensor) -> Tensor:
     raise TypeError(f"codebook: expected {x.dtype} like x (or float32 under a half-precision x), got {codebook.dtype}")
 
 
+def check_codes(codes: Tensor, x: Tensor) -> None:  # [...], [..., D]
+    """Raise unless ``codes`` are int64, one for each token of x, on its device."""
+    if codes.dtype != torch.int64 or codes.shape != x.shape[:-1] or codes.device != x.device:
+        got = f"{codes.dtype} {list(codes.shape)} on {codes.device}"
+        raise ValueError(f"codes: expected int64 {list(x.shape[:-1])} on {x.device}, got {got}")
+
+
 def check_mask(mask: Tensor, shape: torch.Size, device: torch.device) -> None:
     """Raise unless ``mask`` is a bool tensor of that shape on that device."""
     if not isinstance(mask, Tensor):

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from .._dtypes import DTYPES, accumulation_dtype
 from . import plain
-from ._library import as_tokens, define, run
+from ._library import as_tokens, check_codes, define, run
 
 
 def _run(x: Tensor, codes: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
@@ -55,9 +54,7 @@ def codebook_stats(
     """
     if x.dtype not in DTYPES:
         raise TypeError(f"x: expected float32, float16, bfloat16 or float64, got {x.dtype}")
-    if codes.dtype != torch.int64 or codes.shape != x.shape[:-1] or codes.device != x.device:
-        got = f"{codes.dtype} {list(codes.shape)} on {codes.device}"
-        raise ValueError(f"codes: expected int64 {list(x.shape[:-1])} on {x.device}, got {got}")
+    check_codes(codes, x)
     if codebook_size < 1:
         raise ValueError(f"codebook_size: expected >= 1, got {codebook_size}")
     tokens = as_tokens(x.detach())

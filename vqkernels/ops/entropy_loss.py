@@ -108,7 +108,8 @@ def entropy_loss(
         Open-MAGVIT2, LFQ                               the same with metric="euclidean" and a codebook of signs, or
                                                         ``sign_entropy_loss``, which needs no codebook
         vector-quantize-pytorch, codebook_diversity_    metric="cosine", temperature=1/codebook_diversity_temperature,
-        loss of a codebook with use_cosine_sim          token_weight=0, batch_weight=1
+        loss of a codebook with use_cosine_sim          token_weight=0; it takes each position of x [B, T, D] by itself,
+                                                        so that it is the mean over t of the losses of x[:, t]
 
     vector-quantize-pytorch's loss of a euclidean codebook is another one: a softmax of the distance, not of its square.
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from .._dtypes import accumulation_dtype
 from . import plain
-from ._library import as_tokens, check_choice, check_mask, check_tokens, define, promoted, run
+from ._library import as_tokens, check_choice, check_codes, check_mask, check_tokens, define, promoted, run
 from .nearest import METRICS, PRECISIONS
 
 GRADIENTS = ("straight_through", "rotation")
@@ -57,6 +57,32 @@ _quantize = define(
     "quantize(Tensor x, Tensor codebook, Tensor? mask, str metric, str precision) -> (Tensor, Tensor, Tensor)",
     _run,
     _fake,
+)
+
+
+def _run_lookup(
+    x: Tensor,  # [B, T, D]
+    codebook: Tensor,  # [K, D]
+    codes: Tensor,  # [B, T]
+    mask: Tensor | None,  # bool [B, T]
+) -> tuple[Tensor, Tensor, Tensor]:  # quantized [B, T, D], codes [B, T], error [B, T]
+    codes = codes.clone() if mask is None else torch.where(mask, codes, -1)
+    quantized, error = run("gather", x, codebook, codes)
+    if mask is not None:
+        out = ~mask
+        quantized.masked_fill_(out[..., None], 0)
+        error.masked_fill_(out, 0)
+    return quantized, codes, error
+
+
+def _fake_lookup(x: Tensor, codebook: Tensor, codes: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return _fake(x, codebook, mask, "euclidean", "exact")
+
+
+_quantize_to = define(
+    "quantize_to(Tensor x, Tensor codebook, Tensor codes, Tensor? mask) -> (Tensor, Tensor, Tensor)",
+    _run_lookup,
+    _fake_lookup,
 )
 
 
@@ -115,11 +141,15 @@ class _Quantize(torch.autograd.Function):
         x: Tensor,  # [B, T, D]
         codebook: Tensor,  # [K, D]
         mask: Tensor | None,  # bool [B, T]
+        chosen: Tensor | None,  # [B, T] codes; searched for where absent
         metric: str,
         precision: str,
         rotation: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        quantized, codes, error = _quantize(x, codebook, mask, metric, precision)
+        if chosen is None:
+            quantized, codes, error = _quantize(x, codebook, mask, metric, precision)
+        else:
+            quantized, codes, error = _quantize_to(x, codebook, chosen, mask)
         ctx.save_for_backward(x, quantized, codes, mask)
         ctx.rotation, ctx.codebook_size = rotation, codebook.shape[0]
         ctx.mark_non_differentiable(codes)
@@ -143,7 +173,7 @@ class _Quantize(torch.autograd.Function):
             dx = _quantize_backward(x, quantized, codes, through, dcommitment, ctx.rotation, mask)
         if ctx.needs_input_grad[1] and dcodebook_error is not None:
             dcodebook = _codebook_gradient(x, quantized, codes, dcodebook_error, ctx.codebook_size)
-        return dx, dcodebook, None, None, None, None
+        return dx, dcodebook, None, None, None, None, None
 
 
 def quantize(
@@ -154,6 +184,7 @@ def quantize(
     precision: str = "exact",
     gradient: str = "straight_through",
     mask: Tensor | None = None,  # bool [...]
+    codes: Tensor | None = None,  # int64 [...]
 ) -> Quantized:
     """Replace every token by its nearest code, differentiably.
 
@@ -163,6 +194,8 @@ def quantize(
         metric, precision: how the code is chosen, see ``nearest``; the errors are squared euclidean either way.
         gradient: "straight_through" or "rotation", the gradient that ``quantized`` passes to x.
         mask: bool [...], False where a token is padding: code -1, quantized 0, errors 0, no gradient.
+        codes: int64 [...] below K, to be taken instead of the nearest ones (drawn by ``sample_codes``, say); negative
+            ones are treated as those of non-finite tokens. Not inside ``plain_ops``.
 
     Returns:
         Quantized(quantized, codes, commitment_error, codebook_error). Rows of ``quantized`` are bit-equal to the
@@ -180,12 +213,15 @@ def quantize(
         check_mask(mask, x.shape[:-1], x.device)
         mask = as_tokens(mask[..., None])[..., 0]  # [B, T]
     tokens = as_tokens(promoted(x, codebook))  # [B, T, D]
-    if plain.active():
+    if codes is not None:
+        check_codes(codes, x)
+        codes = as_tokens(codes[..., None])[..., 0]  # [B, T]
+    if plain.active() and codes is None:
         found = plain.quantize(tokens.detach(), codebook.detach(), mask, metric)
         out = (*found, found[2])
     else:
-        out = _Quantize.apply(tokens, codebook, mask, metric, precision, gradient == "rotation")
+        out = _Quantize.apply(tokens, codebook, mask, codes, metric, precision, gradient == "rotation")
     shape = x.shape[:-1]
     quantized = out[0].to(x.dtype).view(x.shape) if x.dim() <= 3 else out[0].to(x.dtype).unflatten(1, x.shape[1:-1])
-    codes, error = out[1].view(shape), out[2].view(shape)
-    return Quantized(quantized, codes, error, error.detach() if out[3] is None else out[3].view(shape))
+    error = out[2].view(shape)
+    return Quantized(quantized, out[1].view(shape), error, error.detach() if out[3] is None else out[3].view(shape))

@@ -52,7 +52,7 @@ def sign_entropy_loss(
         vector-quantize-pytorch, LFQ          temperature=1/inv_temperature, code_scale=codebook_scale,
                                               batch_weight=diversity_gamma; it clamps probabilities at 1e-5 inside both
                                               logarithms, this does not
-        the same, spherical                   the same of its normalised x, code_scale=codebook_scale / sqrt(D)
+        the same, spherical                   of x of length codebook_scale, code_scale=codebook_scale / sqrt(D)
         BSQ, times 1 / inv_temperature        temperature=1/inv_temperature, code_scale=1/sqrt(D),
                                               group_size=group_size, token_weight=gamma0, batch_weight=gamma
 

@@ -1,0 +1,198 @@
+"""What a training run minimises: reconstruction and quantizer, and from a step on a discriminator against them.
+
+    autoencoder     l1 + l2 + perceptual + quantizer.loss + w adversarial
+    discriminator   adversarial' + lecam + r1                                (Esser et al. 2021, eq. 4 to 7)
+
+Both come from one forward of the autoencoder; the discriminator learns from its reconstructions of that step.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqkernels.nn.distributed import all_reduce_packed, rank_and_world
+
+from .adversarial import LastLayer, LeCam, balance, discriminator_loss, generator_loss, gradient_penalty, widened
+from .augmentation import augment
+from .config import TrainConfig
+from .discriminator import make_discriminator
+from .perceptual import PerceptualDistance
+from .tokenizer import TokenizerOutput
+from .vqgan import VQGAN
+from .vqvae import VQVAE
+
+# of every run, in this order, then those of a discriminator
+PARTS = ("loss", "l1", "mse", "perceptual", "commitment_loss", "perplexity", "usage")
+ADVERSARIAL_PARTS = ("adversarial_loss", "adaptive_weight", "discriminator_loss", "real_logit", "fake_logit")
+
+
+class Critic:
+    """A discriminator with its optimizer and regularisers. Its state is that of a checkpoint."""
+
+    def __init__(self, config: TrainConfig, device: torch.device) -> None:
+        self.config = config.discriminator
+        self.accumulation, self.max_grad_norm = config.gradient_accumulation, config.max_grad_norm
+        self.network = make_discriminator(self.config, config.image_size).to(device)
+        self.lecam = LeCam().to(device)
+        self.peak_rate = self.config.learning_rate or config.learning_rate
+        self.relative_rate = self.peak_rate / config.learning_rate
+        first, second = config.betas
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=self.peak_rate, betas=(first, second), weight_decay=0.0
+        )
+
+    def opinion(
+        self,
+        images: Tensor,  # [B, 3, H, W]
+    ) -> Tensor:  # [B, 1, ...] logits
+        """Of augmented images."""
+        return widened(self.network(augment(images, self.config.augmentation)))
+
+    def learn(
+        self,
+        images: Tensor,  # [B, 3, H, W] real
+        reconstructions: Tensor,  # [B, 3, H, W]
+        precision: AbstractContextManager[Any],
+    ) -> Tensor:  # [3] loss, mean logit of real images, of reconstructions
+        """Adds the gradient of one micro-batch to the network's."""
+        with precision:
+            real, fake = self.opinion(images), self.opinion(reconstructions.detach())
+        loss = discriminator_loss(self.config.loss, real, fake)
+        if self.config.lecam_weight:
+            loss = loss + self.config.lecam_weight * self.lecam(real, fake)
+        if self.config.r1_weight:
+            loss = loss + self.config.r1_weight * gradient_penalty(self.opinion, images)
+        (loss / self.accumulation).backward()
+        return torch.stack([loss.detach(), real.detach().mean(), fake.detach().mean()])
+
+    def step(self, autoencoder_rate: float) -> None:
+        """One step of the optimizer with the mean gradient of all ranks."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = autoencoder_rate * self.relative_rate
+        parameters = list(self.network.parameters())
+        gradients = [each.grad for each in parameters if each.grad is not None]  # all of them
+        world = rank_and_world()[1]
+        if world > 1:
+            for own, total in zip(gradients, all_reduce_packed(*gradients), strict=True):
+                own.copy_(total / world)
+        torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that its next step follows from."""
+        parts = (self.network, self.lecam, self.optimizer)
+        return dict(zip(("network", "lecam", "optimizer"), (part.state_dict() for part in parts), strict=True))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of ``state_dict``."""
+        self.network.load_state_dict(state["network"])
+        self.lecam.load_state_dict(state["lecam"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
+class Objective:
+    """The losses of a run and their backward pass.
+
+    Args:
+        config: of the run.
+        model: the autoencoder, not wrapped.
+        accelerator: of the run: its precision and its backward.
+    """
+
+    def __init__(self, config: TrainConfig, model: VQVAE | VQGAN, accelerator: Any) -> None:
+        self.config, self.accelerator = config, accelerator
+        device = accelerator.device
+        self.perceptual: PerceptualDistance | None = None
+        if config.perceptual_weight:
+            self.perceptual = PerceptualDistance(config.vgg, config.lpips).to(device)
+        self.critic: Critic | None = None
+        if config.discriminator.kind != "none":
+            self.critic = Critic(config, device)
+            self.last = LastLayer(model.last_layer)
+        self.names = PARTS if self.critic is None else (*PARTS, *ADVERSARIAL_PARTS)
+
+    def is_adversarial(self, step: int) -> bool:
+        """Whether the discriminator takes part in that step."""
+        return self.critic is not None and step >= self.config.discriminator.start_step
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.config.mixed_precision == "no" else self.accelerator.autocast()
+
+    def backward(
+        self,
+        images: Tensor,  # [B, 3, S, S]
+        out: TokenizerOutput,
+        step: int,
+    ) -> Tensor:  # as `names`
+        """Adds the gradients of one micro-batch, the discriminator's too; returns the losses."""
+        error = widened(out.reconstruction) - images
+        l1, mse = error.abs().mean(), error.square().mean()
+        perceptual = torch.zeros_like(l1)
+        if self.perceptual is not None:
+            with self._precision():
+                perceptual = self.perceptual(images, widened(out.reconstruction)).float().mean()
+        config, quantizer = self.config, out.quantizer
+        reconstruction = config.l1_weight * l1 + config.l2_weight * mse + config.perceptual_weight * perceptual
+        adversarial = self._adversarial_backward(images, out, reconstruction, step)
+        loss = reconstruction + quantizer.loss
+        parts = [loss, l1, mse, perceptual, quantizer.commitment_loss, quantizer.perplexity, quantizer.usage]
+        values = torch.stack([part.detach().to(loss.dtype) for part in parts])
+        if self.critic is None:
+            return values
+        values[0] += adversarial[0] * adversarial[1]
+        return torch.cat([values, adversarial])
+
+    def _adversarial_backward(
+        self, images: Tensor, out: TokenizerOutput, reconstruction: Tensor, step: int
+    ) -> Tensor:  # [5] as ADVERSARIAL_PARTS
+        divisor = self.config.gradient_accumulation
+        if self.critic is None or not self.is_adversarial(step):
+            self.accelerator.backward((reconstruction + out.quantizer.loss) / divisor)
+            return reconstruction.new_zeros(len(ADVERSARIAL_PARTS))
+        settings = self.config.discriminator
+        with self._precision():
+            opinion = self.critic.opinion(widened(out.reconstruction))
+        adversarial = generator_loss(settings.loss, opinion)
+        found = balance(self.last, reconstruction, adversarial, weight=settings.weight, adaptive=settings.adaptive)
+        assert self.last.output is not None
+        # a number whose gradient for the last layer's output is that of the whole loss: what goes on from there is
+        # an ordinary backward, with DistributedDataParallel's hooks
+        stand_in = (widened(self.last.output) * widened(found.gradient)).sum()
+        self.accelerator.backward((stand_in + out.quantizer.loss) / divisor)
+        self.last.release()
+        learned = self.critic.learn(images, widened(out.reconstruction), self._precision())
+        return torch.cat([torch.stack([adversarial.detach(), found.adaptive_weight]), learned])
+
+    def step(self, step: int, rate: float) -> None:
+        """The discriminator's optimizer, after the autoencoder's."""
+        if self.critic is not None and self.is_adversarial(step):
+            self.critic.step(rate)
+
+    def zero_grad(self) -> None:
+        """Drops the discriminator's gradients of a step that is left out."""
+        if self.critic is not None:
+            self.critic.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {} if self.critic is None else self.critic.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The reverse of ``state_dict``.
+
+        Raises:
+            ValueError: the checkpoint was written with a discriminator and this run has none, or the reverse.
+        """
+        if bool(state) != (self.critic is not None):
+            had = "a" if state else "no"
+            raise ValueError(
+                f"discriminator.kind is {self.config.discriminator.kind}, but the run had {had} discriminator"
+            )
+        if self.critic is not None:
+            self.critic.load_state_dict(state)

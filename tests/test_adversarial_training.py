@@ -1,0 +1,274 @@
+"""Training against a discriminator: the published arithmetic, its start step, resuming, and several processes."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from vqkernels.models import (
+    VQVAE,
+    NonFiniteLossError,
+    QuantizerConfig,
+    TrainConfig,
+    VQVAEConfig,
+    save_config,
+    train,
+    training,
+)
+from vqkernels.models.checkpoint import load_newest
+from vqkernels.models.config import DiscriminatorConfig, load_config
+from vqkernels.models.objective import Critic, Objective
+from vqkernels.models.run_log import read_metrics
+
+SINGLE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    down, across = np.mgrid[0:40, 0:40] / 40
+    for number in range(5):
+        waves = [np.sin(6 * (number + 1) * down + channel + 5 * across) for channel in range(3)]
+        Image.fromarray((np.stack(waves, axis=-1) * 110 + 128).astype(np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+def small_model(**quantizer) -> VQVAEConfig:
+    options = {"codebook_size": 32, "kmeans_init": False, "dead_code_threshold": 0.0, "ema_decay": 0.9, **quantizer}
+    return VQVAEConfig(
+        patch_size=2,
+        channels=16,
+        channel_multipliers=[1, 2],
+        blocks=1,
+        latent_channels=8,
+        quantizer=QuantizerConfig(**options),
+    )
+
+
+def small_run(data: Path, output: Path, *, critic: dict | None = None, layers: int = 1, **changes) -> TrainConfig:
+    discriminator = DiscriminatorConfig(kind="patch", channels=8, layers=layers, norm="act", **(critic or {}))
+    options = {
+        "model": small_model(),
+        "image_size": 16,
+        "batch_size": 4,
+        "steps": 6,
+        "warmup_steps": 2,
+        "learning_rate": 2e-3,
+        "weight_ema_decay": 0.9,
+        "threads": 1,
+        "log_every": 1,
+        "sample_every": 0,
+        "checkpoint_every": 2,
+        "device": "cpu",
+        "discriminator": discriminator,
+    }
+    return TrainConfig(data=str(data), output=str(output), **{**options, **changes})
+
+
+# ---- the published arithmetic
+
+
+def published_step(model, network, optimizers, images: Tensor, config: TrainConfig) -> dict[str, float]:
+    """One step as taming-transformers computes it: the last layer's gradients by two more backward passes."""
+    out = model(images)
+    rec = out.reconstruction
+    nll = config.l1_weight * (images - rec).abs().mean() + config.l2_weight * ((images - rec) ** 2).mean()
+    g = -network(rec).mean()
+    last = model.decoder[-2].weight
+    own, other = (torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (nll, g))
+    weight = torch.clamp(own.norm() / (other.norm() + 1e-4), 0.0, 1e4).detach() * config.discriminator.weight
+    optimizers[0].zero_grad()
+    (nll + weight * g + out.quantizer.loss).backward()
+    optimizers[0].step()
+    real, fake = network(images), network(rec.detach())
+    loss = 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+    optimizers[1].zero_grad()
+    loss.backward()
+    optimizers[1].step()
+    return {"adaptive_weight": weight.item(), "adversarial_loss": g.item(), "discriminator_loss": loss.item()}
+
+
+@pytest.mark.parametrize("norm", ["batch", "act"])
+def test_ten_steps_follow_the_published_arithmetic(norm: str):
+    """In float64, where rounding stays far below what any other formula would change."""
+    torch.manual_seed(0)
+    config = small_run(Path("."), Path("."), model=small_model(update="gradient"), max_grad_norm=0.0)
+    config.discriminator.norm = norm
+    ours = VQVAE(config.model).double()
+    theirs = copy.deepcopy(ours)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), autocast=nullcontext, backward=lambda loss: loss.backward()
+    )
+    objective = Objective(config, ours, accelerator)
+    objective.critic.network.double()
+    network = copy.deepcopy(objective.critic.network)
+    adam = torch.optim.Adam(ours.parameters(), lr=1e-3)
+    other_adam = torch.optim.Adam(theirs.parameters(), lr=1e-3)
+    critic_adam = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    for step in range(10):
+        images = torch.rand(4, 3, 16, 16, dtype=torch.float64) * 2 - 1
+        expected = published_step(theirs, network, (other_adam, critic_adam), images, config)
+        found = dict(zip(objective.names, objective.backward(images, ours(images), step).tolist(), strict=True))
+        adam.step()
+        adam.zero_grad()
+        objective.step(step, 1e-3)
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-9, abs=1e-12), (step, name)
+    for pair in ((ours, theirs), (objective.critic.network, network)):
+        for (name, one), (_, other) in zip(*(each.named_parameters() for each in pair), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9, msg=lambda text, n=name: f"{n}: {text}")
+
+
+# ---- the loop
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    mine, theirs = load_newest(one / "checkpoints"), load_newest(other / "checkpoints")
+    assert mine["step"] == theirs["step"]
+    for part in ("model", "average", "optimizer", "discriminator"):
+        leaves = (torch.utils._pytree.tree_leaves(state[part]) for state in (mine, theirs))
+        for a, b in zip(*leaves, strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, part
+
+
+class StopError(Exception):
+    """Stands for whatever ends a run early."""
+
+
+EVERYTHING = {
+    "lecam_weight": 0.01,
+    "r1_weight": 0.1,
+    "augmentation": ["color", "translation", "cutout"],
+    "start_step": 2,
+    "learning_rate": 1e-3,
+}
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5])
+def test_a_stopped_run_ends_bit_for_bit_like_an_undisturbed_one(pictures, tmp_path, stop: int):
+    config = small_run(pictures, tmp_path / "whole", critic=EVERYTHING, perceptual_weight=0.1, checkpoint_every=1)
+    train(config)
+    stopped = dataclasses.replace(config, output=str(tmp_path / "stopped"))
+
+    def progress(report):
+        if report.step >= stop:
+            raise StopError
+
+    with pytest.raises(StopError):
+        train(stopped, progress=progress)
+    train(dataclasses.replace(stopped, resume=True))
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_before_its_start_the_discriminator_is_neither_run_nor_trained(pictures, tmp_path):
+    config = small_run(pictures, tmp_path / "run", critic={"start_step": 3}, checkpoint_every=3)
+    result = train(config)
+    lines = [line for line in result.history if "adaptive_weight" in line]
+    assert [line["adaptive_weight"] > 0 for line in lines] == [False] * 3 + [True] * 3
+    assert [line["discriminator_loss"] > 0 for line in lines] == [False] * 3 + [True] * 3
+    before = torch.load(tmp_path / "run" / "checkpoints" / "step-00000003.pt", weights_only=True)["discriminator"]
+    assert before["network"]["main.3.initialized"] == 0
+    assert not before["optimizer"]["state"]
+    after = load_newest(tmp_path / "run" / "checkpoints")["discriminator"]
+    assert after["network"]["main.3.initialized"] == 1
+    assert after["optimizer"]["state"]
+
+
+def test_a_critic_learns_to_tell_them_apart():
+    torch.manual_seed(0)
+    critic = Critic(small_run(Path("."), Path("."), learning_rate=1e-2), torch.device("cpu"))
+    for _ in range(40):
+        rough = torch.randn(8, 3, 16, 16)
+        found = critic.learn(rough, F.avg_pool2d(rough, 3, 1, 1), nullcontext())
+        critic.step(1e-2)
+    assert found[1] - found[2] > 1  # logits of sharp images above those of blurred ones
+
+
+def test_two_processes_equal_one_with_the_joined_batch(pictures, tmp_path):
+    critic = {"lecam_weight": 0.0, "start_step": 1}
+    train(small_run(pictures, tmp_path / "alone", critic=critic, batch_size=4, steps=4))
+    config = small_run(pictures, tmp_path / "both", critic=critic, batch_size=2, steps=4)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    script = tmp_path / "two.py"
+    script.write_text("import sys\nfrom vqkernels.models import load_config, train\ntrain(load_config(sys.argv[1]))\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    found = subprocess.run(
+        [*launch, str(script), str(tmp_path / "config.yaml")], env=SINGLE_THREAD, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    one, two = (load_newest(tmp_path / name / "checkpoints") for name in ("alone", "both"))
+    for part in (lambda state: state["discriminator"]["network"], lambda state: state["model"]):
+        for name, value in part(one).items():
+            if name.rsplit(".", 1)[-1] not in ("window_counts", "last_used", "step", "seed"):
+                torch.testing.assert_close(part(two)[name], value, rtol=1e-3, atol=5e-5, msg=name)
+    losses = [[line["discriminator_loss"] for line in read_metrics(tmp_path / name)] for name in ("alone", "both")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_discriminator_cannot_come_or_go_in_a_resumed_run(pictures, tmp_path):
+    config = small_run(pictures, tmp_path / "run", steps=2)
+    train(config)
+    with pytest.raises(ValueError, match=r"discriminator\.kind is none, but the run had a discriminator"):
+        train(dataclasses.replace(config, resume=True, steps=4, discriminator=DiscriminatorConfig()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": 4}, r"discriminator\.layers"),
+        ({"mixed_precision": "fp16"}, "mixed_precision must be bf16 or no with a discriminator"),
+        ({"lpips": "weights.pth", "perceptual_weight": 1.0}, "vgg must be given"),
+        ({"perceptual_weight": -1.0}, "perceptual_weight"),
+    ],
+)
+def test_wrong_options_stop_before_the_first_step(pictures, tmp_path, changes, message):
+    layers = changes.pop("layers", 1)
+    with pytest.raises(ValueError, match=message):
+        train(small_run(pictures, tmp_path / "run", layers=layers, **changes))
+
+
+def test_bfloat16_trains(pictures, tmp_path):
+    result = train(small_run(pictures, tmp_path / "run", steps=2, mixed_precision="bf16", perceptual_weight=0.1))
+    assert all(np.isfinite(line["loss"]) for line in result.history if "loss" in line)
+
+
+def _broken_at(step: int):
+    """A reconstruction loss that is NaN in one step."""
+    real = Objective.backward
+
+    def backward(self, images, out, at):
+        out = out._replace(reconstruction=out.reconstruction * float("nan")) if at == step else out
+        return real(self, images, out, at)
+
+    return backward
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(Objective, "backward", _broken_at(2))
+    with pytest.warns(UserWarning, match="step 3 was left out.* 1 of at most 1"):
+        result = train(small_run(pictures, tmp_path / "run", steps=5, max_skipped_steps=1))
+    assert [line["skipped_steps"] for line in result.history if "skipped_steps" in line][-1] == 1
+    assert all(value.isfinite().all() for value in result.model.parameters())
+    with pytest.raises(NonFiniteLossError, match="step 3"):
+        train(small_run(pictures, tmp_path / "strict", steps=5))
+
+
+def test_a_collapsed_codebook_is_reported_once(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "COLLAPSE_FROM", 3)
+    config = small_run(pictures, tmp_path / "run", collapse_usage=1.0, discriminator=DiscriminatorConfig())
+    with pytest.warns(UserWarning, match="step 3: .* of the codebook is in use") as seen:
+        train(config)
+    assert sum("of the codebook is in use" in str(each.message) for each in seen) == 1

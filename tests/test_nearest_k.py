@@ -1,0 +1,146 @@
+"""``vqkernels.nearest_k``: the k true nearest codes in order."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from adversarial import Case, cases, large_cases, true_nearest
+from quantizers import randn
+from requirements import skip_or_fail
+
+import vqkernels as vq
+from vqkernels._extension import cpu_library, instruction_set
+
+BACKENDS = ["reference", "compiled"]
+ALL = [(metric, case) for metric in ("euclidean", "cosine") for case in cases(metric)]
+TOKENS = 3  # of each case that the oracle answers
+
+
+@pytest.fixture(params=BACKENDS)
+def cpu(request: pytest.FixtureRequest):
+    if request.param == "compiled" and (reason := cpu_library()) is not None:
+        skip_or_fail("compiled", reason)
+    with vq.use_backend(request.param):
+        yield request.param
+
+
+def truth(case: Case, k: int, metric: str) -> tuple[torch.Tensor, torch.Tensor]:  # [n, k] each
+    """By its definition: k times the oracle of ``nearest``, every time without the codes found before."""
+    x = case.x[:TOKENS]
+    codes = torch.full((len(x), k), -1)
+    distance = torch.full((len(x), k), float("nan"))
+    for n, token in enumerate(x):
+        left = torch.arange(len(case.codebook))
+        for j in range(k if token.isfinite().all() else 0):
+            place, distance[n, j] = (found[0] for found in true_nearest(token[None], case.codebook[left], metric))
+            codes[n, j] = left[place]
+            left = left[left != left[place]]
+    return codes, distance
+
+
+@pytest.mark.parametrize(("metric", "case"), ALL, ids=str)
+def test_the_codes_are_the_true_ones_in_order(cpu: str, metric: str, case: Case):
+    k = min(5, len(case.codebook))
+    codes, distance = vq.nearest_k(case.x, case.codebook, k, metric=metric)
+    true, true_distance = truth(case, k, metric)
+    assert torch.equal(codes[:TOKENS], true)
+    absolute = 2.0**-46 if metric == "cosine" else 0.0
+    torch.testing.assert_close(distance[:TOKENS], true_distance, rtol=2.0**-22, atol=absolute, equal_nan=True)
+    first, first_distance = vq.nearest(case.x, case.codebook, metric=metric)
+    assert torch.equal(codes[:, 0], first)
+    torch.testing.assert_close(distance[:, 0], first_distance, rtol=2.0**-22, atol=absolute, equal_nan=True)
+    ascending = distance.diff(dim=1)
+    assert ((ascending >= 0) | ascending.isnan()).all()
+
+
+LARGE = {case.name: case for case in large_cases()}
+
+
+@cache
+def reference(name: str, metric: str) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    x = LARGE[name].x[:3]
+    with vq.use_backend("reference"):
+        return x, vq.nearest_k(x, LARGE[name].codebook, 9, metric=metric)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("case", LARGE.values(), ids=str)
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_thousands_of_codes_on_every_instruction_set(monkeypatch, isa: str, case: Case, metric: str):
+    """The C++ kernel against the reference, each coarse pass, one and two threads."""
+    if (reason := cpu_library()) is not None:
+        skip_or_fail("compiled", reason)
+    x, true = reference(case.name, metric)
+    monkeypatch.setenv("VQKERNELS_CPU_ISA", isa)
+    if instruction_set() != isa:
+        skip_or_fail(isa, f"this CPU has no {isa}")
+    for coarse_pass, threads in (("int16", 1), ("float32", 2)):
+        monkeypatch.setenv("VQKERNELS_CPU_PASS", coarse_pass)
+        torch.set_num_threads(threads)
+        with vq.use_backend("compiled"):
+            codes, distance = vq.nearest_k(x, case.codebook, 9, metric=metric)
+        assert torch.equal(codes, true[0])
+        torch.testing.assert_close(distance, true[1], rtol=2.0**-22, atol=2.0**-46, equal_nan=True)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_all_codes_in_order(cpu: str, metric: str):
+    x, codebook = randn(20, 6), randn(70, 6, seed=1)
+    codebook[30:] = codebook[:40].clone()  # most of them twice
+    for k in (1, 69, 70):
+        codes, _ = vq.nearest_k(x, codebook, k, metric=metric)
+        assert torch.equal(codes[:TOKENS], truth(Case("", x, codebook), k, metric)[0])
+    assert torch.equal(codes.sort(dim=1).values, torch.arange(70).expand(20, 70))
+
+
+@pytest.mark.parametrize(("tokens", "size", "dim", "k"), [(150, 3000, 16, 20), (97, 5000, 40, 3), (50, 900, 130, 50)])
+def test_the_kernel_equals_the_reference_where_it_works_by_blocks(tokens: int, size: int, dim: int, k: int):
+    if (reason := cpu_library()) is not None:
+        skip_or_fail("compiled", reason)
+    x, codebook = randn(tokens, dim), randn(size, dim, seed=1)
+    codebook[::7] *= 100  # several scales
+    codebook[1:5] = codebook[5]
+    x[3, 1], x[5], x[6] = float("inf"), 0, x[6] * 1e30
+    for metric in ("euclidean", "cosine"):
+        found = {}
+        for name, threads in (("reference", 2), ("compiled", 1), ("compiled", 2)):
+            torch.set_num_threads(threads)
+            with vq.use_backend(name):
+                found[name, threads] = vq.nearest_k(x, codebook, k, metric=metric)
+        assert torch.equal(found["reference", 2][0], found["compiled", 1][0])
+        for one, two in zip(found["compiled", 1], found["compiled", 2], strict=True):
+            assert torch.equal(one.nan_to_num(-9), two.nan_to_num(-9))
+
+
+def test_strides_shapes_and_half_tokens(cpu: str):
+    x = randn(2, 8, 5, 3).bfloat16().permute(0, 2, 3, 1)
+    codebook = randn(24, 16, seed=1)[::2, ::2]
+    codes, distance = vq.nearest_k(x, codebook, 4)
+    assert codes.shape == distance.shape == (2, 5, 3, 4)
+    flat = x.reshape(-1, 8).float().contiguous()
+    assert torch.equal(codes.view(-1, 4), vq.nearest_k(flat, codebook.contiguous(), 4)[0])
+    assert vq.nearest_k(flat[0], codebook, 2)[0].shape == (2,)
+    assert vq.nearest_k(flat[:0], codebook, 2)[0].shape == (0, 2)
+
+
+def test_it_compiles():
+    from vqkernels.ops.nearest_k import _nearest_k
+
+    x, codebook = randn(2, 20, 4), randn(7, 4, seed=1)
+    torch.library.opcheck(_nearest_k, (x, codebook, 3, "euclidean"))
+    compiled = torch.compile(lambda x: vq.nearest_k(x, codebook, 3)[0], fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), vq.nearest_k(x, codebook, 3)[0])
+
+
+def test_bad_arguments_are_named(cpu: str):
+    x, codebook = randn(5, 4), randn(3, 4)
+    for k in (0, 4, True, 1.0):
+        with pytest.raises(ValueError, match="k: expected an integer from 1 to 3"):
+            vq.nearest_k(x, codebook, k)
+    with pytest.raises(ValueError, match="metric: expected one of"):
+        vq.nearest_k(x, codebook, 1, metric="dot")
+    codebook[1, 1] = float("nan")
+    with pytest.raises(ValueError, match="codebook: expected finite values"):
+        vq.nearest_k(x, codebook, 1)
