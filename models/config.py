@@ -25,8 +25,8 @@ class QuantizerConfig:
     """Number of codes K."""
     codebook_dim: int | None = None
     """Dimension of a code; null: the same as latent_channels, otherwise a learned projection lies between."""
-    metric: Literal["euclidean", "cosine"] = "euclidean"
-    """What nearest means."""
+    metric: Literal["euclidean", "cosine", "dot"] = "euclidean"
+    """What nearest means; dot (the largest product) only with gradient: index_propagation."""
     update: Literal["ema", "gradient"] = "ema"
     """How the codebook learns: moving averages of its tokens, or the gradient of the codebook loss."""
     ema_decay: float = 0.99
@@ -35,14 +35,20 @@ class QuantizerConfig:
     """Weight of the loss that pulls the encoder towards its codes (beta in the papers)."""
     codebook_weight: float = 1.0
     """Weight of the loss that pulls the codes towards the encoder; only with update: gradient."""
-    gradient: Literal["straight_through", "rotation"] = "straight_through"
-    """How the gradient passes the quantizer."""
+    gradient: Literal["straight_through", "rotation", "index_propagation"] = "straight_through"
+    """How the gradient passes the quantizer; index_propagation takes it to all codes, as in IBQ (Shi et al. 2024)."""
     dead_code_threshold: float = 0.1
     """A code with fewer tokens per step than this, on average, is placed anew; 0: none. Only with update: ema."""
     kmeans_init: bool = True
     """Take the first codebook from the first training batch by k-means."""
     precision: Literal["exact", "fast"] = "exact"
     """Exact nearest codes, or plain float32 scores."""
+
+    def __post_init__(self) -> None:
+        if self.gradient == "index_propagation" and self.update != "gradient":
+            raise ValueError(f"update must be gradient with gradient: index_propagation, got {self.update}")
+        if self.metric == "dot" and self.gradient != "index_propagation":
+            raise ValueError(f"gradient must be index_propagation with metric: dot, got {self.gradient}")
 
 
 @dataclass

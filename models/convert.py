@@ -39,6 +39,7 @@ AVERAGED = "model_ema."  # its names are those of the parameters without dots
 PUBLISHED = QuantizerConfig(update="gradient", kmeans_init=False, commitment_weight=1.0, codebook_weight=0.25)
 QUANTIZERS = {
     "taming": PUBLISHED,
+    "ibq": replace(PUBLISHED, metric="dot", gradient="index_propagation"),
     "diffusers": PUBLISHED,
     "llamagen": replace(PUBLISHED, metric="cosine", commitment_weight=0.25, codebook_weight=1.0),
 }
@@ -51,7 +52,7 @@ class Converted:
 
     model: VQGAN
     layout: str
-    """Whose names the file has: taming (also latent diffusion's and IBQ's), llamagen or diffusers."""
+    """Whose file it is: taming (also latent diffusion), ibq, llamagen or diffusers."""
     weights: str
     """raw, or ema where the averaged weights of training were taken."""
     skipped: dict[str, int]
@@ -164,15 +165,15 @@ def load_foreign(
     weights: str = "auto",
     resolution: int = 256,
 ) -> Converted:
-    """Makes a VQGAN of a checkpoint of taming-transformers, latent diffusion, LlamaGen or diffusers' VQModel.
+    """Makes a VQGAN of a checkpoint of taming-transformers, latent diffusion, LlamaGen, IBQ or diffusers' VQModel.
 
     Whose it is, and the shape of the network, are read off the names and shapes of its tensors. The weights are
     copied as float32; nothing of the file is run.
 
     Args:
         path: a .ckpt, .pt, .pth, .bin or .safetensors file; for diffusers also the folder with its config.json.
-        layout: "taming" (and latent diffusion), "llamagen" or "diffusers"; "auto" sees it by the names, and asks
-            where more than one project uses them.
+        layout: "taming" (and latent diffusion), "ibq" (SEED-Voken), "llamagen" or "diffusers"; "auto" sees it by
+            the names, and asks where IBQ uses taming's.
         weights: "ema" for the averaged weights that training kept beside the last ones ("raw"); "auto" takes the
             averaged ones where there are some, as the authors' own evaluations do.
         resolution: side of the images that the config counts attention_resolutions for; the network is the same.

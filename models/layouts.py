@@ -99,11 +99,13 @@ def layout_of(names: Mapping[str, object], layout: str = "auto") -> str:
         shown = listed(sorted(names))
         what = f"names of {' and '.join(found)}" if found else f"none; it has {shown}"
         raise ValueError(f"expected the weights of a VQGAN in one layout of {', '.join(MARKS)}, found {what}")
+    if layout == "ibq" and found[0] == "taming":
+        return layout
     if layout not in ("auto", found[0]):
         raise ValueError(f"layout: its names are those of {found[0]}, got {layout!r}")
     if layout == "auto" and found[0] == "taming" and "encoder.down.0.block.2.conv1.weight" in names:
         # as all of IBQ's and none of the others; its codes are found by another rule
-        raise ValueError("layout: more than 2 blocks a level under names that several projects share; say whose")
+        raise ValueError("layout: more than 2 blocks a level under names that taming and ibq share; say which")
     return found[0]
 
 
@@ -118,11 +120,11 @@ def to_ours(weights: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
 
     Args:
         weights: by their names in `layout`, nothing else among them.
-        layout: "taming" (also of latent diffusion and IBQ), "llamagen" or "diffusers".
+        layout: "taming" (also of latent diffusion), "ibq" (the same names), "llamagen" or "diffusers".
     """
-    rules = {"taming": (), "llamagen": LLAMAGEN, "diffusers": DIFFUSERS}[layout]
+    rules = {"taming": (), "ibq": (), "llamagen": LLAMAGEN, "diffusers": DIFFUSERS}[layout]
     renamed = {_translated(name, rules): tensor for name, tensor in weights.items()}
-    if layout != "taming":
+    if rules:
         levels = _levels(renamed, "decoder.up.")
         renamed = {_reversed_levels(name, "decoder.up.", levels): tensor for name, tensor in renamed.items()}
     if FOREIGN_CODEBOOK in renamed:

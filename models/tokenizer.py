@@ -6,14 +6,14 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from vqkernels._dtypes import HALF
-from vqkernels.nn import QuantizerOutput, VectorQuantizer
+from vqkernels.nn import IndexPropagationQuantizer, QuantizerOutput, VectorQuantizer
 
 from .config import QuantizerConfig, from_dict
 
@@ -53,8 +53,21 @@ class TokenizerOutput(NamedTuple):
     quantizer: QuantizerOutput  # codes [B, h, w], losses and usage
 
 
-def make_quantizer(config: QuantizerConfig, dim: int, codebook_dim: int | None) -> VectorQuantizer:
+Quantizer: TypeAlias = VectorQuantizer | IndexPropagationQuantizer
+
+
+def make_quantizer(config: QuantizerConfig, dim: int, codebook_dim: int | None) -> Quantizer:
     """The quantizer of a channels-first map of `dim` channels."""
+    if config.gradient == "index_propagation":
+        return IndexPropagationQuantizer(
+            dim,
+            config.codebook_size,
+            codebook_dim=codebook_dim,
+            metric=config.metric,
+            channels="first",
+            commitment_weight=config.commitment_weight,
+            codebook_weight=config.codebook_weight,
+        )
     options = {**asdict(config), "codebook_dim": codebook_dim}
     if config.update == "gradient":  # revival places codes by their moving averages
         options["dead_code_threshold"] = 0.0
@@ -76,7 +89,7 @@ class ImageTokenizer(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", 
     config_type: ClassVar[type]
     config: TokenizerConfig
     encoder: nn.Module
-    quantizer: VectorQuantizer
+    quantizer: Quantizer
     decoder: nn.Module
 
     @property

@@ -38,6 +38,8 @@ PUBLISHED = {
         ch_mult=(1, 2, 4), attn_levels=(), z_channels=3, embed_dim=3, n_embed=8192, mid_attn=False
     ),
     "llamagen-16": Architecture(embed_dim=8, n_embed=16384),
+    "ibq-262144": Architecture(num_res_blocks=4, n_embed=262144),
+    "ibq-16384": Architecture(num_res_blocks=4, n_embed=16384),
     "llamagen-8": Architecture(ch_mult=(1, 2, 2, 4), attn_levels=(3,), embed_dim=8, n_embed=16384),
 }
 

@@ -327,9 +327,15 @@ def test_incomplete_and_ambiguous_files_name_the_keys(tmp_path, state, message):
 def test_names_that_several_projects_share_need_a_word_from_the_user(tmp_path):
     of = dataclasses.replace(SMALL, num_res_blocks=4)
     path = saved(tmp_path / "a.ckpt", {"state_dict": state_of("taming", of)})
-    with pytest.raises(ValueError, match=r"a.ckpt: layout: more than 2 blocks"):
+    with pytest.raises(ValueError, match=r"a.ckpt: layout: more than 2 blocks .* taming and ibq"):
         load_foreign(path)
     assert load_foreign(path, layout="taming").model.config.blocks == 4
+    found = load_foreign(path, layout="ibq")
+    images = images_of(2, 3, 16, 24)
+    with torch.no_grad():
+        wanted = found.model.tokens(images).movedim(1, -1) @ state_of("taming", of)["quantize.embedding.weight"].T
+    assert torch.equal(found.model.encode(images), wanted.argmax(-1))
+    assert (found.layout, found.model.config.quantizer.gradient) == ("ibq", "index_propagation")
     with pytest.raises(ValueError, match="layout: its names are those of taming, got 'llamagen'"):
         load_foreign(path, layout="llamagen")
     with pytest.raises(ValueError, match=r"layout: expected one of auto, taming"):

@@ -16,7 +16,7 @@ from vqkernels import _extension
 ROOT = Path(__file__).parent.parent
 ROUND_TRIP = """
 import torch, vqkernels as vq
-from vqkernels.models import VQVAE, VQVAEConfig
+from vqkernels.models import VQVAE, VQVAEConfig, load_preset
 from pathlib import Path
 assert Path(vq.__file__).is_relative_to({target!r}), vq.__file__
 codebook = torch.randn(50, 8)
@@ -25,6 +25,7 @@ assert codes.tolist() == list(range(49, -1, -1)) and not distance.any()
 model = VQVAE(VQVAEConfig()).eval()
 images = torch.rand(1, 3, 8 * model.factor, 8 * model.factor) * 2 - 1
 assert model.decode(model.encode(images)).shape == images.shape
+assert load_preset("f16-1024").model.factor == 16
 print(vq.explain("nearest", codebook, codebook))
 """
 

@@ -27,6 +27,8 @@ from vqkernels.models.autoencoder import Attention
 from vqkernels.models.convert import diffusers_config
 from vqkernels.models.layouts import network_weights, to_diffusers
 
+IBQ = {"update": "gradient", "gradient": "index_propagation", "metric": "dot"}
+
 
 def small_config(**changes) -> VQGANConfig:
     options = {
@@ -102,7 +104,10 @@ def test_any_size_divisible_by_the_factor(grid, multipliers):
     assert model.decode(codes).shape == images.shape
 
 
-def test_decode_of_encode_is_the_forward_pass_and_trains_nothing(model):
+@pytest.mark.parametrize("options", [{"update": "gradient"}, IBQ])
+def test_decode_of_encode_is_the_forward_pass_and_trains_nothing(options):
+    torch.manual_seed(0)
+    model = VQGAN(small_config(quantizer=QuantizerConfig(32, codebook_dim=4, kmeans_init=False, **options))).eval()
     images = images_of(2, 3, 16, 24)
     with torch.no_grad():
         out = model(images)
@@ -124,10 +129,10 @@ def test_channels_of_images_are_the_configs_and_sizes_are_checked():
         model.encode(images_of(1, 4, 18, 16))
 
 
-@pytest.mark.parametrize("update", ["gradient", "ema"])
-def test_every_weight_learns(update):
+@pytest.mark.parametrize("options", [{"update": "gradient"}, {"update": "ema"}, IBQ])
+def test_every_weight_learns(options):
     torch.manual_seed(0)
-    quantizer = QuantizerConfig(8, codebook_dim=4, update=update, kmeans_init=False, dead_code_threshold=0.0)
+    quantizer = QuantizerConfig(8, codebook_dim=4, kmeans_init=False, dead_code_threshold=0.0, **options)
     model = VQGAN(small_config(quantizer=quantizer))
     images = images_of(2, 3, 32, 32)
     before = model.quantizer.codebook.detach().clone()
@@ -138,7 +143,7 @@ def test_every_weight_learns(update):
         assert weight.grad.isfinite().all(), name
         # adding to every key changes no softmax: that gradient is zero but for rounding
         assert name.endswith("k.bias") or weight.grad.abs().max() > 0, name
-    if update == "ema":
+    if options["update"] == "ema":
         model.eval()
         assert not torch.equal(model.quantizer.codebook, before)
 
@@ -254,6 +259,11 @@ def test_evaluation_takes_it(model):
         ({"channel_multipliers": [1, 0]}, r"channel_multipliers must be positive integers"),
         ({"latent_channels": 0}, r"latent_channels must be at least 1, got 0"),
         ({"blocks": 0}, r"blocks must be at least 1, got 0"),
+        (
+            {"quantizer": {"metric": "dot"}},
+            r"gradient must be index_propagation with metric: dot, got",
+        ),
+        ({"quantizer": {"gradient": "index_propagation"}}, r"update must be gradient with .*, got ema"),
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
     ],
 )
@@ -283,7 +293,8 @@ def test_presets(name, tmp_path):
         quantizer = preset.model.quantizer
         assert (quantizer.codebook_size, preset.model.codebook_dim) == (of.n_embed, of.embed_dim)
         assert quantizer.update == "gradient"
-        assert quantizer.metric == ("cosine" if name.startswith("llamagen") else "euclidean")
+        metrics = {"llamagen": "cosine", "ibq": "dot"}
+        assert quantizer.metric == metrics.get(name.split("-")[0], "euclidean")
 
 
 def test_the_small_preset_trains_on_a_cpu():

@@ -167,7 +167,9 @@ def _is_model(source: str) -> bool:
 
 def _from_model(config: AuditConfig, device: torch.device, console: Console) -> Inputs:
     model = load_model(config.source, device)
-    codebook, metric = model.quantizer.codebook.detach(), model.quantizer.options.metric
+    codebook, metric = model.quantizer.codebook.detach(), model.config.quantizer.metric
+    if metric == "dot":
+        raise ValueError(f"{config.source}: expected a model with a euclidean or cosine quantizer, got one with dot")
     if bool(config.images) == bool(config.latents) or config.codebook:
         raise ValueError(f"{config.source}: expected --images (or --latents) and no --codebook beside a model")
     if config.latents:

@@ -48,7 +48,7 @@ COMMANDS = {
         "cli.options:ExportConfig",
     ),
     "convert": Command(
-        "turn a VQGAN checkpoint of taming-transformers, latent diffusion, LlamaGen or diffusers into a model folder",
+        "turn a VQGAN checkpoint of taming, latent diffusion, LlamaGen, IBQ or diffusers into a model folder",
         "cli.options:ConvertConfig",
     ),
     "bench": Command("time the operators of this package beside others", "benchmarks.config:BenchConfig"),

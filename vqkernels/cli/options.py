@@ -104,8 +104,8 @@ class ConvertConfig:
     """folder for the model; new or empty"""
     to: Literal["vqkernels", "diffusers"] = "vqkernels"
     """whose format to write"""
-    layout: Literal["auto", "taming", "llamagen", "diffusers"] = "auto"
-    """whose names the file has; taming's are latent diffusion's too"""
+    layout: Literal["auto", "taming", "ibq", "llamagen", "diffusers"] = "auto"
+    """whose file it is; taming's and latent diffusion's are alike, and IBQ's look like them but for 4 blocks a level"""
     weights: Literal["auto", "raw", "ema"] = "auto"
     """the last weights of training (raw) or their average (ema); auto takes the average where there is one"""
     resolution: int = 256

@@ -113,6 +113,25 @@ class IndexPropagationQuantizer(Codebook):
                 self._after_search(tokens.detach(), found.codes)
             return self._output(x, tokens, real, found)
 
+    @torch.no_grad()
+    def encode(
+        self,
+        x: Tensor,  # [..., dim] or [B, dim, *spatial]
+        mask: Tensor | None = None,  # bool, x's shape without its channel axis
+    ) -> Tensor:  # int64, x's shape without its channel axis
+        """The codes of ``forward`` alone; changes no state, in training mode neither.
+
+        Raises:
+            TypeError, ValueError: a bad argument, named.
+        """
+        self._check(x, mask)
+        with no_autocast(x):
+            tokens, real = self._tokens(x, mask)
+            found = index_propagation(
+                tokens, self.codebook, metric=self.metric, temperature=self.temperature, mask=real
+            )
+        return found.codes.reshape(self.layout.codes_shape(x))
+
     def lookup(
         self,
         codes: Tensor,  # integer, x's shape without its channel axis
