@@ -104,10 +104,17 @@ _ENTROPY = BenchConfig(
 _ENTROPY_MEMORY = BenchConfig(
     operation="entropy", shape=[LARGE_CODEBOOK], provider=[OURS], threads=[2], measure="memory"
 )
+_PEERS_MEMORY = BenchConfig(  # at a size that the others' N x K arrays fit into
+    operation="train-step",
+    shape=["4096,8192,8"],
+    provider=[OURS, "vector-quantize-pytorch", "torch-index-add", "torch-one-hot"],
+    threads=[2],
+    measure="memory",
+)
 _CPU = Preset(
     configs=(
         *(_beside_faiss("normal"), _CHANGING, _beside_faiss("kmeans"), _EVERYBODY, _QUANTIZE, _STEP),
-        *(_EMA, _MEMORY, _ENTROPY, _ENTROPY_MEMORY),
+        *(_EMA, _MEMORY, _PEERS_MEMORY, _ENTROPY, _ENTROPY_MEMORY),
     ),
     goals=(
         *(Goal("search", shape, baseline="faiss", at_least=times) for shape, times in TIMES_FAISS.items()),
