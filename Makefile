@@ -21,7 +21,7 @@ demo: $(VENV)/.ready-demo
 	$(BIN)/vqkernels demo
 
 test: $(VENV)/.ready-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.ready-lint
 	$(BIN)/ruff check .

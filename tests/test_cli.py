@@ -200,7 +200,8 @@ def test_export_writes_an_encoder_and_a_decoder(tiny: Path, codes: Path, tmp_pat
     ("fit", "note", "size"),
     [("pad", "30x27 padded to 32x28 and cut back", (30, 27)), ("crop", "30x27 cropped to 28x24", (28, 24))],
 )
-def test_reconstruct_fits_odd_sizes_and_says_how(tiny: Path, tmp_path, capsys, fit, note, size):
+def test_reconstruct_fits_odd_sizes_and_says_how(tiny: Path, tmp_path, capsys, monkeypatch, fit, note, size):
+    monkeypatch.setenv("COLUMNS", "300")  # long paths would wrap the table's cells
     _picture(7, 30, 27).save(tmp_path / "odd.png")
     words = ["reconstruct", str(tiny / "run"), str(tmp_path / "odd.png"), "-o", str(tmp_path / "out"), "--fit", fit]
     assert main(words) == 0
