@@ -357,3 +357,18 @@ def test_lookup_inverts_nearest_and_checks_its_codes():
         vq.lookup(torch.tensor([-1, 20]), codebook)
     with pytest.raises(TypeError, match="codes: expected integers"):
         vq.lookup(torch.tensor([0.5]), codebook)
+
+
+@pytest.mark.parametrize("gradient", ["straight_through", "rotation"])
+def test_a_second_derivative_is_refused(gradient: str):
+    """It would lack what depends on the tokens: an error, also where the gradient that comes in is a number."""
+    z, codebook = torch.randn(6, 3, requires_grad=True), torch.randn(4, 3)
+    weight = torch.tensor(1.5, requires_grad=True)
+    for take in (lambda out: out.commitment_error.mean(), lambda out: out.quantized.square().sum()):
+        (slope,) = torch.autograd.grad(take(vq.quantize(weight * z, codebook, gradient=gradient)), z, create_graph=True)
+        with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+            slope.square().sum().backward()
+    loss = vq.code_cross_entropy(weight * z, codebook, torch.zeros(6, dtype=torch.int64))
+    (slope,) = torch.autograd.grad(loss, z, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        slope.square().sum().backward()

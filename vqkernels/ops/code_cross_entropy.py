@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._library import check_choice
 from ._logits import add_rows_, centred, make_logits, per_token
+from ._once import once_differentiable
 from .entropy_loss import mean_over_tokens
 from .soft_assignment import logits_gradient, softmax_forward
 

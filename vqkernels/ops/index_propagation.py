@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._dtypes import accumulation_dtype
 from ._library import check_mask, define, run
 from ._logits import add_rows_, centred, make_logits, per_token
+from ._once import once_differentiable
 from .quantize import Quantized
 from .soft_assignment import logits_gradient, softmax_forward
 

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._dtypes import accumulation_dtype
 from . import plain
 from ._library import as_tokens, check_choice, check_codes, check_mask, check_tokens, define, promoted, run
+from ._once import once_differentiable
 from .nearest import METRICS, PRECISIONS
 
 GRADIENTS = ("straight_through", "rotation")

@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
 
 from .._dtypes import accumulation_dtype
 from ._library import define
 from ._logits import check_temperature, check_weight, steady_sum
+from ._once import once_differentiable
 from .sign_codes import check_signs, group_bits
 from .soft_assignment import SoftAssignment
 

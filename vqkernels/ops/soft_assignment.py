@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ._library import define, run
 from ._logits import Logits, add_bias_gradient_, centred, check_weight, make_logits, per_token
+from ._once import once_differentiable
 
 
 class SoftAssignment(NamedTuple):
