@@ -96,3 +96,15 @@ def test_bad_options_are_named():
         vq.SamplingOptions(0.0)
     with pytest.raises(ValueError, match="codes: expected int64"):
         vq.quantize(randn(4, 8), randn(5, 8), codes=torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("options", [{"entropy": 0.1}, {"entropy": {"weight": 0.1}}, {"sampling": 0.1}])
+def test_options_of_another_type_are_named_at_once(options: dict):
+    with pytest.raises(TypeError, match=f"{next(iter(options))}: expected"):
+        vq.VectorQuantizer(4, 8, **options)
+
+
+def test_the_representation_tells_the_options():
+    module = vq.VectorQuantizer(4, 8, entropy=vq.EntropyOptions(weight=0.3), smoothing="plain")
+    assert "weight=0.3" in repr(module)
+    assert "smoothing='plain'" in repr(module)

@@ -36,7 +36,9 @@ def replace_quantizers(model: nn.Module, *, strict: bool = False) -> ReplaceRepo
     The new modules hold the very parameters, buffers and submodules of the old ones: an optimiser made before goes
     on, dtype, device, training mode and EMA state stay, and so do the state_dict's keys and shapes. Calls, return
     values and index shapes are the peer's. Codes are the true nearest ones, where the peers' rounding now and then
-    picks a farther one; nothing of size N x K is formed.
+    picks a farther one; nothing of size N x K is formed. Two things differ: k-means and the revival of dead codes draw
+    other random tokens than the peer would, and four rare call arguments of VectorQuantize (topk, ema_update_weight,
+    accum_ema_update, codebook_transform_fn) raise NotImplementedError.
 
     Args:
         model: any module; changed in place. Where it is a quantizer itself there is no place to put another: use

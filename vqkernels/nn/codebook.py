@@ -91,6 +91,12 @@ class CodebookOptions:
         return _GRACE * self.dead_code_threshold if self.dead_code_threshold else 1.0
 
 
+def check_options(name: str, value: object, kind: type) -> None:
+    """Raise TypeError unless ``value`` is None or an instance of ``kind``."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {kind.__name__} or None, got {type(value).__name__}")
+
+
 def check_positive(name: str, value: int) -> None:
     """Raise ValueError unless ``value`` is an integer >= 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -10,7 +10,7 @@ from .._dtypes import HALF
 from ..ops import Quantized, entropy_loss, index_propagation, lookup
 from ..ops._library import check_choice
 from ..ops._logits import METRICS, check_temperature
-from .codebook import Codebook, CodebookOptions, check_positive
+from .codebook import Codebook, CodebookOptions, check_options, check_positive
 from .entropy import EntropyOptions, EntropyQuantizerOutput, no_entropy
 from .layout import Layout, mean_error, no_autocast, projected
 from .normalize import l2_normalize
@@ -71,6 +71,7 @@ class IndexPropagationQuantizer(Codebook):
         self.temperature = temperature
         self.layout = Layout(dim, channels)
         self.propagation_weight, self.commitment_weight, self.codebook_weight = weights
+        check_options("entropy", entropy, EntropyOptions)
         self.entropy = EntropyOptions(weight=0.0) if entropy is None else entropy
         linked = self.codebook_dim != dim
         self.project_in = nn.Linear(dim, self.codebook_dim) if linked else nn.Identity()

@@ -10,7 +10,7 @@ from .._dtypes import HALF, accumulation_dtype
 from ..ops import sign_codes, sign_entropy_loss, sign_rows
 from ..ops.sign_assignment import MAX_GROUP_BITS
 from ..ops.sign_codes import MAX_BITS, group_bits
-from .codebook import check_positive
+from .codebook import check_options, check_positive
 from .entropy import EntropyOptions, EntropyQuantizerOutput, no_entropy
 from .layout import Layout, mean_error, no_autocast, projected
 from .normalize import l2_normalize
@@ -72,6 +72,7 @@ class LookupFreeQuantizer(nn.Module):
         self.code_scale = code_scale * (self.codebook_dim**-0.5 if spherical else 1.0)
         self.group_size = group_bits(self.codebook_dim, group_size, MAX_GROUP_BITS)
         self.commitment_weight = commitment_weight
+        check_options("entropy", entropy, EntropyOptions)
         self.entropy = EntropyOptions() if entropy is None else entropy
         self.usage_window = usage_window
         linked = self.codebook_dim != dim

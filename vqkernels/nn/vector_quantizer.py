@@ -12,7 +12,7 @@ from .._dtypes import DTYPES, HALF
 from ..ops import Quantized, entropy_loss, lookup, nearest, quantize
 from ..ops._library import as_tokens, check_choice, check_mask
 from ..ops.quantize import GRADIENTS
-from .codebook import Codebook, CodebookOptions, check_positive
+from .codebook import Codebook, CodebookOptions, check_options, check_positive
 from .draws import SamplingOptions, draw_codes
 from .entropy import EntropyOptions, EntropyQuantizerOutput, no_entropy
 from .normalize import l2_normalize
@@ -119,6 +119,8 @@ class VectorQuantizer(Codebook):
         self.gradient = gradient
         self.commitment_weight = commitment_weight
         self.codebook_weight = codebook_weight
+        check_options("entropy", entropy, EntropyOptions)
+        check_options("sampling", sampling, SamplingOptions)
         self.entropy = entropy
         self.sampling = sampling
         if sampling is not None:
@@ -128,10 +130,15 @@ class VectorQuantizer(Codebook):
         self.project_out = nn.Linear(self.codebook_dim, dim) if projected else nn.Identity()
 
     def extra_repr(self) -> str:
-        names = ("metric", "update", "ema_decay", "dead_code_threshold", "kmeans_init", "usage_window", "precision")
+        names = (
+            *("metric", "update", "ema_decay", "eps", "smoothing", "dead_code_threshold", "dead_code_unit"),
+            *("kmeans_init", "usage_window", "precision"),
+        )
         shape = f"dim={self.dim}, codebook_size={self.codebook_size}, codebook_dim={self.codebook_dim}"
         own = f"channels={self.channels!r}, gradient={self.gradient!r}, commitment_weight={self.commitment_weight}"
-        return ", ".join([shape, own, *(f"{name}={getattr(self.options, name)!r}" for name in names)])
+        learning = [f"{name}={getattr(self.options, name)!r}" for name in names]
+        drawn = [f"{name}={value}" for name in ("entropy", "sampling") if (value := getattr(self, name)) is not None]
+        return ", ".join([shape, own, *learning, *drawn])
 
     def forward(
         self,
