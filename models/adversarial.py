@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from vqkernels._dtypes import HALF
 from vqkernels.nn.distributed import all_reduce_packed, rank_and_world
+
+from .layers import widened
 
 LARGEST_ADAPTIVE_WEIGHT = 1e4
 ADAPTIVE_EPSILON = 1e-4
@@ -80,7 +81,8 @@ class LeCam(nn.Module):
 
         mean relu(r - average_f)^2 + mean relu(average_r - f)^2
 
-    The averages are buffers, so that a resumed run has them. The first call takes its own means.
+    The averages are buffers, so that a resumed run has them, and of all ranks' logits: every rank must call this. The
+    first call takes its own means; logits that are not finite move nothing.
     """
 
     average_real: Tensor  # []
@@ -97,10 +99,19 @@ class LeCam(nn.Module):
         self.register_buffer("started", torch.tensor(False))
 
     @torch.no_grad()
-    def _follow(self, average: Tensor, now: Tensor) -> None:
+    def _follow(
+        self,
+        real: Tensor,  # []
+        fake: Tensor,  # []
+    ) -> None:
         """Without waiting for the device."""
-        moved = torch.where(self.started, self.decay * average + (1 - self.decay) * now, now)
-        average.copy_(moved)
+        world = rank_and_world()[1]
+        means = [total / world for total in all_reduce_packed(real, fake)]
+        finite = torch.stack(means).isfinite().all()
+        for average, now in zip((self.average_real, self.average_fake), means, strict=True):
+            moved = torch.where(self.started, self.decay * average + (1 - self.decay) * now, now)
+            average.copy_(torch.where(finite, moved, average))
+        self.started.logical_or_(finite)
 
     def forward(
         self,
@@ -108,9 +119,7 @@ class LeCam(nn.Module):
         fake: Tensor,  # [...] logits of reconstructions
     ) -> Tensor:  # []
         """The penalty, after the averages have moved to these logits."""
-        self._follow(self.average_real, real.mean())
-        self._follow(self.average_fake, fake.mean())
-        self.started.fill_(True)
+        self._follow(real.mean(), fake.mean())
         return F.relu(real - self.average_fake).square().mean() + F.relu(self.average_real - fake).square().mean()
 
 
@@ -146,11 +155,6 @@ class LastLayer:
             dilation=own.dilation,  # type: ignore[arg-type]
             groups=own.groups,
         )
-
-
-def widened(x: Tensor) -> Tensor:
-    """``x``, half precision as float32."""
-    return x.float() if x.dtype in HALF else x
 
 
 class Balanced(NamedTuple):

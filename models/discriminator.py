@@ -32,7 +32,7 @@ class ActNorm(nn.Module):
     """(x + loc) * scale per channel; the first training batch sets both so that its channels have mean 0, deviation 1.
 
     Kingma & Dhariwal 2018, "Glow", sec. 3.1. Without running statistics: an image's logit never depends on the others.
-    The first batch is that of all ranks together: each must have one.
+    The first batch is that of all ranks together: each must have one. One that is not finite sets nothing.
     """
 
     initialized: Tensor  # uint8 []
@@ -50,16 +50,20 @@ class ActNorm(nn.Module):
         x: Tensor,  # [B, C, H, W]
     ) -> None:
         """Without waiting for the device: what is there stays where it had been set before."""
-        fresh = self.initialized == 0
         wide = x.double()
         sums = wide.sum((0, 2, 3)), wide.square().sum((0, 2, 3)), wide.new_full((1,), x.numel() / x.shape[1])
         total, squares, count = all_reduce_packed(*sums)
         mean = (total / count).view(1, -1, 1, 1)
         variance = (squares - total.square() / count) / (count - 1).clamp(min=1)
         deviation = variance.clamp(min=0).sqrt().view(1, -1, 1, 1)
+        fresh = (self.initialized == 0) & mean.isfinite().all() & deviation.isfinite().all()
         self.loc.copy_(torch.where(fresh, -mean, self.loc))
         self.scale.copy_(torch.where(fresh, 1 / (deviation + 1e-6), self.scale))
-        self.initialized.fill_(1)
+        self.initialized.masked_fill_(fresh, 1)
+
+    def look_again(self) -> None:
+        """Lets the next training batch be the first, if none has been finite so far; for a step that was left out."""
+        self._started = False
 
     def forward(
         self,
@@ -67,7 +71,7 @@ class ActNorm(nn.Module):
     ) -> Tensor:  # [B, C, H, W]
         if self.training and not self._started:
             self._initialize(x.detach())
-            self._started = True  # what initialized says, known without waiting for the device
+            self._started = True  # what initialized says after a finite batch, known without waiting for the device
         return self.scale * (x + self.loc)
 
 

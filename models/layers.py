@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqkernels._dtypes import HALF
+
 GROUP_CHANNELS = 16  # channels per group of GroupNorm
+
+
+def widened(
+    x: Tensor,  # [...]
+) -> Tensor:  # [...]
+    """``x``, half precision as float32."""
+    return x.float() if x.dtype in HALF else x
 
 
 def _norm(

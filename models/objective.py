@@ -17,10 +17,11 @@ from torch import Tensor
 
 from vqkernels.nn.distributed import all_reduce_packed, rank_and_world
 
-from .adversarial import LastLayer, LeCam, balance, discriminator_loss, generator_loss, gradient_penalty, widened
+from .adversarial import LastLayer, LeCam, balance, discriminator_loss, generator_loss, gradient_penalty
 from .augmentation import augment
 from .config import TrainConfig
-from .discriminator import make_discriminator
+from .discriminator import ActNorm, make_discriminator
+from .layers import widened
 from .perceptual import PerceptualDistance
 from .tokenizer import TokenizerOutput
 from .vqgan import VQGAN
@@ -83,6 +84,13 @@ class Critic:
         torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def leave_out(self) -> None:
+        """Instead of a step: drops the gradients, and what a first batch that was not finite has begun."""
+        self.optimizer.zero_grad()
+        for module in self.network.modules():
+            if isinstance(module, ActNorm):
+                module.look_again()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that its next step follows from."""
@@ -154,6 +162,8 @@ class Objective:
         divisor = self.config.gradient_accumulation
         if self.critic is None or not self.is_adversarial(step):
             self.accelerator.backward((reconstruction + out.quantizer.loss) / divisor)
+            if self.critic is not None:
+                self.last.release()
             return reconstruction.new_zeros(len(ADVERSARIAL_PARTS))
         settings = self.config.discriminator
         with self._precision():
@@ -177,7 +187,7 @@ class Objective:
     def zero_grad(self) -> None:
         """Drops the discriminator's gradients of a step that is left out."""
         if self.critic is not None:
-            self.critic.optimizer.zero_grad()
+            self.critic.leave_out()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""

@@ -12,10 +12,10 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from vqkernels._dtypes import HALF
 from vqkernels.nn import IndexPropagationQuantizer, QuantizerOutput, VectorQuantizer
 
 from .config import QuantizerConfig, from_dict
+from .layers import widened
 
 Model = TypeVar("Model", bound="ImageTokenizer")
 
@@ -72,10 +72,6 @@ def make_quantizer(config: QuantizerConfig, dim: int, codebook_dim: int | None) 
     if config.update == "gradient":  # revival places codes by their moving averages
         options["dead_code_threshold"] = 0.0
     return VectorQuantizer(dim, options.pop("codebook_size"), channels="first", **options)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in HALF else x
 
 
 class ImageTokenizer(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipeline_tag="image-to-image"):
@@ -140,7 +136,7 @@ class ImageTokenizer(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", 
             ValueError: wrong shape or dtype of images.
         """
         self._check_images(images)
-        return _widened(self._encoded(images))
+        return widened(self._encoded(images))
 
     def _image_of(
         self,
@@ -190,7 +186,7 @@ class ImageTokenizer(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", 
         looking = not torch.compiler.is_compiling() and codes.numel()  # a graph cannot; lookup complains when it runs
         if looking and not 0 <= int(codes.min()) <= int(codes.max()) < size:
             raise ValueError(f"codes must lie in [0, {size - 1}], got {int(codes.min())} to {int(codes.max())}")
-        return _widened(self._image_of(self.quantizer.lookup(codes))).clamp(-1, 1)
+        return widened(self._image_of(self.quantizer.lookup(codes))).clamp(-1, 1)
 
     def fingerprint(self) -> str:
         """32 hex digits that change with the config or any weight or code; the same on every device.

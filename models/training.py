@@ -137,9 +137,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.rate = 0.0
         self.unchecked: tuple[int, Tensor] | None = None
-        self.skipped = 0
-        self.alarmed = False
-        self.sampled_at = -1
+        self.skipped, self.sampled_at, self.alarmed = 0, -1, False
         state = self._restore() if config.resume else None
         self.log = RunLog(self.output, self.step) if self.is_main else None
         if self.log is not None:
@@ -328,9 +326,13 @@ class Trainer:
         """Whether this step is one of those that may be skipped; the same on all processes. Waits for the device."""
         if self.skipped >= self.config.max_skipped_steps:
             return False
-        (broken,) = all_reduce_packed((~values.isfinite().all()).float())
+        scaler = self.accelerator.scaler
+        judged = values if scaler is None else values[:-1]  # fp16: the scaler answers for grad_norm, the last
+        (broken,) = all_reduce_packed((~judged.isfinite().all()).float())
         if not broken.item():
             return False
+        if scaler is not None:
+            scaler.update()  # else it would not unscale the next step's gradients, as it has done so with these
         self.skipped += 1
         most = f"{self.skipped} of at most {self.config.max_skipped_steps}"
         warnings.warn(f"step {self.step + 1} was left out, its loss or gradient is not finite: {most}", stacklevel=2)

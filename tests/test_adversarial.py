@@ -75,6 +75,19 @@ def test_lecam_follows_moving_averages():
     assert torch.equal(copy(_logits(5), _logits(6)), lecam(_logits(5), _logits(6)))
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_lecam_forgets_a_step_that_is_not_finite(number: float):
+    lecam, undisturbed = LeCam(), LeCam()
+    for seed in (0, 2):
+        for logits in ((_logits(seed), _logits(seed) * number), (_logits(seed) * number, _logits(seed))):
+            lecam(*logits)
+        assert lecam.started == undisturbed.started
+        pair = _logits(seed), _logits(seed + 1)
+        assert torch.equal(lecam(*pair), undisturbed(*pair))
+    for name, value in undisturbed.state_dict().items():
+        assert torch.equal(lecam.state_dict()[name], value)
+
+
 def test_gradient_penalty_of_a_known_function():
     weight = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
     images = torch.randn(2, 3, 4, 5, dtype=torch.float64)
@@ -169,6 +182,21 @@ def test_act_norm_starts_normalised_and_then_learns():
     assert torch.allclose(again, norm.scale * (2 * x + norm.loc))
     fresh = ActNorm(3).eval()
     assert torch.equal(fresh(x), x)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_act_norm_does_not_start_from_a_batch_that_is_not_finite(number: float):
+    norm, undisturbed = ActNorm(3), ActNorm(3)
+    broken, images = torch.randn(4, 3, 5, 6), torch.randn(4, 3, 5, 6)
+    broken[1, 2, 3, 4] = number
+    norm(broken)
+    assert norm.initialized == 0
+    assert torch.equal(norm.scale, torch.ones(1, 3, 1, 1))
+    norm.look_again()
+    assert torch.equal(norm(images), undisturbed(images))
+    assert norm.initialized == 1
+    norm.look_again()
+    assert torch.equal(norm(2 * images), undisturbed(2 * images))  # what has started stays
 
 
 def test_style_discriminator_sees_the_spread_of_a_group():

@@ -186,6 +186,17 @@ def test_before_its_start_the_discriminator_is_neither_run_nor_trained(pictures,
     assert after["optimizer"]["state"]
 
 
+@pytest.mark.parametrize("step", [0, 1])  # the discriminator starts at 1
+def test_no_graph_outlives_the_backward(step: int):
+    config = small_run(Path("."), Path("."), critic={"start_step": 1})
+    model = VQVAE(config.model)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), backward=lambda loss: loss.backward())
+    objective, images = Objective(config, model, accelerator), torch.rand(2, 3, 16, 16)
+    objective.backward(images, model(images), step)
+    assert objective.last.input is None
+    assert objective.last.output is None
+
+
 def test_a_critic_learns_to_tell_them_apart():
     torch.manual_seed(0)
     critic = Critic(small_run(Path("."), Path("."), learning_rate=1e-2), torch.device("cpu"))
@@ -197,7 +208,7 @@ def test_a_critic_learns_to_tell_them_apart():
 
 
 def test_two_processes_equal_one_with_the_joined_batch(pictures, tmp_path):
-    critic = {"lecam_weight": 0.0, "start_step": 1}
+    critic = {"lecam_weight": 0.1, "start_step": 1}
     train(small_run(pictures, tmp_path / "alone", critic=critic, batch_size=4, steps=4))
     config = small_run(pictures, tmp_path / "both", critic=critic, batch_size=2, steps=4)
     save_config(config, tmp_path / "config.yaml")
@@ -214,6 +225,8 @@ def test_two_processes_equal_one_with_the_joined_batch(pictures, tmp_path):
         for name, value in part(one).items():
             if name.rsplit(".", 1)[-1] not in ("window_counts", "last_used", "step", "seed"):
                 torch.testing.assert_close(part(two)[name], value, rtol=1e-3, atol=5e-5, msg=name)
+    averages = (list(state["discriminator"]["lecam"].values()) for state in (two, one))
+    torch.testing.assert_close(*averages, rtol=1e-3, atol=5e-5)
     losses = [[line["discriminator_loss"] for line in read_metrics(tmp_path / name)] for name in ("alone", "both")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
@@ -256,14 +269,52 @@ def _broken_at(step: int):
     return backward
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_counted(pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr(Objective, "backward", _broken_at(2))
-    with pytest.warns(UserWarning, match="step 3 was left out.* 1 of at most 1"):
-        result = train(small_run(pictures, tmp_path / "run", steps=5, max_skipped_steps=1))
+@pytest.mark.parametrize("at", [0, 2])  # at 0 ActNorm and LeCam have not started
+def test_a_step_that_is_not_finite_is_left_out_and_counted(pictures, tmp_path, monkeypatch, at: int):
+    monkeypatch.setattr(Objective, "backward", _broken_at(at))
+    critic = {"lecam_weight": 0.1}
+    with pytest.warns(UserWarning, match=f"step {at + 1} was left out.* 1 of at most 1"):
+        result = train(small_run(pictures, tmp_path / "run", critic=critic, steps=5, max_skipped_steps=1))
     assert [line["skipped_steps"] for line in result.history if "skipped_steps" in line][-1] == 1
     assert all(value.isfinite().all() for value in result.model.parameters())
-    with pytest.raises(NonFiniteLossError, match="step 3"):
-        train(small_run(pictures, tmp_path / "strict", steps=5))
+    state = load_newest(tmp_path / "run" / "checkpoints")["discriminator"]
+    assert all(value.isfinite().all() for part in ("network", "lecam") for value in state[part].values())
+    assert state["network"]["main.3.initialized"] == 1
+    with pytest.raises(NonFiniteLossError, match=f"step {at + 1}"):
+        train(small_run(pictures, tmp_path / "strict", critic=critic, steps=5))
+
+
+def _overflow_at(step: int, backward):
+    """Finite losses whose gradients are infinite in one step, as float16 has them when the scale is too large."""
+
+    def overflowing(self, images, out, at):
+        if at == step:
+            out.reconstruction.register_hook(lambda gradient: gradient * float("inf"))
+        return backward(self, images, out, at)
+
+    return overflowing
+
+
+def test_with_a_gradient_scaler_only_a_loss_that_is_not_finite_counts_as_skipped(pictures, tmp_path, monkeypatch):
+    """fp16 itself needs a GPU: here its scaler works on float32 gradients, in the places where accelerate calls it."""
+    make = training._make_accelerator
+
+    def scaled(config):
+        accelerator = make(config)
+        scaler = accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        accelerator.unscale_gradients = lambda: scaler.unscale_(accelerator._optimizers[0].optimizer)
+        return accelerator
+
+    monkeypatch.setattr(training, "_make_accelerator", scaled)
+    monkeypatch.setattr(Objective, "backward", _overflow_at(1, _broken_at(3)))
+    options = {"steps": 6, "max_skipped_steps": 1, "discriminator": DiscriminatorConfig()}
+    with pytest.warns(UserWarning, match="step 4 was left out.* 1 of at most 1"):
+        result = train(small_run(pictures, tmp_path / "run", **options))
+    assert [line["skipped_steps"] for line in result.history if "skipped_steps" in line][-1] == 1
+    assert all(value.isfinite().all() for value in result.model.parameters())
+    state = load_newest(tmp_path / "run" / "checkpoints")
+    assert state["scaler"]["scale"] == 1024 / 4  # halved by both
+    assert {int(each["step"]) for each in state["optimizer"]["state"].values()} == {4}  # of 6
 
 
 def test_a_collapsed_codebook_is_reported_once(pictures, tmp_path, monkeypatch):
