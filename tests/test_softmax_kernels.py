@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from vqkernels import _extension
 from vqkernels.kernels import compiled_softmax as kernels
+from vqkernels.kernels import reference_softmax
 
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 # tokens, codes, dimensions: one of each, no whole panel, one panel and a code, several blocks, chunks and groups
@@ -287,6 +289,17 @@ def test_samples_at_the_ends_of_the_unit_interval(dtype: torch.dtype):
     assert_sampled(call, call.outputs()["codes"])
     call.uniform = torch.ones(1, 40, dtype=dtype)  # not below 1, yet never beyond the last code
     assert call.outputs()["codes"].max() < 1300
+
+
+@pytest.mark.parametrize("kernels", [kernels, reference_softmax], ids=["compiled", "reference"])
+def test_large_logits_draw_no_code_of_probability_zero(kernels: ModuleType):
+    """One code has all the probability, and lse, near 9000, the rounding of its size: 5e-4."""
+    x = torch.rand(1, 400, 40, generator=torch.Generator().manual_seed(0)) + 0.5
+    codebook = torch.full((64, 40), 0.5)
+    codebook[0] = 1.0
+    lse, _ = kernels.softmax_forward(x, codebook, None, 225.0)
+    uniform = 1 - 2.0 ** -torch.arange(400).remainder(25)[None]  # 0, 1/2, 3/4 ... 1 - 2^-24
+    assert not kernels.softmax_sample(x, codebook, None, 225.0, lse, uniform).any()
 
 
 def test_errors_name_the_argument():

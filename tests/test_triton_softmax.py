@@ -179,6 +179,20 @@ def test_samples_follow_the_probabilities():
     assert ((counts - 1000 * case.logits()[0].softmax(0)).abs() <= 1.1).all()
 
 
+@pytest.mark.parametrize("size", [9e3, 1e9])
+@pytest.mark.usefixtures("_slots")
+def test_large_logits_draw_no_code_of_probability_zero(size: float):
+    """One code has all the probability, and lse the rounding of its size: 5e-4 at 9000, past any p at 1e9."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(1, 400, 40, generator=generator) + 0.5).to(DEVICE)
+    codebook = torch.full((64, 40), 0.5, device=DEVICE)
+    codebook[0] = 1.0
+    case = Case(x, codebook, None, size / 40)
+    lse, _ = _call(case, forward.softmax_forward)
+    uniform = 1 - 2.0 ** -torch.arange(400, device=DEVICE).remainder(25)[None]  # 0, 1/2, 3/4 ... 1 - 2^-24
+    assert not _call(case, forward.softmax_sample, lse, uniform).any()
+
+
 @pytest.mark.parametrize(("value", "dim"), [(math.nan, 5), (math.inf, 5), (-math.inf, 70)])
 @pytest.mark.usefixtures("_slots")
 def test_a_token_that_is_not_finite_spoils_nothing_but_itself(value: float, dim: int):

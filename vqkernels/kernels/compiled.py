@@ -51,12 +51,8 @@ def nearest_k(
     metric: str,
 ) -> tuple[Tensor, Tensor]:  # codes int64 [B, T, k], distance float32 [B, T, k]
     """See ``vqkernels.nearest_k``."""
-    try:
+    with _value_errors():
         return torch.ops.vqkernels_C.nearest_k(x, codebook, k, metric == "cosine")
-    except RuntimeError as error:
-        if NON_FINITE in str(error):
-            raise ValueError(NON_FINITE) from None
-        raise
 
 
 STAGES = ("prepare", "tokens", "coarse", "rerank", "scan")  # as csrc/cpu/report.h has them

@@ -7,11 +7,11 @@ blocks for the device, parts of what passes go to programs of their own and thei
 atomics, the same bits in every run on a device.
 
 What limits them, by arithmetic, an H100's rates a multiprocessor and clock; not measured on a GPU yet. A pair (n, k)
-takes 3 D multiply-adds of 1068 in tf32, one exponential of 16, and about 7 (forward), 4 (sums), 5 (sampling) float32
-operations of 128. At D = 16 each of the three takes 0.05 to 0.06 clocks; from D = 32 on the tensor cores are the limit.
-A tile of 64 codes is 256 D bytes from L2, 5 D clocks at 50 bytes a clock, beside 64 x 64 x 3 D / 1068 = 11.5 D of
-products: memory is no limit while blocks of tokens that run at once pass the same codes, which the grid's order makes
-likely.
+takes 3 D multiply-adds of 1068 in tf32, one exponential of 16, and about 7 (forward), 4 (sums), 5 (each of sampling's
+two passes) float32 operations of 128. At D = 16 each pass takes 0.05 to 0.06 clocks; from D = 32 on the tensor cores
+are the limit. A tile of 64 codes is 256 D bytes from L2, 5 D clocks at 50 bytes a clock, beside 64 x 64 x 3 D / 1068 =
+11.5 D of products: memory is no limit while blocks of tokens that run at once pass the same codes, which the grid's
+order makes likely.
 """
 
 from __future__ import annotations
@@ -256,17 +256,47 @@ def softmax_code_sums(
 def crossing(
     p,  # [BLOCK_N, BLOCK_K] float32
     codes,  # [BLOCK_K] int32
-    before,  # [BLOCK_N] float32, the sum of all codes before these
-    uniform,  # [BLOCK_N] float32
+    left,  # [BLOCK_N] float32, what the sum has to exceed
 ):
-    """[BLOCK_N] int32: the first code at which the sum exceeds ``uniform``, given that the sum past the last one does.
+    """[BLOCK_N] int32: the first code at which the sum exceeds ``left``, else the last that adds to it, or -1.
 
-    Never a code of probability zero, and rounding inside the tile at most makes it the last code that has some.
+    Never a code of probability zero.
     """
-    over = (before[:, None] + tl.cumsum(p, 1) > uniform[:, None]) & (p > 0)
+    over = (tl.cumsum(p, 1) > left[:, None]) & (p > 0)
     first = tl.min(tl.where(over, codes[None, :], NO_CODE), 1)
     last = tl.max(tl.where(p > 0, codes[None, :], -1), 1)
     return tl.minimum(first, last)
+
+
+@triton.jit
+def place(
+    part_ptr,  # [splits, N, 2]: the maximum m of each split, and sum exp(l - m)
+    rows,  # [BLOCK_N] int32
+    finite,  # [BLOCK_N] bool
+    uniform,  # [BLOCK_N] float32
+    split,
+    N,
+    BLOCK_N: tl.constexpr,
+):
+    """Each token's maximum; what the sum of exp(l - maximum) over this split has to exceed; whether that is here.
+
+    Of the whole sum, not of one: it has the rounding of the logits, and 1 would lie past its end. The splits, added in
+    order, say the same in every program: each token is some one program's.
+    """
+    top = tl.full([BLOCK_N], LOWEST, tl.float32)
+    for other in range(tl.num_programs(1)):
+        top = tl.maximum(top, tl.load(part_ptr + split_row(other, rows, N) * 2, mask=finite, other=0.0))
+    whole = tl.zeros([BLOCK_N], tl.float32)
+    before = tl.zeros([BLOCK_N], tl.float32)
+    after = tl.zeros([BLOCK_N], tl.float32)
+    for other in range(tl.num_programs(1)):
+        part = part_ptr + split_row(other, rows, N) * 2
+        shrink = tl.exp(tl.load(part, mask=finite, other=0.0) - top)
+        before = tl.where(other == split, whole, before)
+        whole += tl.load(part + 1, mask=finite, other=0.0) * shrink
+        after = tl.where(other == split, whole, after)
+    target = tl.minimum(uniform * whole, whole * (1 - 2.0**-23))  # below the whole, also where rounding says it is not
+    return top, target - before, finite & (before <= target) & (target < after)
 
 
 @triton.jit(do_not_specialize=["N", "K", "codes_per_split"])
@@ -276,7 +306,7 @@ def sample_kernel(
     bias_ptr,  # [K] or None
     lse_ptr,  # [N]
     uniform_ptr,  # [N]
-    mass_ptr,  # [splits, N]: the sum of p over each split
+    part_ptr,  # [splits, N, 2]: the maximum of each split, and its sum of exp(l - maximum)
     codes_ptr,  # [N] int64
     scale,
     N,
@@ -290,24 +320,18 @@ def sample_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """MASS: the sum over one split of the codes. Else the code of those tokens of the block whose split this is.
-
-    The masses before a split, added in order, say the same in every program: each token is some one program's.
-    """
+    """MASS: the part of one split of the codes. Else the code of those tokens of the block whose split this is."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1)
     begin = split * codes_per_split
     end = tl.minimum(begin + codes_per_split, K)
     dims = tl.arange(0, BLOCK_D)
-    lse, finite = load_lse(lse_ptr, rows, N)
-    before = tl.zeros([BLOCK_N], tl.float32)
-    if not MASS:
+    _, finite = load_lse(lse_ptr, rows, N)
+    if MASS:
+        top = tl.full([BLOCK_N], LOWEST, tl.float32)
+    else:
         uniform = tl.load(uniform_ptr + rows, mask=finite, other=0.0)
-        for earlier in range(split):
-            before += tl.load(mass_ptr + split_row(earlier, rows, N), mask=finite, other=0.0)
-        mine = finite & (before <= uniform)
-        if split + 1 < tl.num_programs(1):
-            mine = mine & (before + tl.load(mass_ptr + split_row(split, rows, N), mask=finite, other=0.0) > uniform)
+        top, left, mine = place(part_ptr, rows, finite, uniform, split, N, BLOCK_N)
         code = tl.full([BLOCK_N], -1, tl.int32)
         end = tl.where(tl.max(mine.to(tl.int32), 0) > 0, end, begin)  # no token of this block lands here
     x = load_rows(x_ptr, rows, finite, dims, D)
@@ -320,17 +344,25 @@ def sample_kernel(
         score = products(
             x, c, x_ptr, rows, finite, codebook_ptr, codes, inside, D, RESIDENT, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION
         )
-        p = tl.exp(score * scale + load_bias(bias_ptr, codes, K)[None, :] - lse[:, None])
+        score = score * scale + load_bias(bias_ptr, codes, K)[None, :]
+        if MASS:
+            higher = tl.maximum(top, tl.max(score, 1))
+            shrink = tl.exp(top - higher)
+            total, error, top = total * shrink, error * shrink, higher
+        p = tl.exp(score - top[:, None])
         new, error = add(total, error, tl.sum(p, 1))
         if not MASS:
-            here = mine & (code < 0) & (before + new > uniform)
-            if tl.max(here.to(tl.int32), 0) > 0:
-                code = tl.where(here, crossing(p, codes, before + total, uniform), code)
+            # from half way on, so that there is a code where rounding leaves the whole split's sum below ``left``
+            near = mine & (total <= left) & (2 * new >= left)
+            if tl.max(near.to(tl.int32), 0) > 0:
+                found = crossing(p, codes, left - total)
+                code = tl.where(near & (found >= 0), found, code)
         total = new
     if MASS:
-        tl.store(mass_ptr + split_row(split, rows, N), total, mask=finite)
+        part = part_ptr + split_row(split, rows, N) * 2
+        tl.store(part, top, mask=finite)
+        tl.store(part + 1, total, mask=finite)
     else:
-        code = tl.where(code < 0, end - 1, code)  # rounding left the sum at or below ``uniform``
         tl.store(codes_ptr + rows, code.to(tl.int64), mask=mine)
 
 
@@ -342,18 +374,22 @@ def softmax_sample(
     lse: Tensor,  # [B, T]
     uniform: Tensor,  # [B, T]
 ) -> Tensor:  # int64 [B, T]
-    """The first code at which the running sum of p exceeds ``uniform``, K - 1 at most; -1 where lse is not finite."""
+    """The first code at which the running sum of p exceeds ``uniform``, at most the last with any; -1 where lse is not
+    finite. Nothing else of lse is used: its rounding, 5e-4 at 10^4, would be that of every p.
+
+    Two passes over the codes, as the draw needs their whole sum.
+    """
     tokens, (k, dim) = as_rows(x), codebook.shape
     n, config = tokens.shape[0], sample_config(dim, device_of(x))
     codes = torch.full(x.shape[:2], -1, dtype=torch.int64, device=x.device)
     if n > 0:
         blocks = triton.cdiv(n, config.keep)
         split = split_of(x, blocks, k, config)
-        lse, uniform, mass = lse.contiguous(), uniform.contiguous(), x.new_empty(split.count, n)
+        lse, uniform, parts = lse.contiguous(), uniform.contiguous(), x.new_empty(split.count, n, 2)
         with on_device(x):
-            for only_mass in (True, False) if split.count > 1 else (False,):
+            for only_mass in (True, False):
                 sample_kernel[(blocks, split.count)](
-                    tokens, codebook, bias, lse, uniform, mass, codes, scale, n, k, dim, split.length,
+                    tokens, codebook, bias, lse, uniform, parts, codes, scale, n, k, dim, split.length,
                     MASS=only_mass, RESIDENT=config.resident, BLOCK_N=config.keep, BLOCK_K=config.stream,
                     BLOCK_D=config.block_d, PRECISION=config.precision, num_warps=config.num_warps, num_stages=STAGES,
                 )  # fmt: skip
