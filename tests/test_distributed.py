@@ -18,11 +18,12 @@ import torch.multiprocessing as mp
 from quantizers import OPTIONS as ALL_OPTIONS
 from quantizers import TRAINING_OPTIONS, make, randn
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import vqkernels as vq
-from vqkernels.nn import VectorQuantizer, defer_codebook_update, statistics
+from vqkernels.nn import VectorQuantizer, defer_codebook_update, distributed, statistics
 
 STEPS = 5
 Batch = tuple[Tensor, Tensor]  # x [T, 8], mask bool [T]
@@ -427,3 +428,14 @@ def test_without_a_process_group_nothing_is_reduced(tmp_path: Path):
     module = make()
     module(randn(10, 8))
     assert module.pending_counts.sum() == 10
+
+
+def test_a_refused_capture_keeps_the_sums_on_their_way(monkeypatch: pytest.MonkeyPatch):
+    owner, into, part = torch.zeros(()), torch.zeros(3), torch.ones(3)
+    flight = distributed._Flight(StorageWeakRef(owner.untyped_storage()), mock.Mock(), part)
+    monkeypatch.setitem(distributed._FLIGHTS, owner.data_ptr(), flight)
+    with mock.patch.object(distributed, "capturing", return_value=True), pytest.raises(RuntimeError, match="call upd"):
+        distributed.finish_all_reduce(owner, into)
+    distributed.finish_all_reduce(owner, into)  # of update_codebook()
+    distributed.finish_all_reduce(owner, into)
+    assert torch.equal(into, part)

@@ -108,3 +108,27 @@ def test_the_representation_tells_the_options():
     module = vq.VectorQuantizer(4, 8, entropy=vq.EntropyOptions(weight=0.3), smoothing="plain")
     assert "weight=0.3" in repr(module)
     assert "smoothing='plain'" in repr(module)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize("entropy", [None, vq.nn.EntropyOptions(weight=1.0, temperature=0.5)], ids=["plain", "entropy"])
+def test_an_update_between_forward_and_backward_changes_no_gradient(metric: str, entropy: object):
+    def gradient(update: bool) -> torch.Tensor:
+        module = make(metric=metric, entropy=entropy)
+        x = randn(4, 9, 8, seed=5).requires_grad_()
+        out = module(x)
+        if update:
+            module.update_codebook()
+        (out.loss + out.quantized.sum()).backward()
+        return x.grad
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+def test_autograd_notices_that_a_saved_codebook_was_overwritten():
+    x, codebook = randn(9, 8, seed=1).requires_grad_(), randn(5, 8, seed=2)
+    loss = vq.entropy_loss(x, codebook, temperature=1.0).loss
+    size = torch.ones(5)
+    vq.ema_update_(codebook, size, codebook.clone(), size.clone(), randn(5, 8, seed=3), decay=0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -75,10 +75,11 @@ def finish_all_reduce(
     into: Tensor,  # the part's shape; written
 ) -> None:
     """Add what is on its way for ``owner``, if anything, to ``into``. Local: it waits for no rank but the slowest."""
-    flight = _FLIGHTS.pop(owner.data_ptr(), None) if _FLIGHTS else None
+    flight = _FLIGHTS.get(owner.data_ptr()) if _FLIGHTS else None
     if flight is not None and not flight.owner.expired():
-        if capturing(into):
+        if capturing(into):  # it stays on its way, for update_codebook() to finish
             raise RuntimeError("codebook: sums of the last step are still on their way; call update_codebook() first")
+        del _FLIGHTS[owner.data_ptr()]
         flight.work.wait()  # on CUDA the stream waits, not the host
         into += flight.part
 

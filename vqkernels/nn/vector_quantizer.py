@@ -197,6 +197,7 @@ class VectorQuantizer(Codebook):
         assert self.entropy is not None
         found, loss = no_entropy(out.loss), out.loss
         if self.training and self.entropy.weight > 0:
+            rows = rows.clone() if self.options.update == "ema" else rows  # an update may come before the backward
             found = entropy_loss(tokens, rows, metric=self.options.metric, weight=mask, **self.entropy.of_loss())
             loss = loss + self.entropy.weight * found.loss
         return EntropyQuantizerOutput(

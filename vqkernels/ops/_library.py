@@ -22,10 +22,28 @@ def define(schema: str, fn: Callable[..., Any], fake: Callable[..., Any] = _retu
     """Enter an op: ``fn`` runs it on CPU and CUDA tensors, ``fake`` gives the shapes of what it returns."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.vqkernels, name).default
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, fn, key)
+        _LIBRARY.impl(name, _noticed(fn, op), key)
     torch.library.register_fake(f"vqkernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.vqkernels, name).default
+    return op
+
+
+def _noticed(fn: Callable[..., Any], op: Any) -> Callable[..., Any]:
+    """``fn``, and autograd learns what it wrote: a backward that saved that tensor raises instead of reading it."""
+    written = [i for i, each in enumerate(op._schema.arguments) if each.alias_info and each.alias_info.is_write]
+    if not written:
+        return fn
+
+    def noticed(*args: Any) -> Any:
+        result = fn(*args)
+        for i in written:
+            for tensor in args[i] if isinstance(args[i], (list, tuple)) else (args[i],):
+                if tensor is not None and not tensor.is_inference():
+                    torch.autograd.graph.increment_version(tensor)
+        return result
+
+    return noticed
 
 
 def run(op: str, *args: Any) -> Any:
