@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._dtypes import accumulation_dtype
+from . import plain
 from ._library import check_mask, define, run
 from ._logits import add_rows_, centred, make_logits, per_token
 from .quantize import Quantized
@@ -68,6 +69,13 @@ def _fake_choose(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
 _choose = define("softmax_choose(Tensor x, Tensor codebook, str metric) -> Tensor", _run_choose, _fake_choose)
 
 
+def _plain_choose(x: Tensor, codebook: Tensor, metric: str) -> Tensor:  # [B, T, D], [K, D] -> int64 [B, T]
+    """In standard ops, for ``plain_ops``."""
+    if metric != "dot":
+        return plain.nearest(x, codebook, metric)[0]
+    return _largest_of_block(x.reshape(-1, x.shape[-1]), codebook).view(x.shape[:2])
+
+
 class _IndexPropagation(torch.autograd.Function):
     """Saves x, the codebook and the codes; the softmax is left to the backward: inference pays for a search alone."""
 
@@ -81,7 +89,7 @@ class _IndexPropagation(torch.autograd.Function):
         metric: str,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        codes = _choose(x, codebook, metric)
+        codes = (_plain_choose if plain.active() else _choose)(x, codebook, metric)
         if mask is not None:
             codes = torch.where(mask, codes, -1)
         rows = torch.where((codes < 0)[..., None], torch.nan, codebook[codes.clamp(min=0)])
