@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 
 import pytest
 import torch
@@ -258,7 +259,10 @@ def test_no_training_step_waits_for_the_device(form: str, device: str):
         module.eval()(x)
 
 
-def test_nor_do_the_functions():
+def test_nor_do_the_functions(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        sys.modules["vqkernels.ops.sign_codes"], "check_range", lambda *_: None
+    )  # looks at tensors on the CPU alone
     x, codebook = randn(20, 6).requires_grad_(), randn(9, 6, seed=1).requires_grad_()
     with no_host_waits():
         _everything(x, codebook, None).backward()
@@ -335,3 +339,26 @@ def test_other_bad_arguments_are_named():
         make("lfq")(randn(3, 5))
     with pytest.raises(TypeError, match="codes: expected a tensor of integers"):
         make("lfq").lookup(randn(3))
+
+
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16])
+def test_counts_of_lookup_free_stay_wide(cast):
+    module = cast(LookupFreeQuantizer(4, codebook_dim=2))
+    assert module.window_counts.dtype == torch.float32
+    assert module.project_in.weight.dtype != torch.float32
+    assert module.double().window_counts.dtype == torch.float64
+
+
+def test_grouped_perplexity_is_the_mean_over_groups():
+    module = LookupFreeQuantizer(4, group_size=2).eval()
+    two = torch.tensor([[1.0, 1, -1, -1], [1, 1, 1, 1]])  # one code in the first group, two in the second
+    torch.testing.assert_close(module(two).perplexity, torch.tensor(1.5))
+    assert module(two[:0]).perplexity == 1
+
+
+def test_lookup_free_refuses_codes_that_it_has_not():
+    module = LookupFreeQuantizer(3)
+    assert torch.equal(module.lookup(torch.tensor([5], dtype=torch.int16)), torch.tensor([[1.0, -1, 1]]))
+    for code in (-1, 8):
+        with pytest.raises(IndexError, match=r"codes: expected in \[0, 8\)"):
+            module.lookup(torch.tensor([code]))

@@ -253,3 +253,13 @@ def test_onnx_runtime_gives_the_models_codes_and_images(model: VQVAE, tmp_path: 
     slack = ((latents - rows[codes]).square().sum(-1) - (latents - rows[expected]).square().sum(-1)).max()
     assert slack <= 1e-4 * latents.square().sum(-1).max()
     torch.testing.assert_close(run_onnx(tmp_path / "decoder.onnx", codes), model.decode(codes), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["dot", "euclidean", "cosine"])
+def test_index_propagation_in_standard_ops(metric: str):
+    module = vq.IndexPropagationQuantizer(8, 32, metric=metric).eval()
+    x = randn(3, 9, 8)
+    program = encoder_program(module, x, plain=True)
+    assert torch.equal(program.module()(x), module.encode(x))
+    graphs = [each.graph for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
+    assert not [node for graph in graphs for node in graph.nodes if "vqkernels" in str(node.target)]

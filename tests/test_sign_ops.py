@@ -193,7 +193,7 @@ BAD = {
     "code_scale": (lambda x: vq.sign_entropy_loss(x, code_scale=0.0), "code_scale: expected a positive"),
     "weight": (lambda x: vq.sign_entropy_loss(x, weight=torch.ones(4)), "weight: expected bool or float"),
     "batch_weight": (lambda x: vq.sign_entropy_loss(x, batch_weight=-1.0), "batch_weight: expected >= 0"),
-    "codes": (lambda x: vq.sign_rows(x, D), "codes: expected int64"),
+    "codes": (lambda x: vq.sign_rows(x, D), "codes: expected integers"),
     "groups": (lambda x: vq.sign_rows(torch.zeros(3, 2).long(), 6, group_size=2), r"codes: expected \[\.\.\., 3\]"),
 }
 
@@ -202,3 +202,23 @@ BAD = {
 def test_bad_arguments_are_named(call, message):
     with pytest.raises((ValueError, TypeError), match=message):
         call(torch.randn(5, D))
+
+
+def test_rows_take_any_integer_in_range():
+    codes = torch.arange(8)
+    assert torch.equal(vq.sign_rows(codes.to(torch.uint8), 3), vq.sign_rows(codes, 3))
+    with pytest.raises(IndexError, match=r"codes: expected in \[0, 8\)"):
+        vq.sign_rows(codes + 1, 3)
+
+
+def test_autocast_does_not_round_the_probabilities():
+    x = randn(40, 6, seed=3).requires_grad_()
+
+    def results() -> tuple[Tensor, ...]:
+        sums = vq.sign_assignment(x).code_sums
+        return sums, *torch.autograd.grad(sums.square().sum(), x)
+
+    plain = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = results()
+    assert all(torch.equal(a, b) for a, b in zip(plain, rounded, strict=True))

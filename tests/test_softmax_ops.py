@@ -496,3 +496,18 @@ BAD = {
 def test_bad_arguments_are_named(call, message):
     with pytest.raises((ValueError, TypeError, IndexError), match=message):
         call(torch.randn(5, 4), torch.randn(6, 4))
+
+
+def test_a_product_that_is_nan_does_not_hide_the_largest():
+    huge = torch.finfo(torch.float32).max
+    x, codebook = torch.tensor([[4.0, 4.0]]), torch.tensor([[1.0, 0], [huge, -huge], [2.0, 0]])
+    assert vq.index_propagation(x, codebook).codes.item() == 2
+
+
+def test_one_channel_does_not_depend_on_the_threads_either():
+    x, codebook = data(n=2, k=200_000, d=1)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(vq.soft_assignment(x, codebook, temperature=T))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -41,11 +41,6 @@ class EmaOptions:
     kmeans_iters: int = 10
     use_ddp: bool | None = None  # None: over the ranks of the process group, whenever there is one
 
-    @property
-    def tracks(self) -> bool:
-        """Whether a training forward changes anything."""
-        return self.ema_update or self.threshold_ema_dead_code > 0
-
 
 class EmaCodebook(nn.Module):
     """State and keys as the peer's ``_codebook``: ``initted``, ``cluster_size``, ``embed_avg``, ``embed``."""

@@ -103,6 +103,19 @@ def check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
 
 
+def own_state(module: nn.Module) -> dict[str, Tensor | None]:
+    """What a module holds itself, before a cast."""
+    return {**module._buffers, **{k: v.data for k, v in module._parameters.items() if v is not None}}
+
+
+def undo_half(module: nn.Module, own: dict[str, Tensor | None]) -> None:
+    """Put back, on the new device, what a cast made half precision of: counts and codes are wrong in it."""
+    for name, old in own.items():
+        new = getattr(module, name)
+        if old is not None and new.dtype in HALF and old.dtype not in HALF:
+            new.data = old.to(new.device)
+
+
 class Codebook(nn.Module):
     """Base of the quantizer modules: holds the codebook and its statistics.
 
@@ -350,12 +363,9 @@ class Codebook(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
         """Moves and casts as asked, except that half precision is no place for a codebook."""
         self._land()
-        own = {**self._buffers, **{k: v.data for k, v in self._parameters.items() if v is not None}}
+        own = own_state(self)
         super()._apply(fn, recurse)
-        for name, old in own.items():
-            new = getattr(self, name)
-            if old is not None and new.dtype in HALF and old.dtype not in HALF:
-                new.data = old.to(new.device)
+        undo_half(self, own)
         return self
 
 

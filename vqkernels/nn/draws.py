@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..ops._library import define
+from ..ops._logits import check_temperature
 from ..ops.sample_codes import sample_codes
 from .distributed import rank_and_world
 from .passes import recomputing
@@ -21,8 +21,7 @@ class SamplingOptions:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a positive finite number, got {self.temperature}")
+        check_temperature(self.temperature)
 
 
 def draw_codes(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..ops._logits import check_temperature
 from ..ops.entropy_loss import EntropyLoss, check_loss_arguments
 from .output import QuantizerOutput
 
@@ -26,8 +26,7 @@ class EntropyOptions:
         check_loss_arguments(self.token_weight, self.batch_weight, self.eps)
         if not self.weight >= 0:
             raise ValueError(f"weight: expected >= 0, got {self.weight}")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature: expected a positive finite number, got {self.temperature}")
+        check_temperature(self.temperature)
 
     def of_loss(self) -> dict[str, float]:
         """The arguments of the loss functions."""

@@ -46,7 +46,8 @@ def margin_histogram(
 
     Returns:
         counts float32 [bins], summed over ranks where there is a process group: every rank must call it then. Tokens
-        with NaN or Inf are left out; both distances 0 count as a tie. Nothing waits for the device.
+        with NaN or Inf are left out; both distances 0 count as a tie. On CUDA it may wait for the
+        device: for logging, not for a training step.
 
     Raises:
         ValueError: bins < 1, or an argument that ``nearest_k`` refuses.

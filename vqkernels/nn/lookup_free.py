@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from .._dtypes import HALF, accumulation_dtype
+from .._dtypes import accumulation_dtype
 from ..ops import sign_codes, sign_entropy_loss, sign_rows
 from ..ops.sign_assignment import MAX_GROUP_BITS
 from ..ops.sign_codes import MAX_BITS, group_bits
-from .codebook import check_options, check_positive
+from .codebook import check_options, check_positive, own_state, undo_half
 from .entropy import EntropyOptions, EntropyQuantizerOutput, no_entropy
 from .layout import Layout, mean_error, no_autocast, projected
 from .normalize import l2_normalize
@@ -136,11 +138,12 @@ class LookupFreeQuantizer(nn.Module):
         Raises:
             TypeError: codes are not integers.
             ValueError: channels="first" and codes are not [B, *spatial].
+            IndexError: a code outside [0, codebook_size), -1 included (looked at on CPU only).
         """
         self.layout.check_codes(codes)
-        dtype = self.window_counts.dtype if self.window_counts.dtype not in HALF else torch.float32
         with no_autocast(codes):
-            rows = sign_rows(codes.long(), self.codebook_dim, code_scale=self.code_scale, dtype=dtype)
+            dtype = self.window_counts.dtype
+            rows = sign_rows(codes, self.codebook_dim, code_scale=self.code_scale, dtype=dtype)
             return self.layout.rows(projected(rows, self.project_out))
 
     def _tokens(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:  # [B, T, D], bool [B, T]
@@ -205,5 +208,13 @@ class LookupFreeQuantizer(nn.Module):
         else:
             counts = count_codes(carrier, parts, self.window_counts.shape[0])
             used = counts > 0
-        usage, perplexity = usage_and_perplexity(used, counts)
-        return usage, perplexity / groups if groups > 1 else perplexity
+        each = [usage_and_perplexity(*group) for group in zip(used.chunk(groups), counts.chunk(groups), strict=True)]
+        usage, perplexity = (torch.stack(values).mean() for values in zip(*each, strict=True))
+        return usage, perplexity
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LookupFreeQuantizer:
+        """Moves and casts as asked, except that the counts stay wide."""
+        own = own_state(self)
+        super()._apply(fn, recurse)
+        undo_half(self, own)
+        return self

@@ -19,7 +19,7 @@ class QuantizerOutput:
 
     quantized: Tensor  # x's shape, dtype and layout; NaN where a token is not finite, 0 where it is masked
     codes: Tensor  # int64, x's shape without its channel axis; -1 where a token is masked or not finite
-    loss: Tensor  # [] commitment_weight * commitment_loss + codebook_weight * codebook_loss
+    loss: Tensor  # [] the weighted sum of the losses below and of those that a module adds (entropy, propagation)
     commitment_loss: Tensor  # [] mean of (sg(code) - token)^2: pulls the encoder towards the codes
     codebook_loss: Tensor  # [] mean of (code - sg(token))^2: pulls the codes; 0 for an EMA codebook
     perplexity: Tensor  # [] exp(entropy of the code frequencies), 1 (one code) to codebook_size (all alike)

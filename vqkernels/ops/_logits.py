@@ -54,8 +54,15 @@ def make_logits(
         tokens = torch.where(per_token(weight, tokens)[..., None] != 0, tokens, 0)
     if metric == "cosine":
         tokens, book = l2_normalize(tokens), l2_normalize(book)
-    center = book.detach().mean(0) if metric == "euclidean" else None
+    center = _mean(book.detach()) if metric == "euclidean" else None
     return Logits(tokens, book.contiguous(), center, (2.0 if metric == "euclidean" else 1.0) / temperature)
+
+
+def _mean(
+    book: Tensor,  # [K, D]
+) -> Tensor:  # [D]
+    """One column is one long vector, whose mean threads would share out."""
+    return book.mean(0) if book.shape[1] > 1 else (steady_sum(book) / book.shape[0]).reshape(1)
 
 
 def check_temperature(temperature: float) -> None:

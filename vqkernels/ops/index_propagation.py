@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
+from . import plain
 from ._library import check_mask, define, run
 from ._logits import add_rows_, centred, make_logits, per_token
 from ._once import once_differentiable
@@ -30,7 +31,10 @@ def _largest_product(
     x: Tensor,  # [B, T, D]
     codebook: Tensor,  # [K, D]
 ) -> Tensor:  # int64 [B, T]
-    """argmax_k <x_n, c_k> in the inputs' own arithmetic, the lowest index on ties; -1 for a token with NaN or Inf."""
+    """argmax_k <x_n, c_k>, the lowest index on ties; -1 for a token with NaN or Inf. A product that is NaN is never it.
+
+    float32 on a CPU, float64 on a GPU: there TF32 may be on for the whole process.
+    """
     tokens = x.reshape(-1, x.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
         found = [_largest_of_block(block, codebook) for block in tokens.split(_TOKENS)]
@@ -42,10 +46,12 @@ def _largest_of_block(
     block: Tensor,  # [n, D]
     codebook: Tensor,  # [K, D]
 ) -> Tensor:  # int64 [n]
-    best = torch.full_like(block[:, 0], -torch.inf)
+    best = torch.full_like(block[:, 0], -torch.inf, dtype=torch.float64 if block.is_cuda else None)
     codes = torch.zeros_like(best, dtype=torch.int64)
     for start in range(0, codebook.shape[0], _CODES):
-        value, code = (block @ codebook[start : start + _CODES].T).max(1)
+        rows = codebook[start : start + _CODES]
+        products = block.double() @ rows.double().T if block.is_cuda else block @ rows.T
+        value, code = torch.where(products.isnan(), -torch.inf, products).max(1)
         better = value > best  # not where equal: the lowest index wins
         best = torch.where(better, value, best)
         codes = torch.where(better, code + start, codes)
@@ -63,6 +69,13 @@ def _fake_choose(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
 _choose = define("softmax_choose(Tensor x, Tensor codebook, str metric) -> Tensor", _run_choose, _fake_choose)
 
 
+def _plain_choose(x: Tensor, codebook: Tensor, metric: str) -> Tensor:  # [B, T, D], [K, D] -> int64 [B, T]
+    """In standard ops, for ``plain_ops``."""
+    if metric != "dot":
+        return plain.nearest(x, codebook, metric)[0]
+    return _largest_of_block(x.reshape(-1, x.shape[-1]), codebook).view(x.shape[:2])
+
+
 class _IndexPropagation(torch.autograd.Function):
     """Saves x, the codebook and the codes; the softmax is left to the backward: inference pays for a search alone."""
 
@@ -76,7 +89,7 @@ class _IndexPropagation(torch.autograd.Function):
         metric: str,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        codes = _choose(x, codebook, metric)
+        codes = (_plain_choose if plain.active() else _choose)(x, codebook, metric)
         if mask is not None:
             codes = torch.where(mask, codes, -1)
         rows = torch.where((codes < 0)[..., None], torch.nan, codebook[codes.clamp(min=0)])
@@ -151,8 +164,8 @@ def index_propagation(
         passes its gradient through the softmax to x and to every code, and to the chosen code directly; none of it goes
         straight through to x. Differentiable once. The code is the exact nearest one for "euclidean" and "cosine", see
         ``nearest``; for "dot" it is the one with the largest product in the arithmetic of the inputs (float32 at
-        least), the lowest index on ties. A token with NaN or Inf has code -1, NaN outputs, and passes no gradient of
-        ``quantized``.
+        least), the lowest index on ties, NaN left out. A token with NaN or Inf has code -1, NaN outputs, and
+        passes no gradient of ``quantized``.
 
     IBQ's quantizer loss is ``((quantized - x) ** 2).mean() + commitment_error.mean() / D + beta * codebook_error.mean()
     / D`` with beta = 0.25.

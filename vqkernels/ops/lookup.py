@@ -21,10 +21,15 @@ def lookup(
         IndexError: a code outside [0, K) (looked at on CPU only: on CUDA the look would wait for the device, and
             PyTorch's own device assertion reports it).
     """
+    check_range(codes, codebook.shape[0])
+    return torch.nn.functional.embedding(codes.long(), codebook)
+
+
+def check_range(codes: Tensor, size: int) -> None:
+    """Raise TypeError unless ``codes`` are integers, and on CPU IndexError unless they are in [0, size)."""
     if codes.dtype.is_floating_point or codes.dtype.is_complex or codes.dtype == torch.bool:
         raise TypeError(f"codes: expected integers, got {codes.dtype}")
     if not codes.is_cuda and not torch.compiler.is_compiling() and codes.numel():
         low, high = codes.min().item(), codes.max().item()
-        if low < 0 or high >= codebook.shape[0]:
-            raise IndexError(f"codes: expected in [0, {codebook.shape[0]}), got values from {low} to {high}")
-    return torch.nn.functional.embedding(codes.long(), codebook)
+        if low < 0 or high >= size:
+            raise IndexError(f"codes: expected in [0, {size}), got values from {low} to {high}")

@@ -62,10 +62,11 @@ def _sums(
 ) -> Tensor:  # [G, 2^C]
     first = z.shape[2] // 2
     sums = z.new_zeros((z.shape[1], 1 << first, 1 << (z.shape[2] - first)))
-    for rows in _blocks(z):
-        left = _half(z[rows, :, :first]) * weight[rows, None, None]  # [n, G, 2^first]
-        right = _half(z[rows, :, first:])  # [n, G, 2^rest]
-        sums += left.permute(1, 2, 0) @ right.transpose(0, 1)
+    with torch.autocast(z.device.type, enabled=False):  # it would round the halves
+        for rows in _blocks(z):
+            left = _half(z[rows, :, :first]) * weight[rows, None, None]  # [n, G, 2^first]
+            right = _half(z[rows, :, first:])  # [n, G, 2^rest]
+            sums += left.permute(1, 2, 0) @ right.transpose(0, 1)
     return sums.flatten(1)
 
 
@@ -77,12 +78,13 @@ def _sums_backward(
     first = z.shape[2] // 2
     grid = dsums.unflatten(1, (1 << first, -1))  # [G, 2^first, 2^rest]
     dz = torch.empty_like(z)
-    for rows in _blocks(z):
-        left, right = _half(z[rows, :, :first]), _half(z[rows, :, first:])
-        dleft = (right.transpose(0, 1) @ grid.transpose(1, 2)).transpose(0, 1)  # [n, G, 2^first]
-        dright = (left.transpose(0, 1) @ grid).transpose(0, 1)  # [n, G, 2^rest]
-        dz[rows, :, :first] = _half_backward(z[rows, :, :first], left * dleft)
-        dz[rows, :, first:] = _half_backward(z[rows, :, first:], right * dright)
+    with torch.autocast(z.device.type, enabled=False):
+        for rows in _blocks(z):
+            left, right = _half(z[rows, :, :first]), _half(z[rows, :, first:])
+            dleft = (right.transpose(0, 1) @ grid.transpose(1, 2)).transpose(0, 1)  # [n, G, 2^first]
+            dright = (left.transpose(0, 1) @ grid).transpose(0, 1)  # [n, G, 2^rest]
+            dz[rows, :, :first] = _half_backward(z[rows, :, :first], left * dleft)
+            dz[rows, :, first:] = _half_backward(z[rows, :, first:], right * dright)
     return dz * weight[:, None, None]
 
 

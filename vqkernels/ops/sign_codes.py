@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import DTYPES
+from .lookup import check_range
 
 MAX_BITS = 62  # of an int64 code
 
@@ -67,7 +68,7 @@ def sign_codes(
 
 
 def sign_rows(
-    codes: Tensor,  # int64 [...], with groups [..., G]
+    codes: Tensor,  # integer [...], with groups [..., G]
     dim: int,
     *,
     group_size: int | None = None,
@@ -77,7 +78,7 @@ def sign_rows(
     """The sign vectors of codes, ``code_scale`` times +-1: the inverse of ``sign_codes``.
 
     Args:
-        codes: int64 in [0, 2^group_size).
+        codes: integers in [0, 2^group_size).
         dim: D, channels of a row.
         group_size: channels of one code, as given to ``sign_codes``; codes then have a last axis of D / group_size.
         code_scale: s, the size of each entry.
@@ -85,13 +86,17 @@ def sign_rows(
 
     Raises:
         TypeError, ValueError: a bad argument, named.
+        IndexError: a code out of range, -1 included (looked at on CPU only: on CUDA the look would wait for the
+            device, and a code's low bits are taken).
     """
-    if not isinstance(codes, Tensor) or codes.dtype != torch.int64:
-        raise TypeError(f"codes: expected int64, got {getattr(codes, 'dtype', type(codes).__name__)}")
+    if not isinstance(codes, Tensor):
+        raise TypeError(f"codes: expected a tensor of integers, got {type(codes).__name__}")
     bits = group_bits(dim, group_size, MAX_BITS)
     grouped = codes[..., None] if group_size is None else codes
     if grouped.shape[-1:] != (dim // bits,):
         raise ValueError(f"codes: expected [..., {dim // bits}] for group_size {bits}, got {list(codes.shape)}")
+    check_range(codes, 1 << bits)
+    grouped = grouped.long()
     shift = torch.arange(bits - 1, -1, -1, device=codes.device)  # [bits]
     positive = ((grouped[..., None] >> shift) & 1).bool().flatten(-2)  # [..., dim]
     size = torch.full((), code_scale, dtype=dtype, device=codes.device)
