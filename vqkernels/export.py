@@ -138,7 +138,9 @@ def save(program: ExportedProgram, path: str | Path) -> None:
     if path.suffix == ".pt2":
         torch.export.save(program, path)
         return
-    own = sorted({str(node.target) for node in program.graph.nodes if str(node.target).startswith("vqkernels")})
+    graphs = [each for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]  # nested too
+    targets = {str(node.target) for each in graphs for node in each.graph.nodes}
+    own = sorted(target for target in targets if target.startswith("vqkernels"))
     if own:
         raise ValueError(f"program: expected standard ops alone for ONNX (plain=True), got {', '.join(own)}")
     importlib.import_module("onnxscript")  # else torch's message is a page long
