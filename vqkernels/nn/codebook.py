@@ -181,6 +181,16 @@ class Codebook(nn.Module):
         """No code is dead before it had a chance."""
         return 1.0 if self.options.relative else max(1.0, self.options.revived_size)
 
+    def _check_tokens(self, x: Tensor) -> None:
+        """Raise unless the codebook can take tokens of x's dtype and device."""
+        codebook = self.codebook
+        if codebook.dtype in HALF:
+            raise ValueError(f"codebook: expected float32 or float64 (.half() keeps it so), got {codebook.dtype}")
+        if x.dtype == torch.float64 and codebook.dtype != torch.float64:
+            raise ValueError(f"x: expected {codebook.dtype} or half precision like the codebook, got {x.dtype}")
+        if x.device != codebook.device:
+            raise ValueError(f"codebook: expected on {x.device} like x, got {codebook.device}")
+
     def _rows(self) -> Tensor:  # [K, D]
         """The codes as they are searched and returned."""
         normalize = self.options.metric == "cosine" and self.options.update == "gradient"

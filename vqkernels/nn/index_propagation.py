@@ -6,13 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._dtypes import HALF
 from ..ops import Quantized, entropy_loss, index_propagation, lookup
 from ..ops._library import check_choice
 from ..ops._logits import METRICS, check_temperature
 from .codebook import Codebook, CodebookOptions, check_options, check_positive
 from .entropy import EntropyOptions, EntropyQuantizerOutput, no_entropy
-from .layout import Layout, mean_error, no_autocast, projected
+from .layout import Layout, led_back, mean_error, no_autocast, projected
 from .normalize import l2_normalize
 
 
@@ -150,13 +149,7 @@ class IndexPropagationQuantizer(Codebook):
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         self.layout.check(x, mask)
-        codebook = self.codebook
-        if codebook.dtype in HALF:
-            raise ValueError(f"codebook: expected float32 or float64 (.half() keeps it so), got {codebook.dtype}")
-        if x.dtype == torch.float64 and codebook.dtype != torch.float64:
-            raise ValueError(f"x: expected {codebook.dtype} or half precision like the codebook, got {x.dtype}")
-        if x.device != codebook.device:
-            raise ValueError(f"codebook: expected on {x.device} like x, got {codebook.device}")
+        self._check_tokens(x)
 
     def _tokens(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:  # [B, T, D], bool [B, T]
         tokens, real = self.layout.tokens(x), None if mask is None else self.layout.token_mask(mask)
@@ -193,7 +186,7 @@ class IndexPropagationQuantizer(Codebook):
         usage, perplexity = self._health(tokens.detach(), found.codes)
         invalid = found.codes < 0
         return EntropyQuantizerOutput(
-            quantized=self._restored(x, mask, found.quantized),
+            quantized=self.layout.restored(led_back(found.quantized, mask, self.project_out), x),
             codes=found.codes.reshape(self.layout.codes_shape(x)),
             loss=loss,
             commitment_loss=commitment_loss,
@@ -205,9 +198,3 @@ class IndexPropagationQuantizer(Codebook):
             token_entropy=entropies.token_entropy,
             batch_entropy=entropies.batch_entropy,
         )
-
-    def _restored(self, x: Tensor, mask: Tensor | None, quantized: Tensor) -> Tensor:  # [B, T, D] -> x's shape
-        out = projected(quantized, self.project_out)
-        if mask is not None and out is not quantized:
-            out = torch.where(mask[..., None], out, 0)  # the bias is no part of padding
-        return self.layout.restored(out, x)

@@ -95,7 +95,20 @@ def mean_error(
 
 
 def no_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Autocast off: it would round tokens and projections to half precision."""
-    if torch.amp.is_autocast_available(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    """Autocast off, where it is on: it would round tokens and projections to half precision."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
     return nullcontext()
+
+
+def led_back(
+    quantized: Tensor,  # [B, T, D]
+    mask: Tensor | None,  # bool [B, T]
+    projection: nn.Module,
+) -> Tensor:  # [B, T, dim]
+    """``quantized`` out of the codebook's space; a masked token stays 0."""
+    out = projected(quantized, projection)
+    if mask is None or out is quantized:
+        return out
+    return torch.where(mask[..., None], out, 0)  # the bias is no part of padding

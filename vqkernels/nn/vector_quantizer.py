@@ -3,22 +3,18 @@ Representation Learning")."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor, nn
 
-from .._dtypes import DTYPES, HALF
 from ..ops import Quantized, entropy_loss, lookup, nearest, quantize
-from ..ops._library import as_tokens, check_choice, check_mask
+from ..ops._library import check_choice
 from ..ops.quantize import GRADIENTS
 from .codebook import Codebook, CodebookOptions, check_options, check_positive
 from .draws import SamplingOptions, draw_codes
 from .entropy import EntropyOptions, EntropyQuantizerOutput, no_entropy
+from .layout import Layout, led_back, mean_error, no_autocast, projected
 from .normalize import l2_normalize
 from .output import QuantizerOutput
-
-CHANNELS = ("last", "first")
 
 
 class VectorQuantizer(Codebook):
@@ -109,13 +105,11 @@ class VectorQuantizer(Codebook):
         learning = (metric, update, ema_decay, eps, dead_code_threshold, kmeans_init)
         options = CodebookOptions(*learning, usage_window, precision, smoothing, dead_code_unit)
         super().__init__(codebook_size, dim if codebook_dim is None else codebook_dim, options)
-        check_choice("channels", channels, CHANNELS)
+        self.layout = Layout(dim, channels)
         check_choice("gradient", gradient, GRADIENTS)
         for name, weight in (("commitment_weight", commitment_weight), ("codebook_weight", codebook_weight)):
             if not weight >= 0:
                 raise ValueError(f"{name}: expected >= 0, got {weight}")
-        self.dim = dim
-        self.channels = channels
         self.gradient = gradient
         self.commitment_weight = commitment_weight
         self.codebook_weight = codebook_weight
@@ -125,9 +119,19 @@ class VectorQuantizer(Codebook):
         self.sampling = sampling
         if sampling is not None:
             self.register_buffer("draw", torch.zeros((), dtype=torch.int64))
-        projected = self.codebook_dim != dim
-        self.project_in = nn.Linear(dim, self.codebook_dim) if projected else nn.Identity()
-        self.project_out = nn.Linear(self.codebook_dim, dim) if projected else nn.Identity()
+        linked = self.codebook_dim != dim
+        self.project_in = nn.Linear(dim, self.codebook_dim) if linked else nn.Identity()
+        self.project_out = nn.Linear(self.codebook_dim, dim) if linked else nn.Identity()
+
+    @property
+    def dim(self) -> int:
+        """Channels of x."""
+        return self.layout.dim
+
+    @property
+    def channels(self) -> str:
+        """Which axis of x they are: "last" or "first"."""
+        return self.layout.channels
 
     def extra_repr(self) -> str:
         names = (
@@ -162,7 +166,7 @@ class VectorQuantizer(Codebook):
             TypeError, ValueError: a bad argument, named.
         """
         self._check(x, mask)
-        with _no_autocast(x):
+        with no_autocast(x):
             tokens, real = self._tokens(x, mask)
             if self.training:
                 self._before_search(tokens, real)
@@ -226,12 +230,12 @@ class VectorQuantizer(Codebook):
             TypeError, ValueError: a bad argument, named.
         """
         self._check(x, mask)
-        with _no_autocast(x):
+        with no_autocast(x):
             tokens, real = self._tokens(x, mask)
             options = self.options
             codes, _ = nearest(tokens, self._rows(), metric=options.metric, precision=options.precision)
             codes = codes if real is None else torch.where(real, codes, -1)
-        return codes.view(self._codes_shape(x))
+        return codes.view(self.layout.codes_shape(x))
 
     def lookup(
         self,
@@ -246,68 +250,42 @@ class VectorQuantizer(Codebook):
         """
         if not isinstance(codes, Tensor):
             raise TypeError(f"codes: expected a tensor of integers, got {type(codes).__name__}")
-        if self.channels == "first" and codes.dim() < 2:
+        if self.layout.first and codes.dim() < 2:
             raise ValueError(f"codes: expected [B, *spatial] for channels='first', got shape {list(codes.shape)}")
-        with _no_autocast(codes):
-            quantized = self._projected(lookup(codes, self._rows()), self.project_out)
-        return quantized.movedim(-1, 1) if self.channels == "first" else quantized
+        with no_autocast(codes):
+            return self.layout.rows(projected(lookup(codes, self._rows()), self.project_out))
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        codebook = self.codebook
-        if not isinstance(x, Tensor) or x.dtype not in DTYPES:
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x: expected a tensor of float32, float16, bfloat16 or float64, got {got}")
-        if codebook.dtype in HALF:
-            raise ValueError(f"codebook: expected float32 or float64 (.half() keeps it so), got {codebook.dtype}")
-        if x.dtype == torch.float64 and codebook.dtype != torch.float64:
-            raise ValueError(f"x: expected {codebook.dtype} or half precision like the codebook, got {x.dtype}")
-        if x.device != codebook.device:
-            raise ValueError(f"codebook: expected on {x.device} like x, got {codebook.device}")
-        axis, rank = (1, 3) if self.channels == "first" else (-1, 2)
-        if x.dim() < rank or x.shape[axis] != self.dim:
-            layout = f"[B, {self.dim}, *spatial]" if self.channels == "first" else f"[..., {self.dim}]"
-            raise ValueError(f"x: expected {layout} for channels={self.channels!r}, got shape {list(x.shape)}")
-        if mask is not None:
-            check_mask(mask, self._codes_shape(x), x.device)
-
-    def _codes_shape(self, x: Tensor) -> torch.Size:
-        return x.shape[:1] + x.shape[2:] if self.channels == "first" else x.shape[:-1]
+        self.layout.check(x, mask)
+        self._check_tokens(x)
 
     def _tokens(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:  # tokens [B, T, D], bool [B, T]
         """x as codebook-space tokens: the same memory in other strides, unless projected or normalised."""
-        first = self.channels == "first"
-        tokens = x.flatten(2).transpose(1, 2) if first else as_tokens(x)  # [B, T, dim]
-        if mask is not None:
-            mask = mask.flatten(1) if first else as_tokens(mask[..., None])[..., 0]
-            if self.codebook_dim != self.dim or self.options.metric == "cosine":
-                tokens = torch.where(mask[..., None], tokens, 0)  # else NaN in padding spoils these gradients
-        tokens = self._projected(tokens, self.project_in)
+        tokens, real = self.layout.tokens(x), None if mask is None else self.layout.token_mask(mask)
+        if real is not None and (self.codebook_dim != self.dim or self.options.metric == "cosine"):
+            tokens = torch.where(real[..., None], tokens, 0)  # else NaN in padding spoils these gradients
+        tokens = projected(tokens, self.project_in)
         if self.codebook.dtype == torch.float64 or self.options.metric == "cosine":
             tokens = tokens.to(self.codebook.dtype)
-        return l2_normalize(tokens) if self.options.metric == "cosine" else tokens, mask
-
-    def _projected(self, tokens: Tensor, projection: nn.Module) -> Tensor:  # [..., dim in], [..., dim out]
-        if isinstance(projection, nn.Identity):
-            return tokens
-        return projection(tokens.to(next(projection.parameters()).dtype))
+        return l2_normalize(tokens) if self.options.metric == "cosine" else tokens, real
 
     def _tokens_of(self, batch: Tensor) -> Tensor:  # [B, T, D]
         self._check(batch, None)
-        with _no_autocast(batch):
+        with no_autocast(batch):
             return self._tokens(batch, None)[0].to(self.codebook.dtype)
 
     def _output(self, x: Tensor, tokens: Tensor, mask: Tensor | None, found: Quantized) -> QuantizerOutput:
         invalid = found.codes < 0
         non_finite = invalid.sum() if mask is None else (invalid & mask).sum()
-        commitment_loss = self._mean(found.commitment_error, mask)
+        commitment_loss = mean_error(found.commitment_error, mask, self.codebook_dim)
         if self.options.update == "gradient":
-            codebook_loss = self._mean(found.codebook_error, mask)
+            codebook_loss = mean_error(found.codebook_error, mask, self.codebook_dim)
         else:
             codebook_loss = torch.zeros_like(commitment_loss)
         usage, perplexity = self._health(tokens, found.codes)
         return QuantizerOutput(
-            quantized=self._restored(x, mask, found.quantized),
-            codes=found.codes.view(self._codes_shape(x)),
+            quantized=self.layout.restored(led_back(found.quantized, mask, self.project_out), x),
+            codes=found.codes.view(self.layout.codes_shape(x)),
             loss=self.commitment_weight * commitment_loss + self.codebook_weight * codebook_loss,
             commitment_loss=commitment_loss,
             codebook_loss=codebook_loss,
@@ -315,24 +293,3 @@ class VectorQuantizer(Codebook):
             usage=usage,
             non_finite=non_finite,
         )
-
-    def _mean(self, error: Tensor, mask: Tensor | None) -> Tensor:  # [B, T], bool [B, T] -> []
-        """Per real token and channel; masked tokens have error 0."""
-        if mask is None:
-            return error.sum() / max(error.numel() * self.codebook_dim, 1)
-        return error.sum() / (mask.sum() * self.codebook_dim).clamp(min=1)
-
-    def _restored(self, x: Tensor, mask: Tensor | None, quantized: Tensor) -> Tensor:  # [B, T, D] -> x's shape
-        projected = self._projected(quantized, self.project_out)
-        if mask is not None and projected is not quantized:
-            projected = torch.where(mask[..., None], projected, 0)  # the bias is no part of padding
-        projected = projected.to(x.dtype)
-        return (projected.transpose(1, 2) if self.channels == "first" else projected).reshape(x.shape)
-
-
-def _no_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Autocast off: it would round tokens and projections to half precision."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
