@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoint import load_checkpoint
     from .code_files import CodesFile, CodesMeta, CodesWriter, open_codes
-    from .config import QuantizerConfig, TrainConfig, VQGANConfig, VQVAEConfig, load_config, save_config
+    from .config import TrainConfig, load_config, save_config
     from .convert import Converted, load_foreign, save_diffusers
     from .data import ImageFolder, bundled_photographs, held_out_photograph, list_images, load_image
+    from .finite_guard import NonFiniteLossError
+    from .image_model import ImageModel, ModelOutput
+    from .model_config import QuantizerConfig, VQGANConfig, VQVAEConfig
     from .presets import VQGANPreset, load_preset, preset_names
-    from .pretrained import load_pretrained
+    from .pretrained import load_pretrained, make_model
     from .tokenizer import ImageTokenizer
-    from .training import NonFiniteLossError, TrainProgress, TrainResult, train
+    from .training import TrainProgress, TrainResult, train
     from .validation import Evaluation, evaluate
     from .vqgan import VQGAN, VQGANOutput
     from .vqvae import VQVAE, VQVAEOutput
@@ -25,13 +28,16 @@ if TYPE_CHECKING:
 _HOMES = {
     "checkpoint": ("load_checkpoint",),
     "code_files": ("CodesFile", "CodesMeta", "CodesWriter", "open_codes"),
-    "config": ("QuantizerConfig", "TrainConfig", "VQGANConfig", "VQVAEConfig", "load_config", "save_config"),
+    "config": ("TrainConfig", "load_config", "save_config"),
     "convert": ("Converted", "load_foreign", "save_diffusers"),
     "data": ("ImageFolder", "bundled_photographs", "held_out_photograph", "list_images", "load_image"),
+    "image_model": ("ImageModel", "ModelOutput"),
+    "model_config": ("QuantizerConfig", "VQGANConfig", "VQVAEConfig"),
     "presets": ("VQGANPreset", "load_preset", "preset_names"),
-    "pretrained": ("load_pretrained",),
+    "pretrained": ("load_pretrained", "make_model"),
     "tokenizer": ("ImageTokenizer",),
-    "training": ("NonFiniteLossError", "TrainProgress", "TrainResult", "train"),
+    "finite_guard": ("NonFiniteLossError",),
+    "training": ("TrainProgress", "TrainResult", "train"),
     "validation": ("Evaluation", "evaluate"),
     "vqgan": ("VQGAN", "VQGANOutput"),
     "vqvae": ("VQVAE", "VQVAEOutput"),
@@ -47,7 +53,9 @@ __all__ = [
     "Converted",
     "Evaluation",
     "ImageFolder",
+    "ImageModel",
     "ImageTokenizer",
+    "ModelOutput",
     "NonFiniteLossError",
     "QuantizerConfig",
     "TrainConfig",
@@ -68,6 +76,7 @@ __all__ = [
     "load_image",
     "load_preset",
     "load_pretrained",
+    "make_model",
     "open_codes",
     "preset_names",
     "save_config",

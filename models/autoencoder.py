@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import VQGANConfig
+from .model_config import VQGANConfig
 
 EPSILON = 1e-6  # of every GroupNorm
 

@@ -1,179 +1,33 @@
-"""What can be set: dataclasses of plain types, read from and written to YAML. Imports no torch: --help is quick."""
+"""What a training run can be told: dataclasses of plain types, from and to YAML. Imports no torch: --help is quick."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import yaml
 
-Config = TypeVar("Config")
+from .config_reader import Config, convert, from_dict, save_config, to_dict
+from .model_config import ModelConfig, QuantizerConfig, VQGANConfig, VQVAEConfig
+
+__all__ = [
+    "CONFIG_FOLDER",
+    "DiscriminatorConfig",
+    "ModelConfig",
+    "QuantizerConfig",
+    "TrainConfig",
+    "VQGANConfig",
+    "VQVAEConfig",
+    "from_dict",
+    "load_config",
+    "save_config",
+    "to_dict",
+]
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
-
-
-@dataclass
-class QuantizerConfig:
-    """The vector quantizer between encoder and decoder (see vqkernels.nn.VectorQuantizer)."""
-
-    codebook_size: int = 1024
-    """Number of codes K."""
-    codebook_dim: int | None = None
-    """Dimension of a code; null: the same as latent_channels, otherwise a learned projection lies between."""
-    metric: Literal["euclidean", "cosine", "dot"] = "euclidean"
-    """What nearest means; dot (the largest product) only with gradient: index_propagation."""
-    update: Literal["ema", "gradient"] = "ema"
-    """How the codebook learns: moving averages of its tokens, or the gradient of the codebook loss."""
-    ema_decay: float = 0.99
-    """Decay of the moving averages per optimizer step."""
-    commitment_weight: float = 0.25
-    """Weight of the loss that pulls the encoder towards its codes (beta in the papers)."""
-    codebook_weight: float = 1.0
-    """Weight of the loss that pulls the codes towards the encoder; only with update: gradient."""
-    gradient: Literal["straight_through", "rotation", "index_propagation"] = "straight_through"
-    """How the gradient passes the quantizer; index_propagation takes it to all codes, as in IBQ (Shi et al. 2024)."""
-    dead_code_threshold: float = 0.1
-    """A code with fewer tokens per step than this, on average, is placed anew; 0: none. Only with update: ema."""
-    kmeans_init: bool = True
-    """Take the first codebook from the first training batch by k-means."""
-    precision: Literal["exact", "fast"] = "exact"
-    """Exact nearest codes, or plain float32 scores."""
-
-    def __post_init__(self) -> None:
-        if self.gradient == "index_propagation" and self.update != "gradient":
-            raise ValueError(f"update must be gradient with gradient: index_propagation, got {self.update}")
-        if self.metric == "dot" and self.gradient != "index_propagation":
-            raise ValueError(f"gradient must be index_propagation with metric: dot, got {self.gradient}")
-
-
-@dataclass
-class VQGANConfig:
-    """Shape of a VQGAN (Esser et al. 2021); one token stands for 2**(levels - 1) image pixels each way.
-
-    As the published ones, encoder and decoder have the same levels, and the decoder one more block in each.
-    """
-
-    kind: Literal["vqgan"] = "vqgan"
-    """Tells this config from that of another model."""
-    in_channels: int = 3
-    """Channels of an image."""
-    out_channels: int = 3
-    """Channels of a reconstruction."""
-    channels: int = 128
-    """Channels after the first convolution (ch)."""
-    channel_multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
-    """Channels of every level as a multiple of `channels` (ch_mult); every level after the first halves the size."""
-    blocks: int = 2
-    """Residual blocks per level of the encoder (num_res_blocks)."""
-    resolution: int = 256
-    """Side of the images that attention_resolutions is counted for; images of other sizes work just as well."""
-    attention_resolutions: list[int] | None = field(default_factory=lambda: [16])
-    """Sides of the maps with attention after every block (attn_resolutions); null: the last level's, as in LlamaGen."""
-    mid_attention: bool = True
-    """Attention between the two blocks at the lowest resolution."""
-    norm_groups: int = 32
-    """Groups of every GroupNorm; divides the channels of every level."""
-    latent_channels: int = 256
-    """Channels that the encoder puts out and the decoder takes (z_channels)."""
-    dropout: float = 0.0
-    """Share of the channels' values that a residual block drops in training."""
-    gradient_checkpointing: bool = False
-    """Compute every level again in the backward pass instead of keeping its insides: slower, and far less memory."""
-    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    """The vector quantizer. Its codebook_dim (embed_dim) is that of the 1x1 convolutions around it; null is
-    latent_channels."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.quantizer, dict):  # huggingface_hub restores nested dataclasses as plain dicts
-            self.quantizer = from_dict(QuantizerConfig, self.quantizer, "quantizer")
-        positive = ("in_channels", "out_channels", "channels", "blocks", "resolution", "norm_groups", "latent_channels")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise ValueError(f"channel_multipliers must be positive integers, got {self.channel_multipliers}")
-        for width in (self.channels, *self.widths):
-            if width % self.norm_groups:
-                raise ValueError(
-                    f"norm_groups must divide channels and channels * channel_multipliers, "
-                    f"got {self.norm_groups} for {width} channels"
-                )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        self._check_resolutions()
-
-    def _check_resolutions(self) -> None:
-        if self.resolution % self.factor:
-            raise ValueError(f"resolution must be divisible by the model's factor {self.factor}, got {self.resolution}")
-        sides = [self.resolution >> level for level in range(len(self.channel_multipliers))]
-        for side in self.attention_resolutions or []:
-            if side not in sides:
-                raise ValueError(
-                    f"attention_resolutions must be sides of the maps ({', '.join(map(str, sides))} for resolution "
-                    f"{self.resolution}), got {side}"
-                )
-
-    @property
-    def factor(self) -> int:
-        """Image pixels per token, each way."""
-        return int(2 ** (len(self.channel_multipliers) - 1))
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of every level."""
-        return [self.channels * multiplier for multiplier in self.channel_multipliers]
-
-    @property
-    def codebook_dim(self) -> int:
-        """Channels of a token."""
-        return self.quantizer.codebook_dim or self.latent_channels
-
-    @property
-    def attention(self) -> list[bool]:
-        """Whether the blocks of a level are followed by attention, level by level."""
-        levels = range(len(self.channel_multipliers))
-        if self.attention_resolutions is None:
-            return [level == levels[-1] for level in levels]
-        return [self.resolution >> level in self.attention_resolutions for level in levels]
-
-
-@dataclass
-class VQVAEConfig:
-    """Shape of a VQVAE; one latent pixel stands for patch_size * 2**(levels - 1) image pixels each way."""
-
-    patch_size: int = 1
-    """Pixels each way that the first layer folds into channels; 1 is none, 2 or 4 make a model quicker."""
-    channels: int = 64
-    """Channels at the finest level."""
-    channel_multipliers: list[int] = field(default_factory=lambda: [1, 2, 4])
-    """Channels of every level as a multiple of `channels`; every level after the first halves the size."""
-    blocks: int = 2
-    """Residual blocks per level, in the encoder and in the decoder."""
-    group_norm: bool = True
-    """GroupNorm before every convolution of a residual block; without it the blocks are quicker on a CPU."""
-    latent_channels: int = 32
-    """Channels of the tokens that the encoder hands to the quantizer."""
-    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    """The vector quantizer."""
-
-    def __post_init__(self) -> None:
-        if isinstance(self.quantizer, dict):  # huggingface_hub restores nested dataclasses as plain dicts
-            self.quantizer = from_dict(QuantizerConfig, self.quantizer, "quantizer")
-        for name in ("patch_size", "channels", "blocks", "latent_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise ValueError(f"channel_multipliers must be positive integers, got {self.channel_multipliers}")
-
-    @property
-    def factor(self) -> int:
-        """Image pixels per latent pixel, each way."""
-        return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
 
 @dataclass
@@ -224,8 +78,8 @@ class TrainConfig:
     """Folder of the run: config.yaml, checkpoints/, samples/, model/, metrics.jsonl and TensorBoard events."""
     validation: str | None = None
     """Folder of held-out images; null holds out the bundled astronaut when data is null, otherwise nothing."""
-    model: VQVAEConfig = field(default_factory=VQVAEConfig)
-    """The model."""
+    model: ModelConfig = field(default_factory=VQVAEConfig)
+    """The model; its kind says which."""
     image_size: int = 256
     """Side of the square training crops in pixels; divisible by the model's factor."""
     min_crop: float = 0.0
@@ -299,7 +153,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.model, dict):
-            self.model = from_dict(VQVAEConfig, self.model, "model")
+            self.model = convert(self.model, ModelConfig, "model")
         if isinstance(self.discriminator, dict):
             self.discriminator = from_dict(DiscriminatorConfig, self.discriminator, "discriminator")
         if self.discriminator.kind != "none" and self.mixed_precision == "fp16":
@@ -329,81 +183,6 @@ class TrainConfig:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(self, name)}")
-
-
-def _mismatch(value: Any, expected: str, name: str) -> ValueError:
-    return ValueError(f"option {name!r} must be {expected}, got {value!r}")
-
-
-def _number(value: Any, kind: type, name: str) -> Any:
-    """int and float options; YAML reads 1e-3 as text, and true must not pass for 1."""
-    if isinstance(value, bool):
-        raise _mismatch(value, f"of type {kind.__name__}", name)
-    if kind is float and isinstance(value, int | float | str):
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind is int and isinstance(value, int):
-        return value
-    raise _mismatch(value, f"of type {kind.__name__}", name)
-
-
-def _convert(value: Any, kind: Any, name: str) -> Any:
-    """`value` as `kind`, which is a type hint of one of the dataclasses above."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        if value not in arguments or isinstance(value, bool):
-            raise _mismatch(value, "one of " + ", ".join(map(str, arguments)), name)
-        return value
-    if type(None) in arguments:
-        return None if value is None else _convert(value, arguments[0], name)
-    if origin is list:
-        if not isinstance(value, list | tuple):
-            raise _mismatch(value, "a list", name)
-        return [_convert(item, arguments[0], f"{name}[{place}]") for place, item in enumerate(value)]
-    if dataclasses.is_dataclass(kind):
-        return from_dict(typing.cast(type, kind), value, name)
-    if kind in (int, float):
-        return _number(value, kind, name)
-    if not isinstance(value, kind):
-        raise _mismatch(value, f"of type {kind.__name__}", name)
-    return value
-
-
-def from_dict(kind: type[Config], values: Any, name: str = "") -> Config:
-    """A config dataclass from plain nested dicts, as YAML and JSON give them.
-
-    Args:
-        kind: the dataclass.
-        values: its options; those left out keep their defaults.
-        name: path of these options in the file, for error messages.
-
-    Raises:
-        ValueError: an unknown option, or a value of the wrong type; names the option.
-    """
-    if dataclasses.is_dataclass(values) and isinstance(values, kind):
-        return values
-    prefix = f"{name}." if name else ""
-    if not isinstance(values, dict):
-        raise _mismatch(values, "a group of options", name or kind.__name__)
-    hints = typing.get_type_hints(kind)
-    for key in values:
-        if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"; did you mean {prefix + close[0]!r}?" if close else f", expected one of {', '.join(hints)}"
-            raise ValueError(f"unknown option {prefix + str(key)!r}{hint}")
-    return kind(**{key: _convert(value, hints[key], prefix + key) for key, value in values.items()})
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass as plain nested dicts."""
-    return dataclasses.asdict(config)
-
-
-def save_config(config: Any, path: str | Path) -> None:
-    """Writes a config dataclass as YAML."""
-    Path(path).write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
 
 
 def load_config(path: str | Path, kind: type[Config] | None = None) -> Config:

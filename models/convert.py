@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .checkpoint import write_text_atomically
-from .config import QuantizerConfig
+from .image_model import CONFIG_FILE
 from .layouts import (
     check_weights,
     infer_config,
@@ -25,7 +25,7 @@ from .layouts import (
     to_diffusers,
     to_ours,
 )
-from .tokenizer import CONFIG_FILE
+from .model_config import QuantizerConfig
 from .vqgan import VQGAN
 from .weight_files import read_weights
 

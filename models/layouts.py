@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .config import QuantizerConfig, VQGANConfig
+from .model_config import QuantizerConfig, VQGANConfig
 from .vqgan import VQGAN
 
 CODEBOOK = "quantizer.codebook"

@@ -1,6 +1,6 @@
 """What a training run minimises: reconstruction and quantizer, and from a step on a discriminator against them.
 
-    autoencoder     l1 + l2 + perceptual + quantizer.loss + w adversarial
+    autoencoder     l1 + l2 + perceptual + bottleneck + w adversarial
     discriminator   adversarial' + lecam + r1                                (Esser et al. 2021, eq. 4 to 7)
 
 Both come from one forward of the autoencoder; the discriminator learns from its reconstructions of that step.
@@ -21,14 +21,12 @@ from .adversarial import LastLayer, LeCam, balance, discriminator_loss, generato
 from .augmentation import augment
 from .config import TrainConfig
 from .discriminator import ActNorm, make_discriminator
+from .image_model import ImageModel, ModelOutput
 from .layers import widened
 from .perceptual import PerceptualDistance
-from .tokenizer import TokenizerOutput
-from .vqgan import VQGAN
-from .vqvae import VQVAE
 
-# of every run, in this order, then those of a discriminator
-PARTS = ("loss", "l1", "mse", "perceptual", "commitment_loss", "perplexity", "usage")
+# of every run, in this order, then the model's `figure_names`, then those of a discriminator
+PARTS = ("loss", "l1", "mse", "perceptual")
 ADVERSARIAL_PARTS = ("adversarial_loss", "adaptive_weight", "discriminator_loss", "real_logit", "fake_logit")
 
 
@@ -113,8 +111,8 @@ class Objective:
         accelerator: of the run: its precision and its backward.
     """
 
-    def __init__(self, config: TrainConfig, model: VQVAE | VQGAN, accelerator: Any) -> None:
-        self.config, self.accelerator = config, accelerator
+    def __init__(self, config: TrainConfig, model: ImageModel, accelerator: Any) -> None:
+        self.config, self.model, self.accelerator = config, model, accelerator
         device = accelerator.device
         self.perceptual: PerceptualDistance | None = None
         if config.perceptual_weight:
@@ -123,7 +121,7 @@ class Objective:
         if config.discriminator.kind != "none":
             self.critic = Critic(config, device)
             self.last = LastLayer(model.last_layer)
-        self.names = PARTS if self.critic is None else (*PARTS, *ADVERSARIAL_PARTS)
+        self.names = (*PARTS, *model.figure_names, *(() if self.critic is None else ADVERSARIAL_PARTS))
 
     def is_adversarial(self, step: int) -> bool:
         """Whether the discriminator takes part in that step."""
@@ -135,7 +133,7 @@ class Objective:
     def backward(
         self,
         images: Tensor,  # [B, 3, S, S]
-        out: TokenizerOutput,
+        out: ModelOutput,
         step: int,
     ) -> Tensor:  # as `names`
         """Adds the gradients of one micro-batch, the discriminator's too; returns the losses."""
@@ -145,11 +143,11 @@ class Objective:
         if self.perceptual is not None:
             with self._precision():
                 perceptual = self.perceptual(images, widened(out.reconstruction)).float().mean()
-        config, quantizer = self.config, out.quantizer
+        config = self.config
         reconstruction = config.l1_weight * l1 + config.l2_weight * mse + config.perceptual_weight * perceptual
         adversarial = self._adversarial_backward(images, out, reconstruction, step)
-        loss = reconstruction + quantizer.loss
-        parts = [loss, l1, mse, perceptual, quantizer.commitment_loss, quantizer.perplexity, quantizer.usage]
+        loss = reconstruction + out.loss
+        parts = [loss, l1, mse, perceptual, *self.model.figures(out)]
         values = torch.stack([part.detach().to(loss.dtype) for part in parts])
         if self.critic is None:
             return values
@@ -157,11 +155,11 @@ class Objective:
         return torch.cat([values, adversarial])
 
     def _adversarial_backward(
-        self, images: Tensor, out: TokenizerOutput, reconstruction: Tensor, step: int
+        self, images: Tensor, out: ModelOutput, reconstruction: Tensor, step: int
     ) -> Tensor:  # [5] as ADVERSARIAL_PARTS
         divisor = self.config.gradient_accumulation
         if self.critic is None or not self.is_adversarial(step):
-            self.accelerator.backward((reconstruction + out.quantizer.loss) / divisor)
+            self.accelerator.backward((reconstruction + out.loss) / divisor)
             if self.critic is not None:
                 self.last.release()
             return reconstruction.new_zeros(len(ADVERSARIAL_PARTS))
@@ -174,7 +172,7 @@ class Objective:
         # a number whose gradient for the last layer's output is that of the whole loss: what goes on from there is
         # an ordinary backward, with DistributedDataParallel's hooks
         stand_in = (widened(self.last.output) * widened(found.gradient)).sum()
-        self.accelerator.backward((stand_in + out.quantizer.loss) / divisor)
+        self.accelerator.backward((stand_in + out.loss) / divisor)
         self.last.release()
         learned = self.critic.learn(images, widened(out.reconstruction), self._precision())
         return torch.cat([torch.stack([adversarial.detach(), found.adaptive_weight]), learned])

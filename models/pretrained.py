@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .tokenizer import CONFIG_FILE, ImageTokenizer
+from .image_model import CONFIG_FILE, ImageModel
+from .model_config import ModelConfig
 from .vqgan import VQGAN
 from .vqvae import VQVAE
 
-MODELS: dict[str, type[ImageTokenizer]] = {"vqvae": VQVAE, "vqgan": VQGAN}
+MODELS: dict[str, type[ImageModel]] = {"vqvae": VQVAE, "vqgan": VQGAN}
 
 
-def _kind(config: Path) -> type[ImageTokenizer]:
+def make_model(config: ModelConfig) -> ImageModel:
+    """A new model of the config's kind, with random weights."""
+    return MODELS[config.kind](config)  # type: ignore[call-arg]
+
+
+def _kind(config: Path) -> type[ImageModel]:
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -24,7 +30,7 @@ def _kind(config: Path) -> type[ImageTokenizer]:
     return MODELS[kind]
 
 
-def load_pretrained(name: str | Path) -> ImageTokenizer:
+def load_pretrained(name: str | Path) -> ImageModel:
     """The model of a folder of save_pretrained, of a run folder, or of `owner/name` on the Hugging Face Hub.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The training loop of VQVAE, on accelerate: one process or many, resumable at the exact next step."""
+"""The training loop, on accelerate: one process or many, resumable at the exact next step."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from vqkernels.nn import defer_codebook_update
-from vqkernels.nn.distributed import all_reduce_packed
 
 from .checkpoint import (
     different_option,
@@ -29,11 +28,13 @@ from .checkpoint import (
 )
 from .config import TrainConfig, save_config, to_dict
 from .data import EndlessBatches, ImageFolder
+from .finite_guard import FiniteGuard, NonFiniteLossError
+from .image_model import ImageModel
 from .objective import Objective
 from .optimization import learning_rate_at, make_optimizer
+from .pretrained import make_model
 from .run_log import RunLog, delete_run, run_exists
 from .validation import HeldOut
-from .vqvae import VQVAE
 from .weight_average import WeightAverage
 
 try:
@@ -49,10 +50,6 @@ __all__ = ["NonFiniteLossError", "TrainConfig", "TrainProgress", "TrainResult", 
 
 COLLAPSE_FROM = 200  # steps: twice the window over which usage is taken
 MAX_NAMED = 5  # unreadable files that the warning names
-
-
-class NonFiniteLossError(ValueError):
-    """The loss or its gradient became NaN or infinite."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class TrainResult:
     """What train returns; the same on every process, except that only the main one holds the history."""
 
     output: Path
-    model: VQVAE
+    model: ImageModel
     """The averaged weights, in eval mode on the CPU; also saved under output/model."""
     steps: int
     seconds: float
@@ -136,8 +133,8 @@ class Trainer:
         self.window, self.window_steps, self.window_started = torch.zeros(len(self.names), device=self.device), 0, 0.0
         self.metrics: dict[str, float] = {}
         self.rate = 0.0
-        self.unchecked: tuple[int, Tensor] | None = None
-        self.skipped, self.sampled_at, self.alarmed = 0, -1, False
+        self.guard = FiniteGuard(config, self.names, self.accelerator.scaler, self.device)
+        self.sampled_at, self.alarmed = -1, False
         state = self._restore() if config.resume else None
         self.log = RunLog(self.output, self.step) if self.is_main else None
         if self.log is not None:
@@ -172,7 +169,7 @@ class Trainer:
 
     def _build_model(self) -> None:
         torch.manual_seed(self.config.seed)
-        self.raw_model = VQVAE(self.config.model)
+        self.raw_model = make_model(self.config.model)
         if self.config.channels_last:
             nn.Module.to(self.raw_model, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = WeightAverage(self.raw_model.to(self.device), self.config.weight_ema_decay)
@@ -202,7 +199,7 @@ class Trainer:
     def _warm_up(self) -> None:
         """Compiles the kernels on their first use, before the clock starts; changes no state."""
         side = self.raw_model.factor
-        self.raw_model.encode(torch.zeros(1, 3, side, side, device=self.device))
+        self.raw_model.reconstruct(torch.zeros(1, self.raw_model.in_channels, side, side, device=self.device))
 
     # Checkpoints
 
@@ -226,7 +223,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds_before = state["step"], state["seconds"]
-        self.skipped = state.get("skipped", 0)
+        self.guard.skipped = state.get("skipped", 0)
         self.window = state["window"].to(self.device)
         self.window_steps, self.window_started = state["window_steps"], state["window_started"]
         return state
@@ -244,7 +241,7 @@ class Trainer:
         }
 
     def _save_checkpoint(self) -> None:
-        self._check_finite_now()
+        self.guard.check_now()
         random = gather_object([random_state()])
         if not self.is_main:
             return
@@ -252,7 +249,7 @@ class Trainer:
         state = {
             "step": self.step,
             "seconds": self._seconds(),
-            "skipped": self.skipped,
+            "skipped": self.guard.skipped,
             "model_config": to_dict(self.config.model),
             "order": self._order_options(),
             "model": self.raw_model.state_dict(),
@@ -304,71 +301,20 @@ class Trainer:
             parts = torch.stack([self._micro_batch(number == micro_batches - 1) for number in range(micro_batches)])
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
         values = torch.cat([parts.mean(dim=0), norm.detach().float().reshape(1)])
-        if self._left_out(values):
+        if self.guard.leaves_out(self.step, values):
             self.optimizer.zero_grad()
             self.objective.zero_grad()
             self.step += 1
             return
-        self._check_finite(values)
+        self.guard.check(self.step, values)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.objective.step(self.step, self.rate)
-        self.raw_model.quantizer.update_codebook()  # now, so that the copy of its buffers is up to date
+        self.raw_model.update_codebooks()  # now, so that the copy of its buffers is up to date
         self.step += 1
         self.average.update(self.raw_model, self.step)
         self.window += values
         self.window_steps += 1
-
-    def _left_out(
-        self,
-        values: Tensor,  # as `names`
-    ) -> bool:
-        """Whether this step is one of those that may be skipped; the same on all processes. Waits for the device."""
-        if self.skipped >= self.config.max_skipped_steps:
-            return False
-        scaler = self.accelerator.scaler
-        judged = values if scaler is None else values[:-1]  # fp16: the scaler answers for grad_norm, the last
-        (broken,) = all_reduce_packed((~judged.isfinite().all()).float())
-        if not broken.item():
-            return False
-        if scaler is not None:
-            scaler.update()  # else it would not unscale the next step's gradients, as it has done so with these
-        self.skipped += 1
-        most = f"{self.skipped} of at most {self.config.max_skipped_steps}"
-        warnings.warn(f"step {self.step + 1} was left out, its loss or gradient is not finite: {most}", stacklevel=2)
-        return True
-
-    def _check_finite(
-        self,
-        values: Tensor,  # as `names`
-    ) -> None:
-        """Raises before the optimizer steps on a CPU; on a GPU one step later, so that no step waits for it."""
-        previous, self.unchecked = self.unchecked, (self.step + 1, values)
-        if self.device.type == "cpu":
-            self._check_finite_now()
-        elif previous is not None:
-            self._raise_unless_finite(*previous)
-
-    def _check_finite_now(self) -> None:
-        if self.unchecked is not None:
-            self._raise_unless_finite(*self.unchecked)
-            self.unchecked = None
-
-    def _raise_unless_finite(
-        self,
-        step: int,
-        values: Tensor,  # as `names`
-    ) -> None:
-        found = dict(zip(self.names, values.tolist(), strict=True))
-        if self.accelerator.scaler is not None:  # fp16: the scaler skips such steps by itself
-            found.pop("grad_norm")
-        if all(map(math.isfinite, found.values())):
-            return
-        named = ", ".join(f"{name} {value:.3g}" for name, value in found.items())
-        raise NonFiniteLossError(
-            f"step {step}: the loss or its gradient is not finite ({named}); the checkpoints before it are intact, "
-            f"and a learning_rate below {self.config.learning_rate:g} may help"
-        )
 
     # Reports
 
@@ -384,8 +330,9 @@ class Trainer:
         values["psnr"] = 10 * math.log10(4 / max(values["mse"], 1e-12))
         values["images_per_second"] = images / max(seconds - self.window_started, 1e-9)
         values["seconds"] = seconds
-        values["skipped_steps"] = self.skipped
-        self._watch_usage(values["usage"])
+        values["skipped_steps"] = self.guard.skipped
+        if "usage" in values:
+            self._watch_usage(values["usage"])
         self.window.zero_()
         self.window_steps, self.window_started = 0, seconds
         self._publish(values)
@@ -469,7 +416,7 @@ def train(
     *,
     progress: Callable[[TrainProgress], None] | None = None,
 ) -> TrainResult:
-    """Trains a VQVAE.
+    """Trains a model.
 
     Start it under `torchrun --nproc-per-node N` for several processes; batch_size is per process. The order of
     the images and their crops follow from the seed and the step alone, so a resumed run takes the same next step

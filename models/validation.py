@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from .data import ImageFolder, held_out_photograph, load_image
+from .image_model import ImageModel
 from .metrics import SSIM_WINDOW, BitsPerPixel, CodeUsage, bits_per_pixel, code_usage, psnr, ssim
 from .pictures import comparison
 from .tokenizer import ImageTokenizer
@@ -105,8 +106,9 @@ class HeldOut:
         folder = ImageFolder(source, image_size, augment=False, cache_bytes=0)
         self.images = torch.stack([folder[index] for index in range(min(len(folder), MAX_PICTURES))])
 
-    def evaluate(self, model: ImageTokenizer) -> tuple[dict[str, float], Image.Image]:
+    def evaluate(self, model: ImageModel) -> tuple[dict[str, float], Image.Image]:
         """Figures by name (none where nothing is held out), and the sample picture."""
+        assert isinstance(model, ImageTokenizer)
         found = evaluate(model, self.images)
         if not self.judges:
             return {}, found.picture()

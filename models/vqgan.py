@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .autoencoder import Decoder, Encoder
-from .config import QuantizerConfig, VQGANConfig, from_dict
-from .tokenizer import MODEL_CARD, ImageTokenizer, TokenizerOutput, make_quantizer
+from .config_reader import from_dict
+from .image_model import MODEL_CARD
+from .model_config import QuantizerConfig, VQGANConfig
+from .tokenizer import ImageTokenizer, TokenizerOutput, make_quantizer
 
 __all__ = ["VQGAN", "QuantizerConfig", "VQGANConfig", "VQGANOutput"]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from .config import QuantizerConfig, VQVAEConfig, from_dict
+from .config_reader import from_dict
+from .image_model import MODEL_CARD
 from .layers import Fold, ResidualBlock, Unfold
-from .tokenizer import MODEL_CARD, ImageTokenizer, TokenizerOutput, make_quantizer
+from .model_config import QuantizerConfig, VQVAEConfig
+from .tokenizer import ImageTokenizer, TokenizerOutput, make_quantizer
 
 __all__ = ["VQVAE", "QuantizerConfig", "VQVAEConfig", "VQVAEOutput"]
 

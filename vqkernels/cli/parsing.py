@@ -10,10 +10,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import types
+import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
 import docstring_parser
+import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 Config = TypeVar("Config")
@@ -135,6 +138,50 @@ def explain_error(message: str, parser: ArgumentParser, words: list[str]) -> str
     return message
 
 
+def _asked_kind(words: list[str], place: str) -> Any:
+    """What the words, or else the YAML file they name, say of the option `place`; None where they say nothing."""
+    for word, following in reversed(list(zip(words, [*words[1:], ""], strict=True))):
+        name, equals, value = word.partition("=")
+        if name == f"--{place}":
+            return value if equals else following
+    path = _config_path(words)
+    if path is None or not Path(path).is_file():
+        return None  # the parser will say so
+    try:
+        found: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    for name in place.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
+
+
+def _narrowed(config: type, words: list[str], prefix: str = "") -> type:
+    """`config` with one class in place of every choice of several, the one whose `kind` the user named.
+
+    So the parser, its help and its messages know the options of that class alone.
+    """
+    hints, changed = typing.get_type_hints(config), {}
+    for entry in dataclasses.fields(config):
+        hint, place = hints[entry.name], f"{prefix}{entry.name}"
+        chosen = hint
+        if isinstance(hint, types.UnionType) and all(map(dataclasses.is_dataclass, typing.get_args(hint))):
+            choices = {each.kind: each for each in typing.get_args(hint)}
+            kind = _asked_kind(words, f"{place}.kind")
+            if kind is not None and kind not in choices:
+                raise ValueError(f"{place}.kind: expected one of {', '.join(choices)}, got {kind!r}")
+            chosen = choices[kind] if kind is not None else typing.get_args(hint)[0]
+        if dataclasses.is_dataclass(chosen):
+            chosen = _narrowed(typing.cast(type, chosen), words, f"{place}.")
+        if chosen is not hint:
+            changed[entry.name] = chosen
+    if not changed:
+        return config
+    members = {name: dataclasses.field(default_factory=kind) for name, kind in changed.items()}
+    narrow = type(config.__name__, (config,), {"__annotations__": changed, "__doc__": config.__doc__, **members})
+    return dataclasses.dataclass(narrow)
+
+
 def _with_bundled(words: list[str], folder: Path | None) -> list[str]:
     """The words, with `-c NAME` as the path of the bundled NAME.yaml where there is no file NAME."""
     name = _config_path(words)
@@ -168,8 +215,8 @@ def parse_config(
         ValueError: one sentence about the option that is wrong.
         SystemExit: after --help and --print_config.
     """
-    parser = build_parser(config, prog, description)
     words = _with_bundled(_respell(words, config), bundled)
+    parser = build_parser(_narrowed(config, words), prog, description)
     try:
         values: dict[str, Any] = parser.instantiate(parser.parse_args(words)).as_dict()
     except Exception as error:  # argparse's, yaml's, or a TypeError, after jsonargparse's version
