@@ -164,12 +164,9 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
 
 
-def different_option(mine: Any, saved: Any, name: str) -> str | None:
-    """The first option in which two nested configs differ, in words."""
+def different_options(mine: Any, saved: Any, name: str) -> list[str]:
+    """The options in which two nested configs differ, in words."""
     if isinstance(mine, dict) and isinstance(saved, dict):
-        for key in {**mine, **saved}:
-            found = different_option(mine.get(key), saved.get(key), f"{name}.{key}")
-            if found:
-                return found
-        return None
-    return None if mine == saved else f"{name} is {mine!r} now and was {saved!r}"
+        keys = {**mine, **saved}
+        return [each for key in keys for each in different_options(mine.get(key), saved.get(key), f"{name}.{key}")]
+    return [] if mine == saved else [f"{name} is {mine!r} now and was {saved!r}"]

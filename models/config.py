@@ -46,6 +46,8 @@ class DiscriminatorConfig:
     """What the two networks minimise."""
     start_step: int = 0
     """Steps before it takes part; until then it is neither run nor trained."""
+    start_share: float = 0.0
+    """Share of the run before it takes part, in the place of start_step or beside it."""
     learning_rate: float | None = None
     """Largest learning rate of its optimizer; null: that of the autoencoder."""
     weight: float = 0.8
@@ -66,6 +68,8 @@ class DiscriminatorConfig:
         for name in ("start_step", "weight", "lecam_weight", "r1_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or greater, got {getattr(self, name)}")
+        if not 0 <= self.start_share < 1:
+            raise ValueError(f"start_share must lie in [0, 1), got {self.start_share}")
 
 
 @dataclass
@@ -80,6 +84,8 @@ class TrainConfig:
     """Folder of held-out images; null holds out the bundled astronaut when data is null, otherwise nothing."""
     model: ModelConfig = field(default_factory=VQVAEConfig)
     """The model; its kind says which."""
+    start_from: str | None = None
+    """Folder with a model (of a run, or of vqkernels convert) whose weights and codes the run begins with."""
     image_size: int = 256
     """Side of the square training crops in pixels; divisible by the model's factor."""
     min_crop: float = 0.0
@@ -108,6 +114,8 @@ class TrainConfig:
     """Weight of the mean squared error of the reconstruction."""
     perceptual_weight: float = 0.0
     """Weight of the distance between the VGG16 features of image and reconstruction (LPIPS)."""
+    perceptual_start: float = 0.0
+    """Share of the run before the perceptual loss joins; until then VGG16 is not run."""
     vgg: str | None = None
     """File with VGG16's weights as torchvision saves them; null: random features, which is not LPIPS."""
     lpips: str | None = None
@@ -136,6 +144,8 @@ class TrainConfig:
     """Memory for decoded pictures, in MiB per process; pictures beyond it are decoded every time."""
     seed: int = 0
     """Seed of weights, order of the images and augmentation."""
+    deterministic: bool = False
+    """Deterministic algorithms of torch alone, also on a GPU: slower, and the same bits in every run with `steps`."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     sample_every: int = 500
@@ -178,7 +188,12 @@ class TrainConfig:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other, got both")
         for name, low, high in (
-            *(("min_crop", 0, 1), ("final_learning_rate", 0, 1), ("weight_ema_decay", 0, 1)),
+            *(
+                ("min_crop", 0, 1),
+                ("perceptual_start", 0, 1),
+                ("final_learning_rate", 0, 1),
+                ("weight_ema_decay", 0, 1),
+            ),
             *(("collapse_usage", 0, 1), ("max_skipped_steps", 0, math.inf)),
         ):
             if not low <= getattr(self, name) <= high:
@@ -189,7 +204,7 @@ def load_config(path: str | Path, kind: type[Config] | None = None) -> Config:
     """Reads a config dataclass from YAML, strictly.
 
     Args:
-        path: a file, or the name of a bundled one: demo, vqvae-f8 or vqvae-f16.
+        path: a file, or the name of a bundled one in models/configs, such as demo or vqvae-f8.
         kind: the dataclass; TrainConfig when None.
 
     Raises:

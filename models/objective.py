@@ -121,11 +121,20 @@ class Objective:
         if config.discriminator.kind != "none":
             self.critic = Critic(config, device)
             self.last = LastLayer(model.last_layer)
+        self.is_perceptual, self.is_adversarial = self.perceptual is not None, self.critic is not None
         self.names = (*PARTS, *model.figure_names, *(() if self.critic is None else ADVERSARIAL_PARTS))
 
-    def is_adversarial(self, step: int) -> bool:
-        """Whether the discriminator takes part in that step."""
-        return self.critic is not None and step >= self.config.discriminator.start_step
+    def begin(self, step: int, share: float) -> None:
+        """Says which losses the next step has.
+
+        Args:
+            step: its number, from 0.
+            share: how much of the run is done, 0 to 1; the same on all processes.
+        """
+        settings = self.config.discriminator
+        self.is_perceptual = self.perceptual is not None and share >= self.config.perceptual_start
+        begun = step >= settings.start_step and share >= settings.start_share
+        self.is_adversarial = self.critic is not None and begun
 
     def _precision(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.config.mixed_precision == "no" else self.accelerator.autocast()
@@ -134,18 +143,17 @@ class Objective:
         self,
         images: Tensor,  # [B, 3, S, S]
         out: ModelOutput,
-        step: int,
     ) -> Tensor:  # as `names`
         """Adds the gradients of one micro-batch, the discriminator's too; returns the losses."""
         error = widened(out.reconstruction) - images
         l1, mse = error.abs().mean(), error.square().mean()
         perceptual = torch.zeros_like(l1)
-        if self.perceptual is not None:
+        if self.perceptual is not None and self.is_perceptual:
             with self._precision():
                 perceptual = self.perceptual(images, widened(out.reconstruction)).float().mean()
         config = self.config
         reconstruction = config.l1_weight * l1 + config.l2_weight * mse + config.perceptual_weight * perceptual
-        adversarial = self._adversarial_backward(images, out, reconstruction, step)
+        adversarial = self._adversarial_backward(images, out, reconstruction)
         loss = reconstruction + out.loss
         parts = [loss, l1, mse, perceptual, *self.model.figures(out)]
         values = torch.stack([part.detach().to(loss.dtype) for part in parts])
@@ -155,10 +163,10 @@ class Objective:
         return torch.cat([values, adversarial])
 
     def _adversarial_backward(
-        self, images: Tensor, out: ModelOutput, reconstruction: Tensor, step: int
+        self, images: Tensor, out: ModelOutput, reconstruction: Tensor
     ) -> Tensor:  # [5] as ADVERSARIAL_PARTS
         divisor = self.config.gradient_accumulation
-        if self.critic is None or not self.is_adversarial(step):
+        if self.critic is None or not self.is_adversarial:
             self.accelerator.backward((reconstruction + out.loss) / divisor)
             if self.critic is not None:
                 self.last.release()
@@ -177,9 +185,9 @@ class Objective:
         learned = self.critic.learn(images, widened(out.reconstruction), self._precision())
         return torch.cat([torch.stack([adversarial.detach(), found.adaptive_weight]), learned])
 
-    def step(self, step: int, rate: float) -> None:
+    def step(self, rate: float) -> None:
         """The discriminator's optimizer, after the autoencoder's."""
-        if self.critic is not None and self.is_adversarial(step):
+        if self.critic is not None and self.is_adversarial:
             self.critic.step(rate)
 
     def zero_grad(self) -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 from .checkpoint import write_atomically, write_text_atomically
 
 METRICS = "metrics.jsonl"
-PARTS = ("config.yaml", "checkpoints", "samples", "model", METRICS)  # what a run leaves, beside events*
+CURVES = "curves.png"
+PARTS = ("config.yaml", "checkpoints", "samples", "model", METRICS, CURVES)  # what a run leaves, beside events*
 
 
 def run_exists(output: Path) -> bool:
@@ -93,6 +94,17 @@ class RunLog:
         if self.writer is not None:
             self.writer.add_image("samples", np.array(picture), step, dataformats="HWC")
         return path
+
+    def draw_curves(self) -> None:
+        """curves.png of everything in metrics.jsonl."""
+        try:
+            from .curves import draw_curves
+        except ImportError:
+            warnings.warn(
+                "matplotlib is not installed, so curves.png is not drawn: pip install 'vqkernels[train]'", stacklevel=2
+            )
+            return
+        write_atomically(self.output / CURVES, lambda temporary: draw_curves(self.history, temporary))
 
     def close(self) -> None:
         """Flushes and closes the files."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from vqkernels.nn import defer_codebook_update
 
 from .checkpoint import (
-    different_option,
+    different_options,
     load_newest,
     random_state,
     replace_folder,
@@ -27,24 +27,18 @@ from .checkpoint import (
     save_checkpoint,
 )
 from .config import TrainConfig, save_config, to_dict
+from .config_reader import convert
 from .data import EndlessBatches, ImageFolder
 from .finite_guard import FiniteGuard, NonFiniteLossError
 from .image_model import ImageModel
+from .model_config import ModelConfig
 from .objective import Objective
 from .optimization import learning_rate_at, make_optimizer
-from .pretrained import make_model
+from .pretrained import load_pretrained, make_model
+from .process import broadcast_object_list, gather_object, make_accelerator, peak_memory, process_settings
 from .run_log import RunLog, delete_run, run_exists
 from .validation import HeldOut
 from .weight_average import WeightAverage
-
-try:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import broadcast_object_list, gather_object
-except ImportError as error:
-    raise ModuleNotFoundError(
-        "training needs accelerate, which is not installed: pip install 'vqkernels[train]'", name="accelerate"
-    ) from error
 
 __all__ = ["NonFiniteLossError", "TrainConfig", "TrainProgress", "TrainResult", "train"]
 
@@ -83,30 +77,29 @@ class TrainResult:
     """Files of the data that could not be read, with the reason; also named in a warning at the start."""
 
 
-def _make_accelerator(config: TrainConfig) -> Accelerator:
-    # said outright: left to itself on a machine without a GPU, accelerate makes N single processes out of torchrun's N
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    if config.mixed_precision == "fp16" and on_cpu:
-        raise ValueError("mixed_precision fp16 needs a GPU, got a CPU; use bf16 or no")
-    if config.device == "cuda" and on_cpu:
-        raise ValueError("device cuda was asked for, but torch sees no GPU")
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
-        AcceleratorState._reset_state()  # left by an earlier run of this Python process in another precision
-    return Accelerator(
-        mixed_precision=config.mixed_precision,
-        cpu=on_cpu,
-        # the quantizer keeps its buffers alike on all ranks by itself
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        log_with=config.trackers or None,
-        project_dir=config.output,
-    )
-
-
 def _skipped_in_words(data: ImageFolder) -> str:
     count, found = len(data.skipped), len(data.skipped) + len(data)
     reasons = "; ".join(reason for _, reason in data.skipped[:MAX_NAMED])
     more = f"; and {count - MAX_NAMED} more" if count > MAX_NAMED else ""
     return f"skipped {count} of {found} image files: {reasons}{more}"
+
+
+def _take_weights(model: ImageModel, folder: str) -> None:
+    """Gives a new model the weights and codes of a saved one; options that shape neither may differ.
+
+    Raises:
+        FileNotFoundError: no such folder, or no model in it.
+        ValueError: the saved model has another shape; names the option.
+    """
+    saved = load_pretrained(folder)
+    state, own = saved.state_dict(), model.state_dict()
+    if type(saved) is type(model) and {name: value.shape for name, value in state.items()} == {
+        name: value.shape for name, value in own.items()
+    }:
+        model.load_state_dict(state)
+        return
+    different = "; ".join(different_options(to_dict(model.config), to_dict(saved.config), "model"))
+    raise ValueError(f"cannot start from {folder!r}: {different} in it")
 
 
 class Trainer:
@@ -115,7 +108,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, progress: Callable[[TrainProgress], None] | None) -> None:
         self.config, self.progress = config, progress
         self.output = Path(config.output)
-        self.accelerator = _make_accelerator(config)
+        self.accelerator = make_accelerator(config)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self._prepare_output()
         self.data = ImageFolder(
@@ -170,6 +163,8 @@ class Trainer:
     def _build_model(self) -> None:
         torch.manual_seed(self.config.seed)
         self.raw_model = make_model(self.config.model)
+        if self.config.start_from is not None:
+            _take_weights(self.raw_model, self.config.start_from)
         if self.config.channels_last:
             nn.Module.to(self.raw_model, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = WeightAverage(self.raw_model.to(self.device), self.config.weight_ema_decay)
@@ -207,9 +202,10 @@ class Trainer:
         state = load_newest(self.output / "checkpoints")
         if state is None:
             return None
-        different = different_option(to_dict(self.config.model), state["model_config"], "model")
+        saved = to_dict(convert(state["model_config"], ModelConfig, "model"))  # with the options that are new since
+        different = different_options(to_dict(self.config.model), saved, "model")
         if different:
-            raise ValueError(f"cannot resume {str(self.output)!r}: {different} in the checkpoint")
+            raise ValueError(f"cannot resume {str(self.output)!r}: {'; '.join(different)} in the checkpoint")
         for name, mine in self._order_options().items():
             if mine != state["order"][name]:
                 raise ValueError(
@@ -288,12 +284,13 @@ class Trainer:
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             with self.accelerator.autocast():
                 out = self.model(images)
-            return self.objective.backward(images, out, self.step)
+            return self.objective.backward(images, out)
 
     def _train_step(self, share: float) -> None:
         self.rate = learning_rate_at(self.config, self.step, share)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
+        self.objective.begin(self.step, share)
         micro_batches = self.config.gradient_accumulation
         with ExitStack() as stack:
             if micro_batches > 1:
@@ -309,7 +306,7 @@ class Trainer:
         self.guard.check(self.step, values)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.objective.step(self.step, self.rate)
+        self.objective.step(self.rate)
         self.raw_model.update_codebooks()  # now, so that the copy of its buffers is up to date
         self.step += 1
         self.average.update(self.raw_model, self.step)
@@ -329,6 +326,7 @@ class Trainer:
         values = {"learning_rate": self.rate, **dict(zip(self.names, means, strict=True))}
         values["psnr"] = 10 * math.log10(4 / max(values["mse"], 1e-12))
         values["images_per_second"] = images / max(seconds - self.window_started, 1e-9)
+        values["peak_memory_mib"] = peak_memory(self.device)
         values["seconds"] = seconds
         values["skipped_steps"] = self.guard.skipped
         if "usage" in values:
@@ -363,6 +361,7 @@ class Trainer:
         self.sampled_at = self.step
         figures, picture = self.held_out.evaluate(self.average.model)
         self.log.picture(self.step, picture)
+        self.log.draw_curves()
         if figures:
             self._publish(figures)
 
@@ -404,6 +403,7 @@ class Trainer:
             self._save_checkpoint()
         if self.log is not None:
             self._sample()
+            self.log.draw_curves()
             replace_folder(self.output / "model", self.average.model.save_pretrained)
             self.log.close()
         self.accelerator.wait_for_everyone()
@@ -435,13 +435,8 @@ def train(
         FileExistsError: output holds a run already.
         NonFiniteLossError: the loss or its gradient became NaN or infinite; names the step.
     """
-    threads = torch.get_num_threads()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    try:
+    with process_settings(config):
         trainer = Trainer(dataclasses.replace(config), progress)
         result = trainer.run()
         trainer.accelerator.end_training()
         return result
-    finally:
-        torch.set_num_threads(threads)

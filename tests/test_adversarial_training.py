@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -18,11 +19,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from vqkernels.models import (
+    VQGAN,
     VQVAE,
     NonFiniteLossError,
     QuantizerConfig,
     TrainConfig,
+    VQGANConfig,
     VQVAEConfig,
+    make_model,
     save_config,
     train,
     training,
@@ -30,6 +34,7 @@ from vqkernels.models import (
 from vqkernels.models.checkpoint import load_newest
 from vqkernels.models.config import DiscriminatorConfig, load_config
 from vqkernels.models.objective import Critic, Objective
+from vqkernels.models.perceptual import SCALE, SHIFT, VGG16, PerceptualDistance
 from vqkernels.models.run_log import read_metrics
 
 SINGLE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -80,13 +85,28 @@ def small_run(data: Path, output: Path, *, critic: dict | None = None, layers: i
 # ---- the published arithmetic
 
 
-def published_step(model, network, optimizers, images: Tensor, config: TrainConfig) -> dict[str, float]:
+def published_perceptual(vgg: PerceptualDistance, one: Tensor, other: Tensor) -> Tensor:
+    """LPIPS by its formula, in one line a layer, of VGG16's weights as they lie in `vgg`."""
+    shift, scale = (torch.tensor(values)[:, None, None].to(one) for values in (SHIFT, SCALE))
+    x, y, total, convolutions = (one - shift) / scale, (other - shift) / scale, 0.0, iter(vgg.convolutions)
+    for number, widths in enumerate(VGG16):
+        x, y = (x, y) if number == 0 else (F.max_pool2d(x, 2), F.max_pool2d(y, 2))
+        for conv in itertools.islice(convolutions, len(widths)):
+            x, y = (F.relu(F.conv2d(each, conv.weight, conv.bias, padding=1)) for each in (x, y))
+        unit = [each / ((each**2).sum(1, keepdim=True).sqrt() + 1e-10) for each in (x, y)]
+        total = total + ((unit[0] - unit[1]) ** 2 * vgg.linear[number][:, None, None]).sum(1).mean((1, 2))
+    return total.mean()
+
+
+def published_step(model, network, vgg, optimizers, images: Tensor, config: TrainConfig) -> dict[str, float]:
     """One step as taming-transformers computes it: the last layer's gradients by two more backward passes."""
     out = model(images)
     rec = out.reconstruction
     nll = config.l1_weight * (images - rec).abs().mean() + config.l2_weight * ((images - rec) ** 2).mean()
+    if vgg is not None:
+        nll = nll + config.perceptual_weight * published_perceptual(vgg, images, rec)
     g = -network(rec).mean()
-    last = model.decoder[-2].weight
+    last = model.decoder.conv_out.weight if isinstance(model, VQGAN) else model.decoder[-2].weight
     own, other = (torch.autograd.grad(loss, last, retain_graph=True)[0] for loss in (nll, g))
     weight = torch.clamp(own.norm() / (other.norm() + 1e-4), 0.0, 1e4).detach() * config.discriminator.weight
     optimizers[0].zero_grad()
@@ -100,30 +120,48 @@ def published_step(model, network, optimizers, images: Tensor, config: TrainConf
     return {"adaptive_weight": weight.item(), "adversarial_loss": g.item(), "discriminator_loss": loss.item()}
 
 
-@pytest.mark.parametrize("norm", ["batch", "act"])
-def test_ten_steps_follow_the_published_arithmetic(norm: str):
-    """In float64, where rounding stays far below what any other formula would change."""
+def small_vqgan() -> VQGANConfig:
+    quantizer = QuantizerConfig(codebook_size=32, kmeans_init=False, update="gradient")
+    return VQGANConfig(
+        channels=8,
+        channel_multipliers=[1, 2],
+        attention_resolutions=[8],
+        blocks=1,
+        resolution=16,
+        latent_channels=8,
+        norm_groups=4,
+        quantizer=quantizer,
+    )
+
+
+@pytest.mark.parametrize(("kind", "norm"), [("vqvae", "batch"), ("vqvae", "act"), ("vqgan", "batch")])
+def test_ten_steps_follow_the_published_arithmetic(kind: str, norm: str):
+    """In float64, where rounding stays far below what another formula would change; VQGAN with LPIPS's too."""
     torch.manual_seed(0)
-    config = small_run(Path("."), Path("."), model=small_model(update="gradient"), max_grad_norm=0.0)
+    model, perceptual = (small_vqgan(), 0.5) if kind == "vqgan" else (small_model(update="gradient"), 0.0)
+    config = small_run(Path("."), Path("."), model=model, max_grad_norm=0.0, perceptual_weight=perceptual)
     config.discriminator.norm = norm
-    ours = VQVAE(config.model).double()
+    ours = make_model(config.model).double()
     theirs = copy.deepcopy(ours)
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), autocast=nullcontext, backward=lambda loss: loss.backward()
     )
     objective = Objective(config, ours, accelerator)
     objective.critic.network.double()
-    network = copy.deepcopy(objective.critic.network)
+    network, vgg = copy.deepcopy(objective.critic.network), objective.perceptual
+    if vgg is not None:
+        vgg.double()
     adam = torch.optim.Adam(ours.parameters(), lr=1e-3)
     other_adam = torch.optim.Adam(theirs.parameters(), lr=1e-3)
     critic_adam = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(10):
         images = torch.rand(4, 3, 16, 16, dtype=torch.float64) * 2 - 1
-        expected = published_step(theirs, network, (other_adam, critic_adam), images, config)
-        found = dict(zip(objective.names, objective.backward(images, ours(images), step).tolist(), strict=True))
+        expected = published_step(theirs, network, vgg, (other_adam, critic_adam), images, config)
+        objective.begin(step, 0.0)
+        found = dict(zip(objective.names, objective.backward(images, ours(images)).tolist(), strict=True))
         adam.step()
         adam.zero_grad()
-        objective.step(step, 1e-3)
+        objective.step(1e-3)
         for name, value in expected.items():
             assert found[name] == pytest.approx(value, rel=1e-9, abs=1e-12), (step, name)
     for pair in ((ours, theirs), (objective.critic.network, network)):
@@ -192,7 +230,8 @@ def test_no_graph_outlives_the_backward(step: int):
     model = VQVAE(config.model)
     accelerator = SimpleNamespace(device=torch.device("cpu"), backward=lambda loss: loss.backward())
     objective, images = Objective(config, model, accelerator), torch.rand(2, 3, 16, 16)
-    objective.backward(images, model(images), step)
+    objective.begin(step, 0.0)
+    objective.backward(images, model(images))
     assert objective.last.input is None
     assert objective.last.output is None
 

@@ -1,0 +1,99 @@
+"""The curves of a training run as one picture: what to look at, and where the losses begin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLOURS = ("#2f6db3", "#d1722c", "#3a8f5c", "#9a4fa8")
+INK, FAINT = "#26262a", "#b8b8be"
+COLUMNS = 3
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves that belong on one pair of axes."""
+
+    title: str
+    names: tuple[str, ...]  # of metrics.jsonl
+    unit: str = ""
+    logarithmic: bool = False
+
+
+PANELS = (
+    Panel("reconstruction", ("psnr", "held_out_psnr"), "PSNR, dB"),
+    Panel("losses", ("l1", "mse", "perceptual", "commitment_loss"), logarithmic=True),
+    Panel("codebook in use", ("usage", "held_out_usage"), "share of the codes"),
+    Panel("perplexity", ("perplexity", "held_out_perplexity"), "codes"),
+    Panel("discriminator", ("real_logit", "fake_logit", "discriminator_loss"), "logit, loss"),
+    Panel("adaptive weight", ("adaptive_weight",), logarithmic=True),
+    Panel("bottleneck", ("kl", "latent_deviation", "entropy_loss"), logarithmic=True),
+    Panel("gradient", ("grad_norm",), "norm", logarithmic=True),
+    Panel("speed", ("images_per_second",), "images per second"),
+)
+
+
+def _curve(history: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of one figure; zeros of a loss that has not begun are left out."""
+    points = [(line["step"], line[name]) for line in history if name in line]
+    begun = next((place for place, (_, value) in enumerate(points) if value), len(points))
+    return [step for step, _ in points[begun:]], [value for _, value in points[begun:]]
+
+
+def _beginnings(history: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
+    """Steps after the first line at which the perceptual and the adversarial loss begin."""
+    first = history[0]["step"] if history else 0
+    found = []
+    for name, word in (("perceptual", "perceptual"), ("discriminator_loss", "adversarial")):
+        steps, _ = _curve(history, name)
+        if steps and steps[0] > first:
+            found.append((steps[0], word))
+    return found
+
+
+def _draw(axes: Any, panel: Panel, curves: dict[str, tuple[list[int], list[float]]]) -> None:
+    for colour, (name, (steps, values)) in zip(COLOURS, curves.items(), strict=False):
+        dotted = name.startswith("held_out")
+        label = "held out" if dotted else name.replace("_", " ")
+        axes.plot(steps, values, color=colour, linewidth=1.4, marker="o" if dotted else None, markersize=3, label=label)
+    axes.set_title(panel.title, fontsize=10, color=INK, loc="left")
+    axes.set_ylabel(panel.unit, fontsize=8, color=INK)
+    if panel.logarithmic and all(value > 0 for _, values in curves.values() for value in values):
+        axes.set_yscale("log")
+    axes.tick_params(which="both", labelsize=8, colors=INK)
+    axes.grid(color=FAINT, linewidth=0.4)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if len(curves) > 1 or panel.title != next(iter(curves)).replace("_", " "):
+        axes.legend(fontsize=7, frameon=False)
+
+
+def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draws the lines of metrics.jsonl into a PNG file; panels without figures are left out.
+
+    Args:
+        history: the lines, as `run_log.read_metrics` gives them.
+        path: the file.
+    """
+    drawn = []
+    for panel in PANELS:
+        curves = {name: curve for name in panel.names if (curve := _curve(history, name))[0]}
+        if curves:
+            drawn.append((panel, curves))
+    rows = max(1, -(-len(drawn) // COLUMNS))
+    last = history[-1]["step"] if history else 1
+    figure = Figure(figsize=(4 * COLUMNS, 2.6 * rows), layout="constrained", dpi=100)
+    for place, (panel, curves) in enumerate(drawn):
+        axes = figure.add_subplot(rows, COLUMNS, place + 1)
+        _draw(axes, panel, curves)
+        axes.set_xlim(0, last)
+        for step, word in _beginnings(history):
+            axes.axvline(step, color=FAINT, linewidth=0.9, linestyle=":")
+            if place == 0:
+                axes.text(step, axes.get_ylim()[0], word, fontsize=7, color=INK, va="bottom", ha="right", rotation=90)
+    FigureCanvasAgg(figure).print_png(str(path))

@@ -1,0 +1,144 @@
+"""Training a VQGAN by config: phases, another model's weights as the start, determinism, curves, kills, two ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kill_and_resume import kill_and_resume, make_config, write_pictures
+from PIL import Image
+from vqkernels.models import (
+    VQGAN,
+    QuantizerConfig,
+    TrainConfig,
+    VQGANConfig,
+    load_config,
+    make_model,
+    save_config,
+    train,
+)
+from vqkernels.models.checkpoint import load_newest
+from vqkernels.models.config import DiscriminatorConfig
+from vqkernels.models.curves import draw_curves
+from vqkernels.models.run_log import read_metrics
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+def run_of(pictures: Path, output: Path, **changes) -> TrainConfig:
+    options = {
+        "steps": 6,
+        "num_workers": 0,
+        "log_every": 1,
+        "checkpoint_every": 100,
+        "perceptual_weight": 0.0,
+        **changes,
+    }
+    return dataclasses.replace(make_config(pictures, output, 6), **options)
+
+
+def test_the_losses_begin_at_their_share_of_the_run(pictures, tmp_path):
+    critic = DiscriminatorConfig(kind="patch", channels=8, layers=1, start_share=0.5)
+    changes = {"perceptual_weight": 0.1, "perceptual_start": 0.3, "discriminator": critic, "sample_every": 3}
+    result = train(run_of(pictures, tmp_path / "run", **changes))
+    assert isinstance(result.model, VQGAN)
+    lines = [line for line in result.history if "loss" in line]
+    assert [line["perceptual"] > 0 for line in lines] == [False, False, True, True, True, True]
+    assert [line["adaptive_weight"] > 0 for line in lines] == [False, False, False, True, True, True]
+    assert all(line["peak_memory_mib"] > 10 for line in lines)
+    assert {"usage", "perplexity", "commitment_loss"} <= lines[0].keys()
+    picture = Image.open(tmp_path / "run" / "curves.png")
+    assert picture.width > 600
+    assert len(np.unique(np.asarray(picture).reshape(-1, 3 if picture.mode == "RGB" else 4), axis=0)) > 50
+
+
+def test_curves_show_only_what_was_logged(tmp_path):
+    history = [{"step": 10 * step, "psnr": 10.0 + step, "l1": 1 / step, "adaptive_weight": 0.0} for step in range(1, 9)]
+    draw_curves(history, tmp_path / "some.png")
+    draw_curves([*history, {"step": 90, "adaptive_weight": 0.1, "discriminator_loss": 1.0}], tmp_path / "more.png")
+    draw_curves([], tmp_path / "none.png")
+    widths = {name: Image.open(tmp_path / f"{name}.png").height for name in ("some", "more", "none")}
+    assert widths["more"] > widths["some"]  # a second row of panels
+    assert np.asarray(Image.open(tmp_path / "none.png").convert("RGB")).min() == 255
+
+
+def test_a_run_starts_from_the_weights_of_another_model(pictures, tmp_path):
+    first = train(run_of(pictures, tmp_path / "first", steps=2))
+    changed = run_of(pictures, tmp_path / "second", steps=1, start_from=str(tmp_path / "first"), learning_rate=1e-12)
+    changed.model = dataclasses.replace(changed.model, dropout=0.0)  # shapes no weight
+    second = train(changed).model.state_dict()
+    for name, value in first.model.named_parameters():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=1e-6, msg=name)
+    other = dataclasses.replace(changed.model, quantizer=QuantizerConfig(codebook_size=32))
+    config = run_of(pictures, tmp_path / "third", start_from=str(tmp_path / "first"), model=other)
+    with pytest.raises(ValueError, match=r"model\.quantizer\.codebook_size is 32 now and was 64"):
+        train(config)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(dataclasses.replace(config, start_from=str(tmp_path / "nowhere")))
+
+
+def test_deterministic_holds_for_the_run_alone(pictures, tmp_path):
+    seen = []
+    config = run_of(pictures, tmp_path / "run", steps=1)
+    train(config, progress=lambda report: seen.append(torch.are_deterministic_algorithms_enabled()))
+    assert seen == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_killed_at_random_moments_it_ends_like_an_undisturbed_run(tmp_path):
+    """Two kills in 24 steps; `python tests/kill_and_resume.py` makes five in 200."""
+    killed, differences = kill_and_resume(tmp_path, steps=24, kills=2, seed=1)
+    assert len(killed) == 2
+    assert differences == []
+
+
+def gan_run(pictures: Path, output: Path, batch_size: int, steps: int) -> TrainConfig:
+    """Without what is drawn per rank (dropout, augmentation, revival, k-means)."""
+    quantizer = QuantizerConfig(codebook_size=64, dead_code_threshold=0.0, kmeans_init=False)
+    model = dataclasses.replace(make_config(pictures, output, steps).model, dropout=0.0, quantizer=quantizer)
+    critic = DiscriminatorConfig(kind="patch", channels=8, layers=1, norm="act", start_step=2, lecam_weight=0.01)
+    changes = {"model": model, "discriminator": critic, "perceptual_weight": 0.1, "perceptual_start": 0.0}
+    return run_of(pictures, output, batch_size=batch_size, steps=steps, learning_rate=1e-3, **changes)
+
+
+def test_two_ranks_of_the_whole_loop_equal_one_process_over_twenty_steps(pictures, tmp_path):
+    steps = 20
+    train(gan_run(pictures, tmp_path / "alone", 4, steps))
+    config = gan_run(pictures, tmp_path / "both", 2, steps)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+    script = tmp_path / "two.py"
+    script.write_text("import sys\nfrom vqkernels.models import load_config, train\ntrain(load_config(sys.argv[1]))\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [*launch, str(script), str(tmp_path / "config.yaml")]
+    found = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-3000:]
+    logs = [read_metrics(tmp_path / name) for name in ("alone", "both")]
+    for one, two in zip(*logs, strict=True):
+        for name in ("l1", "mse", "perceptual", "adversarial_loss", "adaptive_weight", "discriminator_loss"):
+            if name in one:
+                assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (one["step"], name)
+    one, two = (load_newest(tmp_path / name / "checkpoints") for name in ("alone", "both"))
+    for part in (lambda state: state["discriminator"]["network"], lambda state: state["model"]):
+        for name, value in part(one).items():
+            if name.rsplit(".", 1)[-1] not in ("window_counts", "last_used", "step", "seed"):
+                torch.testing.assert_close(part(two)[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_the_bundled_small_vqgan_is_what_it_says():
+    config = load_config("vqgan-small")
+    model = make_model(config.model)
+    assert isinstance(model, VQGAN)
+    assert isinstance(config.model, VQGANConfig)
+    assert config.max_seconds == 1200
+    assert 0 < config.perceptual_start < config.discriminator.start_share < 1
+    assert sum(weight.numel() for weight in model.parameters()) < 1e6
