@@ -132,6 +132,8 @@ class TrainConfig:
     """Decay of the moving average of the weights that is saved as the model; 0 saves the last weights."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Number format of the convolutions; fp16 needs a GPU. Weights and quantizer stay float32."""
+    sharding: Literal["none", "full"] = "none"
+    """full: with several processes, each holds a slice of every weight, gradient and moment of Adam (FSDP)."""
     channels_last: bool = True
     """Memory layout of images and weights; quicker for convolutions on CPUs and on tensor cores."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -168,6 +170,8 @@ class TrainConfig:
             self.discriminator = from_dict(DiscriminatorConfig, self.discriminator, "discriminator")
         if self.discriminator.kind != "none" and self.mixed_precision == "fp16":
             raise ValueError("mixed_precision must be bf16 or no with a discriminator, got fp16")
+        if self.sharding == "full" and self.mixed_precision == "fp16":
+            raise ValueError("mixed_precision must be bf16 or no with sharding: full, got fp16")
         if self.perceptual_weight < 0:
             raise ValueError(f"perceptual_weight must be 0 or greater, got {self.perceptual_weight}")
         if self.steps is None and self.max_seconds is None:

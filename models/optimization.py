@@ -27,4 +27,5 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     others = [weight for weight in model.parameters() if weight.dim() != 4]
     groups = [{"params": kernels, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     first, second = config.betas
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(first, second))
+    foreach = False if config.sharding == "full" else None  # torch takes no list of sharded and whole weights
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(first, second), foreach=foreach)

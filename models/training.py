@@ -37,6 +37,15 @@ from .optimization import learning_rate_at, make_optimizer
 from .pretrained import load_pretrained, make_model
 from .process import broadcast_object_list, gather_object, make_accelerator, peak_memory, process_settings
 from .run_log import RunLog, delete_run, run_exists
+from .sharding import (
+    clip_gradients,
+    gathered,
+    load_model_state,
+    load_optimizer_state,
+    reduce_whole_gradients,
+    set_gradient_sync,
+    shard,
+)
 from .validation import HeldOut
 from .weight_average import WeightAverage
 
@@ -110,6 +119,7 @@ class Trainer:
         self.output = Path(config.output)
         self.accelerator = make_accelerator(config)
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.sharded = config.sharding == "full" and self.accelerator.num_processes > 1
         self._prepare_output()
         self.data = ImageFolder(
             config.data,
@@ -165,12 +175,17 @@ class Trainer:
         self.raw_model = make_model(self.config.model)
         if self.config.start_from is not None:
             _take_weights(self.raw_model, self.config.start_from)
-        if self.config.channels_last:
+        if self.config.channels_last and not self.sharded:  # FSDP slices contiguous weights alone
             nn.Module.to(self.raw_model, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.average = WeightAverage(self.raw_model.to(self.device), self.config.weight_ema_decay)
-        optimizer = make_optimizer(self.raw_model, self.config)
         self.objective = Objective(self.config, self.raw_model, self.accelerator)
-        self.model, self.optimizer = self.accelerator.prepare(self.raw_model, optimizer)
+        if self.sharded:
+            shard(self.raw_model, self.device)
+            self.average.follow(self.raw_model)
+        self.model: nn.Module = self.raw_model
+        self.optimizer = self.accelerator.prepare(make_optimizer(self.raw_model, self.config))
+        if not self.sharded:
+            self.model = self.accelerator.prepare(self.raw_model)
 
     def _batches(self) -> Iterator[Tensor]:  # [B, 3, S, S]
         config, ranks = self.config, self.accelerator.num_processes
@@ -193,8 +208,8 @@ class Trainer:
 
     def _warm_up(self) -> None:
         """Compiles the kernels on their first use, before the clock starts; changes no state."""
-        side = self.raw_model.factor
-        self.raw_model.reconstruct(torch.zeros(1, self.raw_model.in_channels, side, side, device=self.device))
+        side = self.average.model.factor
+        self.average.model.reconstruct(torch.zeros(1, self.average.model.in_channels, side, side, device=self.device))
 
     # Checkpoints
 
@@ -212,9 +227,10 @@ class Trainer:
                     f"cannot resume {str(self.output)!r}: {name} is {mine} now and was {state['order'][name]}, "
                     "so the next step would see other images"
                 )
-        self.raw_model.load_state_dict(state["model"])
+        load_model_state(self.raw_model, state["model"])
         self.average.model.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.follow(self.raw_model)
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.objective.load_state_dict(state.get("discriminator", {}))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -239,6 +255,8 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         self.guard.check_now()
         random = gather_object([random_state()])
+        self.average.gather()
+        model, optimizer = gathered(self.raw_model.state_dict()), gathered(self.optimizer.state_dict())
         if not self.is_main:
             return
         scaler = self.accelerator.scaler
@@ -248,9 +266,9 @@ class Trainer:
             "skipped": self.guard.skipped,
             "model_config": to_dict(self.config.model),
             "order": self._order_options(),
-            "model": self.raw_model.state_dict(),
+            "model": model,
             "average": self.average.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "discriminator": self.objective.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": random,
@@ -281,10 +299,17 @@ class Trainer:
         images = next(self.batches).to(self.device, non_blocking=True)
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
+        set_gradient_sync(self.model, last)
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             with self.accelerator.autocast():
                 out = self.model(images)
             return self.objective.backward(images, out)
+
+    def _clip_gradients(self, max_norm: float) -> Tensor:  # []
+        if not self.sharded:
+            return self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        reduce_whole_gradients(self.model.parameters())
+        return clip_gradients(self.model.parameters(), max_norm)
 
     def _train_step(self, share: float) -> None:
         self.rate = learning_rate_at(self.config, self.step, share)
@@ -296,7 +321,7 @@ class Trainer:
             if micro_batches > 1:
                 stack.enter_context(defer_codebook_update(self.raw_model))
             parts = torch.stack([self._micro_batch(number == micro_batches - 1) for number in range(micro_batches)])
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm or math.inf)
+        norm = self._clip_gradients(self.config.max_grad_norm or math.inf)
         values = torch.cat([parts.mean(dim=0), norm.detach().float().reshape(1)])
         if self.guard.leaves_out(self.step, values):
             self.optimizer.zero_grad()
@@ -356,6 +381,7 @@ class Trainer:
             self.accelerator.log(values, step=self.step)
 
     def _sample(self) -> None:
+        self.average.gather()
         if self.log is None or self.sampled_at == self.step:
             return
         self.sampled_at = self.step
@@ -401,8 +427,8 @@ class Trainer:
         self._log_window()
         if saved_at != self.step or self.step == 0:
             self._save_checkpoint()
+        self._sample()
         if self.log is not None:
-            self._sample()
             self.log.draw_curves()
             replace_folder(self.output / "model", self.average.model.save_pretrained)
             self.log.close()

@@ -110,28 +110,59 @@ def gan_run(pictures: Path, output: Path, batch_size: int, steps: int) -> TrainC
     return run_of(pictures, output, batch_size=batch_size, steps=steps, learning_rate=1e-3, **changes)
 
 
-def test_two_ranks_of_the_whole_loop_equal_one_process_over_twenty_steps(pictures, tmp_path):
-    steps = 20
-    train(gan_run(pictures, tmp_path / "alone", 4, steps))
-    config = gan_run(pictures, tmp_path / "both", 2, steps)
-    save_config(config, tmp_path / "config.yaml")
-    assert load_config(tmp_path / "config.yaml") == config
-    script = tmp_path / "two.py"
-    script.write_text("import sys\nfrom vqkernels.models import load_config, train\ntrain(load_config(sys.argv[1]))\n")
+TRAIN = "import sys\nfrom vqkernels.models import load_config, train\ntrain(load_config(sys.argv[1]))\n"
+
+
+def train_with_two_ranks(config: TrainConfig, folder: Path) -> None:
+    save_config(config, folder / "config.yaml")
+    assert load_config(folder / "config.yaml") == config
+    (folder / "two.py").write_text(TRAIN)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [*launch, str(script), str(tmp_path / "config.yaml")]
+    words = [*launch, str(folder / "two.py"), str(folder / "config.yaml")]
     found = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr[-3000:]
-    logs = [read_metrics(tmp_path / name) for name in ("alone", "both")]
-    for one, two in zip(*logs, strict=True):
+
+
+@pytest.fixture(scope="module")
+def alone(pictures, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "alone"
+    train(gan_run(pictures, output, 4, 20))
+    return output
+
+
+def assert_close_runs(one: Path, other: Path) -> None:
+    for mine, theirs in zip(read_metrics(one), read_metrics(other), strict=True):
         for name in ("l1", "mse", "perceptual", "adversarial_loss", "adaptive_weight", "discriminator_loss"):
-            if name in one:
-                assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), (one["step"], name)
-    one, two = (load_newest(tmp_path / name / "checkpoints") for name in ("alone", "both"))
+            if name in mine:
+                assert theirs[name] == pytest.approx(mine[name], rel=1e-4, abs=1e-6), (mine["step"], name)
+    states = [load_newest(output / "checkpoints") for output in (one, other)]
+    assert [state["step"] for state in states] == [20, 20]
     for part in (lambda state: state["discriminator"]["network"], lambda state: state["model"]):
-        for name, value in part(one).items():
+        for name, value in part(states[0]).items():
             if name.rsplit(".", 1)[-1] not in ("window_counts", "last_used", "step", "seed"):
-                torch.testing.assert_close(part(two)[name], value, rtol=1e-3, atol=1e-4, msg=name)
+                torch.testing.assert_close(part(states[1])[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    models = [VQGAN.from_pretrained(output).state_dict() for output in (one, other)]
+    torch.testing.assert_close(
+        models[1]["encoder.conv_in.weight"], models[0]["encoder.conv_in.weight"], rtol=0, atol=1e-4
+    )
+
+
+def test_two_ranks_of_the_whole_loop_equal_one_process_over_twenty_steps(pictures, alone, tmp_path):
+    train_with_two_ranks(gan_run(pictures, tmp_path / "both", 2, 20), tmp_path)
+    assert_close_runs(alone, tmp_path / "both")
+
+
+def test_so_does_a_model_whose_weights_are_spread_over_them_and_resumed(pictures, alone, tmp_path):
+    config = dataclasses.replace(gan_run(pictures, tmp_path / "both", 2, 20), sharding="full", checkpoint_every=12)
+    train_with_two_ranks(config, tmp_path)
+    assert_close_runs(alone, tmp_path / "both")
+    whole = load_newest(tmp_path / "both" / "checkpoints")
+    (tmp_path / "both" / "checkpoints" / "step-00000020.pt").unlink()
+    train_with_two_ranks(dataclasses.replace(config, resume=True), tmp_path)
+    again = load_newest(tmp_path / "both" / "checkpoints")
+    for part in ("model", "average", "optimizer", "discriminator"):
+        for mine, theirs in zip(*(torch.utils._pytree.tree_leaves(each[part]) for each in (whole, again)), strict=True):
+            assert torch.equal(mine, theirs) if isinstance(mine, torch.Tensor) else mine == theirs, part
 
 
 def test_the_bundled_small_vqgan_is_what_it_says():
