@@ -28,7 +28,7 @@ class Panel:
 PANELS = (
     Panel("reconstruction", ("psnr", "held_out_psnr"), "PSNR, dB"),
     Panel("losses", ("l1", "mse", "perceptual", "commitment_loss"), logarithmic=True),
-    Panel("codebook in use", ("usage", "held_out_usage"), "share of the codes"),
+    Panel("codebook in use", ("usage", "held_out_usage", "dead_share"), "share of the codes"),
     Panel("perplexity", ("perplexity", "held_out_perplexity"), "codes"),
     Panel("discriminator", ("real_logit", "fake_logit", "discriminator_loss"), "logit, loss"),
     Panel("adaptive weight", ("adaptive_weight",), logarithmic=True),

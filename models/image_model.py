@@ -99,6 +99,19 @@ class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipe
             if isinstance(module, Codebook):
                 module.update_codebook()
 
+    def health(self) -> dict[str, Tensor]:  # [] each
+        """Share of dead codes (see `vqkernels.nn.CodebookHealth`) and mean length of the codes, whose drift tells of a
+        codebook that runs away; by the quantizer's name where there are several."""
+        found = {name: module for name, module in self.named_modules() if isinstance(module, Codebook)}
+        figures = {}
+        for name, module in found.items():
+            prefix, length = "" if len(found) == 1 else f"{name}.", torch.linalg.vector_norm(module.codebook, dim=1)
+            figures |= {
+                f"{prefix}dead_share": module.health().dead_share,
+                f"{prefix}code_length": length.detach().mean(),
+            }
+        return figures
+
     def _check_images(
         self,
         images: Tensor,  # [B, C, H, W]

@@ -350,6 +350,7 @@ class Trainer:
         images *= self.accelerator.num_processes
         values = {"learning_rate": self.rate, **dict(zip(self.names, means, strict=True))}
         values["psnr"] = 10 * math.log10(4 / max(values["mse"], 1e-12))
+        values |= {name: value.item() for name, value in self.raw_model.health().items()}
         values["images_per_second"] = images / max(seconds - self.window_started, 1e-9)
         values["peak_memory_mib"] = peak_memory(self.device)
         values["seconds"] = seconds
