@@ -112,6 +112,12 @@ class TrainConfig:
     """File with VGG16's weights as torchvision saves them; null: random features, which is not LPIPS."""
     lpips: str | None = None
     """File with LPIPS's linear weights (lin0.model.1.weight ...); needs vgg."""
+    logit_weight: float = 0.0
+    """Weight of the mean squared difference between an ImageNet classifier's logits of image and reconstruction."""
+    logit_network: Literal["convnext_s", "resnet50"] = "convnext_s"
+    """The classifier: convnext_s as in TiTok (weight 0.1 there), resnet50 as in MaskBit's VQGAN+."""
+    logit_weights_file: str | None = None
+    """File with the classifier's weights as torchvision saves them; null: random ones, which have no such name."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """The discriminator that makes the run a VQGAN's; kind none: a VQ-VAE."""
     max_grad_norm: float = 1.0
@@ -158,8 +164,9 @@ class TrainConfig:
             self.discriminator = from_dict(DiscriminatorConfig, self.discriminator, "discriminator")
         if self.discriminator.kind != "none" and self.mixed_precision == "fp16":
             raise ValueError("mixed_precision must be bf16 or no with a discriminator, got fp16")
-        if self.perceptual_weight < 0:
-            raise ValueError(f"perceptual_weight must be 0 or greater, got {self.perceptual_weight}")
+        for name in ("perceptual_weight", "logit_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or greater, got {getattr(self, name)}")
         if self.steps is None and self.max_seconds is None:
             self.steps = 10_000
         for name in ("image_size", "batch_size", "gradient_accumulation", "log_every", "checkpoint_every"):

@@ -1,6 +1,6 @@
 """What a training run minimises: reconstruction and quantizer, and from a step on a discriminator against them.
 
-    autoencoder     l1 + l2 + perceptual + bottleneck + w adversarial
+    autoencoder     l1 + l2 + perceptual + logit distance + bottleneck + w adversarial
     discriminator   adversarial' + lecam + r1                                (Esser et al. 2021, eq. 4 to 7)
 
 Both come from one forward of the autoencoder; the discriminator learns from its reconstructions of that step.
@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqkernels.nn.distributed import all_reduce_packed, rank_and_world
 
@@ -23,10 +23,11 @@ from .config import TrainConfig
 from .discriminator import ActNorm, make_discriminator
 from .image_model import ImageModel, ModelOutput
 from .layers import widened
+from .logit_distance import LogitDistance, make_logit_distance
 from .perceptual import PerceptualDistance
 
 # of every run, in this order, then the model's `figure_names`, then those of a discriminator
-PARTS = ("loss", "l1", "mse", "perceptual")
+PARTS = ("loss", "l1", "mse", "perceptual", "logit_distance")
 ADVERSARIAL_PARTS = ("adversarial_loss", "adaptive_weight", "discriminator_loss", "real_logit", "fake_logit")
 
 
@@ -117,6 +118,9 @@ class Objective:
         self.perceptual: PerceptualDistance | None = None
         if config.perceptual_weight:
             self.perceptual = PerceptualDistance(config.vgg, config.lpips).to(device)
+        self.logit_distance: LogitDistance | None = None
+        if config.logit_weight:
+            self.logit_distance = make_logit_distance(config.logit_network, config.logit_weights_file).to(device)
         self.critic: Critic | None = None
         if config.discriminator.kind != "none":
             self.critic = Critic(config, device)
@@ -130,6 +134,23 @@ class Objective:
     def _precision(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.config.mixed_precision == "no" else self.accelerator.autocast()
 
+    def networks(self) -> dict[str, str]:
+        """What the judging networks of this run may be called, by the figure that they give."""
+        judges = {"perceptual": self.perceptual, "logit_distance": self.logit_distance}
+        return {name: judge.label for name, judge in judges.items() if judge is not None}
+
+    def _distance(
+        self,
+        distance: nn.Module | None,
+        images: Tensor,  # [B, 3, S, S]
+        out: ModelOutput,
+    ) -> Tensor:  # []
+        """Mean over the batch; 0 where the run has no such loss."""
+        if distance is None:
+            return images.new_zeros(())
+        with self._precision():
+            return widened(distance(images, widened(out.reconstruction)).mean())
+
     def backward(
         self,
         images: Tensor,  # [B, 3, S, S]
@@ -139,15 +160,14 @@ class Objective:
         """Adds the gradients of one micro-batch, the discriminator's too; returns the losses."""
         error = widened(out.reconstruction) - images
         l1, mse = error.abs().mean(), error.square().mean()
-        perceptual = torch.zeros_like(l1)
-        if self.perceptual is not None:
-            with self._precision():
-                perceptual = self.perceptual(images, widened(out.reconstruction)).float().mean()
+        perceptual = self._distance(self.perceptual, images, out)
+        logits = self._distance(self.logit_distance, images, out)
         config = self.config
         reconstruction = config.l1_weight * l1 + config.l2_weight * mse + config.perceptual_weight * perceptual
+        reconstruction = reconstruction + config.logit_weight * logits
         adversarial = self._adversarial_backward(images, out, reconstruction, step)
         loss = reconstruction + out.loss
-        parts = [loss, l1, mse, perceptual, *self.model.figures(out)]
+        parts = [loss, l1, mse, perceptual, logits, *self.model.figures(out)]
         values = torch.stack([part.detach().to(loss.dtype) for part in parts])
         if self.critic is None:
             return values
