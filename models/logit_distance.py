@@ -17,11 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .convnext import TIMM_NAMES, ConvNeXt
-from .published_weights import RANDOM_FEATURES, empty, fill, randomize, read_tensors, translated
+from .published_weights import (
+    IMAGENET_DEVIATION,
+    IMAGENET_MEAN,
+    RANDOM_FEATURES,
+    empty,
+    fill,
+    randomize,
+    read_tensors,
+    translated,
+)
 from .resnet import ResNet
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's images in [0, 1]
-DEVIATION = (0.229, 0.224, 0.225)
 SIDE = 224  # pixels that the classifiers were trained on
 LABELS = {"convnext_s": "ConvNeXt-S logits", "resnet50": "ResNet50 logits"}
 
@@ -41,8 +48,8 @@ class LogitDistance(nn.Module):
     def __init__(self, network: nn.Module, label: str, side: int = SIDE) -> None:
         super().__init__()
         self.network, self.label, self.side = network, label, side
-        self.register_buffer("mean", torch.tensor(MEAN)[None, :, None, None])
-        self.register_buffer("deviation", torch.tensor(DEVIATION)[None, :, None, None])
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[None, :, None, None])
+        self.register_buffer("deviation", torch.tensor(IMAGENET_DEVIATION)[None, :, None, None])
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> LogitDistance:

@@ -1,7 +1,7 @@
 """What a training run minimises: reconstruction and quantizer, and from a step on a discriminator against them.
 
     autoencoder     l1 + l2 + perceptual + logit distance + bottleneck + w adversarial
-    discriminator   adversarial' + lecam + r1                                (Esser et al. 2021, eq. 4 to 7)
+    discriminator   adversarial' + lecam + r1 + bcr                              (Esser et al. 2021, eq. 4 to 7)
 
 Both come from one forward of the autoencoder; the discriminator learns from its reconstructions of that step.
 """
@@ -17,9 +17,18 @@ from torch import Tensor, nn
 
 from vqkernels.nn.distributed import all_reduce_packed, rank_and_world
 
-from .adversarial import LastLayer, LeCam, balance, discriminator_loss, generator_loss, gradient_penalty
-from .augmentation import augment
+from .adversarial import (
+    LastLayer,
+    LeCam,
+    balance,
+    consistency_loss,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+)
+from .augmentation import AUGMENTATIONS, augment
 from .config import TrainConfig
+from .dino_discriminator import DinoDiscriminator
 from .discriminator import ActNorm, make_discriminator
 from .image_model import ImageModel, ModelOutput
 from .layers import widened
@@ -49,7 +58,7 @@ class Critic:
     def opinion(
         self,
         images: Tensor,  # [B, 3, H, W]
-    ) -> Tensor:  # [B, 1, ...] logits
+    ) -> Tensor:  # [B, ...] logits
         """Of augmented images."""
         return widened(self.network(augment(images, self.config.augmentation)))
 
@@ -62,13 +71,26 @@ class Critic:
         """Adds the gradient of one micro-batch to the network's."""
         with precision:
             real, fake = self.opinion(images), self.opinion(reconstructions.detach())
-        loss = discriminator_loss(self.config.loss, real, fake)
+            consistency = self._consistency(real, images, self.config.bcr_real_weight)
+            consistency = consistency + self._consistency(fake, reconstructions.detach(), self.config.bcr_fake_weight)
+        loss = discriminator_loss(self.config.loss, real, fake) + consistency
         if self.config.lecam_weight:
             loss = loss + self.config.lecam_weight * self.lecam(real, fake)
         if self.config.r1_weight:
             loss = loss + self.config.r1_weight * gradient_penalty(self.opinion, images)
         (loss / self.accumulation).backward()
         return torch.stack([loss.detach(), real.detach().mean(), fake.detach().mean()])
+
+    def _consistency(
+        self,
+        logits: Tensor,  # [B, ...]
+        images: Tensor,  # [B, 3, H, W] that these are of
+        weight: float,
+    ) -> Tensor | float:  # []
+        """Between the logits of images and of the same under every augmentation."""
+        if not weight:
+            return 0.0
+        return weight * consistency_loss(logits, widened(self.network(augment(images, AUGMENTATIONS))))
 
     def step(self, autoencoder_rate: float) -> None:
         """One step of the optimizer with the mean gradient of all ranks."""
@@ -136,7 +158,9 @@ class Objective:
 
     def networks(self) -> dict[str, str]:
         """What the judging networks of this run may be called, by the figure that they give."""
-        judges = {"perceptual": self.perceptual, "logit_distance": self.logit_distance}
+        judges: dict[str, Any] = {"perceptual": self.perceptual, "logit_distance": self.logit_distance}
+        if self.critic is not None and isinstance(self.critic.network, DinoDiscriminator):
+            judges["discriminator"] = self.critic.network
         return {name: judge.label for name, judge in judges.items() if judge is not None}
 
     def _distance(

@@ -16,6 +16,8 @@ Network = TypeVar("Network", bound=nn.Module)
 
 RANDOM_SEED = 0
 RANDOM_FEATURES = "random features"  # the label of a network without a weight file, which has no other name
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of its images in [0, 1], which these networks were trained on
+IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
 BRANCH_SCALE = 0.25  # of a random network's residual branches: the sum stays about as large as its input
 WRAPPERS = ("state_dict", "model")  # where checkpoints that hold more than weights keep them
 NOT_NEEDED = "num_batches_tracked"  # of BatchNorm: older files lack it, and nothing here depends on it

@@ -144,7 +144,58 @@ def timm_convnext_name(name: str) -> str:
     return ".".join([*block, {"0": "conv_dw", "2": "norm", "3": "mlp.fc1", "5": "mlp.fc2"}[rest[2]], rest[3]])
 
 
+# ---- ViT (Dosovitskiy et al. 2021; DINO's names)
+
+
+def dino_layout(patch: int, width: int, depth: int, side: int) -> Layout:
+    tokens = (side // patch) ** 2 + 1
+    layout: Layout = {"cls_token": (1, 1, width), "pos_embed": (1, tokens, width)}
+    layout.update(_layer("patch_embed.proj", width, 3, patch, patch))
+    for number in range(depth):
+        name = f"blocks.{number}"
+        layout.update({**dict(_norm(f"{name}.norm1", width)), **dict(_norm(f"{name}.norm2", width))})
+        layout.update(_layer(f"{name}.attn.qkv", 3 * width, width))
+        layout.update(_layer(f"{name}.attn.proj", width, width))
+        layout.update(_layer(f"{name}.mlp.fc1", 4 * width, width))
+        layout.update(_layer(f"{name}.mlp.fc2", width, 4 * width))
+    return {**layout, **dict(_norm("norm", width))}
+
+
+def dino_block(weights: Weights, name: str, heads: int, x: Tensor) -> Tensor:  # [B, N, C] -> [B, N, C]
+    width = x.shape[-1]
+    q, k, v = linear(weights, f"{name}.attn.qkv", layer_norm(weights, f"{name}.norm1", x)).split(width, dim=-1)
+    mixed = []
+    for own in torch.arange(width).chunk(heads):
+        scores = q[..., own] @ k[..., own].transpose(1, 2) / len(own) ** 0.5
+        shares = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        mixed.append(shares @ v[..., own])
+    x = x + linear(weights, f"{name}.attn.proj", torch.cat(mixed, dim=-1))
+    hidden = gelu(linear(weights, f"{name}.mlp.fc1", layer_norm(weights, f"{name}.norm2", x)))
+    return x + linear(weights, f"{name}.mlp.fc2", hidden)
+
+
+def dino_features(weights: Weights, heads: int, blocks: Sequence[int], images: Tensor) -> list[Tensor]:
+    grid = patches(weights, "patch_embed.proj", images.permute(0, 2, 3, 1))  # [B, h, w, C]
+    height, width, channels = grid.shape[1:]
+    side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
+    positions = weights["pos_embed"][0, 1:].reshape(side, side, channels)
+    positions = torch.einsum("ih,hwc,jw->ijc", bilinear(side, height), positions, bilinear(side, width))
+    first = (weights["cls_token"][0] + weights["pos_embed"][0, :1]).expand(len(images), 1, channels)
+    x = torch.cat([first, (grid + positions).reshape(len(images), -1, channels)], dim=1)
+    found = [x]
+    for number in range(max(blocks) + 1):
+        x = dino_block(weights, f"blocks.{number}", heads, x)
+        found += [x] if number in blocks else []
+    return [(each[:, 1:] + each[:, :1]).transpose(1, 2) for each in found]
+
+
 # ---- resizing
+
+
+def bilinear(side: int, target: int) -> Tensor:  # float64 [target, side]
+    """Between the two nearest of `side` values, whose edges go on."""
+    centres = ((torch.arange(target, dtype=torch.float64) + 0.5) * side / target - 0.5).clamp(0, side - 1)
+    return (1 - (torch.arange(side, dtype=torch.float64) - centres[:, None]).abs()).clamp(min=0)
 
 
 def resizing(side: int, target: int) -> Tensor:  # float64 [target, side]

@@ -1,4 +1,4 @@
-"""ImageNet classifiers as a loss: the published layouts and arithmetic, the distance, weight files, and training by it."""
+"""ImageNet classifiers as a loss: published layouts and arithmetic, the distance, weight files, training by it."""
 
 from __future__ import annotations
 
