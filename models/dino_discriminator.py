@@ -83,7 +83,7 @@ class DinoDiscriminator(nn.Module):
     """Logits of the tokens of images.
 
     Images that are larger than ``side`` are, with probability ``crop``, cut to a random square of that side, the same
-    in the whole batch; otherwise they are resized to it, by area means where they are larger, bicubically where smaller.
+    in the whole batch; otherwise they are resized, by area means where they are larger and bicubically where smaller.
 
     Args:
         backbone: frozen; moved with the heads, but not part of the parameters or of the state_dict.

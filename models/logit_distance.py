@@ -42,6 +42,7 @@ class LogitDistance(nn.Module):
         side: that images are resized to, bilinear and antialiased.
     """
 
+    network: nn.Module
     mean: Tensor  # [1, 3, 1, 1]
     deviation: Tensor  # [1, 3, 1, 1]
 

@@ -215,31 +215,34 @@ def small_run(data: Path, output: Path, **changes) -> TrainConfig:
 
 
 def test_the_objective_adds_its_weighted_distances():
-    """L1, L2, logits and the quantizer's own loss, by their formulas in float64."""
-    config = small_run(Path("."), Path("."), l1_weight=0.7, l2_weight=1.3)
+    """L1, L2, two distances and the quantizer's own loss, by their formulas in float64."""
+    config = small_run(Path("."), Path("."), l1_weight=0.7, l2_weight=1.3, perceptual_weight=0.0)
     model = VQVAE(config.model).double()
     accelerator = SimpleNamespace(device=torch.device("cpu"), backward=lambda loss: loss.backward())
     objective = Objective(config, model, accelerator)
-    config.logit_weight = 0.25
+    config.logit_weight, config.perceptual_weight = 0.25, 0.5
 
     class Brightness(nn.Module):
         def forward(self, images: Tensor) -> Tensor:
             return images.mean((2, 3))
 
     objective.logit_distance = LogitDistance(Brightness(), "brightness", side=16).double()
+    objective.perceptual = lambda one, two: (one - two).pow(4).mean((1, 2, 3))  # type: ignore[assignment]
     images = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
     out = model(images)
     rec, other = out.reconstruction.detach().requires_grad_(), images
     difference = rec - other
     l1, l2 = difference.abs().sum() / difference.numel(), (difference**2).sum() / difference.numel()
     bright = (difference.mean((2, 3)) / 2 / torch.tensor(DEVIATION).double().flatten()) ** 2
-    expected = 0.7 * l1 + 1.3 * l2 + 0.25 * bright.mean()
+    fourth = (difference**4).sum() / difference.numel()
+    expected = 0.7 * l1 + 1.3 * l2 + 0.5 * fourth + 0.25 * bright.mean()
     (slope,) = torch.autograd.grad(expected, rec)
     seen = []
     out.reconstruction.register_hook(seen.append)
     loss = expected + out.loss
     found = dict(zip(objective.names, objective.backward(images, out, 0).tolist(), strict=True))
-    for name, value in {"loss": loss, "l1": l1, "mse": l2, "logit_distance": bright.mean()}.items():
+    parts = {"loss": loss, "l1": l1, "mse": l2, "perceptual": fourth, "logit_distance": bright.mean()}
+    for name, value in parts.items():
         assert found[name] == pytest.approx(value.item(), rel=1e-6), name
     torch.testing.assert_close(seen[0], slope, rtol=1e-5, atol=1e-10)
 
