@@ -100,7 +100,7 @@ def make_logit_distance(
     """
     if network not in LABELS:
         raise ValueError(f"network must be one of {', '.join(LABELS)}, got {network!r}")
-    own = empty(ConvNeXt if network == "convnext_s" else ResNet)
+    own: ConvNeXt | ResNet = empty(ConvNeXt) if network == "convnext_s" else empty(ResNet)
     if weights_file is None:
         randomize(own, own.branch_scales())
         return LogitDistance(own, RANDOM_FEATURES)
