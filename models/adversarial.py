@@ -76,6 +76,17 @@ def gradient_penalty(
     return 0.5 * slope.square().sum((1, 2, 3)).mean()
 
 
+def consistency_loss(
+    logits: Tensor,  # [...]
+    augmented: Tensor,  # [...] of the same images, augmented
+) -> Tensor:  # []
+    """Their mean squared difference (Zhao et al. 2021, "Improved Consistency Regularization for GANs", alg. 1).
+
+    bCR, balanced consistency, has one of real and one of generated images.
+    """
+    return (logits - augmented).square().mean()
+
+
 class LeCam(nn.Module):
     """Keeps the discriminator's logits near a moving average of the opposite ones (Tseng et al. 2021, eq. 5).
 

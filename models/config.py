@@ -28,20 +28,32 @@ __all__ = [
 ]
 
 CONFIG_FOLDER = Path(__file__).parent / "configs"
+DINO_DEPTH = 12  # blocks of its ViT-S
 
 
 @dataclass
 class DiscriminatorConfig:
     """The network that tells pictures from reconstructions, and what its opinion weighs."""
 
-    kind: Literal["none", "patch", "style"] = "none"
-    """patch: one logit per patch, as in VQGAN; style: one per image, as in StyleGAN2 (sides that are powers of two)."""
+    kind: Literal["none", "patch", "style", "dino"] = "none"
+    """patch: one logit per patch, as in VQGAN; style: one per image, as in StyleGAN2 (sides that are powers of two);
+    dino: heads on the features of a frozen DINO, as in StyleGAN-T and ImageFolder."""
     channels: int = 64
     """Channels of its first layer."""
     layers: int = 3
     """Strided convolutions of kind patch."""
     norm: Literal["batch", "act"] = "batch"
     """Normalisation of kind patch: batch statistics, or a scale and shift set by the first batch (ActNorm)."""
+    backbone: Literal["vit_s16", "vit_s8"] = "vit_s16"
+    """Frozen network of kind dino: ViT-S with patches of 16 or 8 pixels."""
+    weights_file: str | None = None
+    """File with the backbone's weights as DINO's authors publish them; null: random ones, which are not DINO."""
+    blocks: list[int] = field(default_factory=lambda: [2, 5, 8, 11])
+    """Blocks of the backbone, from 0, whose outputs kind dino judges beside the embedded patches."""
+    input_side: int = 224
+    """Side of the squares that kind dino cuts or resizes what it sees to; a multiple of the patch, from two of them."""
+    crop: float = 0.5
+    """Probability that kind dino cuts a random square out of larger images rather than resizing them."""
     loss: Literal["hinge", "vanilla", "non_saturating"] = "hinge"
     """What the two networks minimise."""
     start_step: int = 0
@@ -58,6 +70,10 @@ class DiscriminatorConfig:
     """Weight of the LeCAM regularisation (Tseng et al. 2021); 0.001 to 0.05 where it is used."""
     r1_weight: float = 0.0
     """Weight of the R1 gradient penalty (Mescheder et al. 2018)."""
+    bcr_real_weight: float = 0.0
+    """Weight of the consistency of logits of real images under color, translation and cutout (Zhao et al. 2021)."""
+    bcr_fake_weight: float = 0.0
+    """The same of reconstructions; balanced consistency regularisation (bCR) has both."""
     augmentation: list[Literal["color", "translation", "cutout"]] = field(default_factory=list)
     """Differentiable augmentations of what it sees (Zhao et al. 2020), against overfitting of small datasets."""
 
@@ -65,11 +81,35 @@ class DiscriminatorConfig:
         for name in ("channels", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("start_step", "weight", "lecam_weight", "r1_weight"):
+        for name in ("start_step", "weight", "lecam_weight", "r1_weight", "bcr_real_weight", "bcr_fake_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or greater, got {getattr(self, name)}")
         if not 0 <= self.start_share < 1:
             raise ValueError(f"start_share must lie in [0, 1), got {self.start_share}")
+        self._check_dino()
+
+    def _check_dino(self) -> None:
+        patch = int(self.backbone.removeprefix("vit_s"))
+        if self.input_side % patch or self.input_side < 2 * patch:
+            raise ValueError(
+                f"discriminator.input_side must be a multiple of {self.backbone}'s patch of {patch} pixels, "
+                f"from {2 * patch}, got {self.input_side}"
+            )
+        if len({*self.blocks}) != len(self.blocks) or not {*self.blocks} <= {*range(DINO_DEPTH)}:
+            raise ValueError(
+                f"discriminator.blocks must be distinct numbers from 0 to {DINO_DEPTH - 1}, got {self.blocks}"
+            )
+        if not 0 <= self.crop <= 1:
+            raise ValueError(f"discriminator.crop must lie in [0, 1], got {self.crop}")
+        if self.kind == "dino" and self.r1_weight:
+            raise ValueError(
+                "discriminator.r1_weight must be 0 with kind dino, whose logits of an image depend on its neighbours, "
+                f"got {self.r1_weight}"
+            )
+        if self.kind != "dino" and self.weights_file is not None:
+            raise ValueError(
+                f"discriminator.kind must be dino where discriminator.weights_file is given, got {self.kind}"
+            )
 
 
 @dataclass
@@ -115,11 +155,17 @@ class TrainConfig:
     perceptual_weight: float = 0.0
     """Weight of the distance between the VGG16 features of image and reconstruction (LPIPS)."""
     perceptual_start: float = 0.0
-    """Share of the run before the perceptual loss joins; until then VGG16 is not run."""
+    """Share of the run before the perceptual and the logit loss join; until then their networks are not run."""
     vgg: str | None = None
     """File with VGG16's weights as torchvision saves them; null: random features, which is not LPIPS."""
     lpips: str | None = None
     """File with LPIPS's linear weights (lin0.model.1.weight ...); needs vgg."""
+    logit_weight: float = 0.0
+    """Weight of the mean squared difference between an ImageNet classifier's logits of image and reconstruction."""
+    logit_network: Literal["convnext_s", "resnet50"] = "convnext_s"
+    """The classifier: convnext_s as in TiTok (weight 0.1 there), resnet50 as in MaskBit's VQGAN+."""
+    logit_weights_file: str | None = None
+    """File with the classifier's weights as torchvision saves them; null: random ones, which have no such name."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """The discriminator that makes the run a VQGAN's; kind none: a VQ-VAE."""
     max_grad_norm: float = 1.0
@@ -172,8 +218,9 @@ class TrainConfig:
             raise ValueError("mixed_precision must be bf16 or no with a discriminator, got fp16")
         if self.sharding == "full" and self.mixed_precision == "fp16":
             raise ValueError("mixed_precision must be bf16 or no with sharding: full, got fp16")
-        if self.perceptual_weight < 0:
-            raise ValueError(f"perceptual_weight must be 0 or greater, got {self.perceptual_weight}")
+        for name in ("perceptual_weight", "logit_weight"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or greater, got {getattr(self, name)}")
         if self.steps is None and self.max_seconds is None:
             self.steps = 10_000
         for name in ("image_size", "batch_size", "gradient_accumulation", "log_every", "checkpoint_every"):

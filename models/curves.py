@@ -27,7 +27,7 @@ class Panel:
 
 PANELS = (
     Panel("reconstruction", ("psnr", "held_out_psnr"), "PSNR, dB"),
-    Panel("losses", ("l1", "mse", "perceptual", "commitment_loss"), logarithmic=True),
+    Panel("losses", ("l1", "mse", "perceptual", "logit_distance"), logarithmic=True),
     Panel("codebook in use", ("usage", "held_out_usage", "dead_share"), "share of the codes"),
     Panel("perplexity", ("perplexity", "held_out_perplexity"), "codes"),
     Panel("discriminator", ("real_logit", "fake_logit", "discriminator_loss"), "logit, loss"),
@@ -47,7 +47,7 @@ def _curve(history: Sequence[dict[str, Any]], name: str) -> tuple[list[int], lis
 
 def _beginnings(history: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
     """Steps after the first line at which the perceptual and the adversarial loss begin."""
-    first = history[0]["step"] if history else 0
+    first = next((line["step"] for line in history if "loss" in line), 0)
     found = []
     for name, word in (("perceptual", "perceptual"), ("discriminator_loss", "adversarial")):
         steps, _ = _curve(history, name)

@@ -4,6 +4,7 @@ PatchDiscriminator   a few strided convolutions, one logit per patch (Isola et a
                      with Conditional Adversarial Networks", sec. 3.2.2), as VQGAN has it (Esser et al. 2021)
 StyleDiscriminator   residual blocks down to 4 x 4, one logit per image (Karras et al. 2020, "Analyzing and Improving
                      the Image Quality of StyleGAN", sec. 4.1)
+DinoDiscriminator    heads on the features of a frozen vision transformer: dino_discriminator.py
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from vqkernels.nn.distributed import all_reduce_packed
 
 from .config import DiscriminatorConfig
+from .dino import make_backbone
+from .dino_discriminator import DinoDiscriminator
 
 IMAGE_CHANNELS = 3
 SLOPE = 0.2  # of every LeakyReLU
@@ -253,14 +256,20 @@ def _init_style_layer(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def make_discriminator(config: DiscriminatorConfig, image_size: int) -> PatchDiscriminator | StyleDiscriminator:
-    """The discriminator of a config (kind "patch" or "style"), for images of ``image_size`` pixels each way.
+def make_discriminator(
+    config: DiscriminatorConfig, image_size: int
+) -> PatchDiscriminator | StyleDiscriminator | DinoDiscriminator:
+    """The discriminator of a config (kind "patch", "style" or "dino"), for images of ``image_size`` pixels each way.
 
     Raises:
-        ValueError: the images are too small for it, or of a size that it cannot take; the option is named.
+        FileNotFoundError, ValueError: the images are too small for it, or of a size that it cannot take; its weight
+            file is not there or holds something else. The option is named.
     """
     if config.kind == "style":
         return StyleDiscriminator(image_size, config.channels)
+    if config.kind == "dino":
+        backbone, label = make_backbone(config.backbone, config.weights_file, "discriminator.weights_file")
+        return DinoDiscriminator(backbone, config.blocks, config.input_side, config.crop, label)
     patch = PatchDiscriminator(config.channels, config.layers, config.norm)
     if image_size < patch.smallest_side:
         raise ValueError(

@@ -103,7 +103,7 @@ class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipe
         """Share of dead codes (see `vqkernels.nn.CodebookHealth`) and mean length of the codes, whose drift tells of a
         codebook that runs away; by the quantizer's name where there are several."""
         found = {name: module for name, module in self.named_modules() if isinstance(module, Codebook)}
-        figures = {}
+        figures: dict[str, Tensor] = {}
         for name, module in found.items():
             prefix, length = "" if len(found) == 1 else f"{name}.", torch.linalg.vector_norm(module.codebook, dim=1)
             figures |= {

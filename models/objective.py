@@ -1,7 +1,7 @@
 """What a training run minimises: reconstruction and quantizer, and from a step on a discriminator against them.
 
-    autoencoder     l1 + l2 + perceptual + bottleneck + w adversarial
-    discriminator   adversarial' + lecam + r1                                (Esser et al. 2021, eq. 4 to 7)
+    autoencoder     l1 + l2 + perceptual + logit distance + bottleneck + w adversarial
+    discriminator   adversarial' + lecam + r1 + bcr                              (Esser et al. 2021, eq. 4 to 7)
 
 Both come from one forward of the autoencoder; the discriminator learns from its reconstructions of that step.
 """
@@ -13,20 +13,30 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vqkernels.nn.distributed import all_reduce_packed, rank_and_world
 
-from .adversarial import LastLayer, LeCam, balance, discriminator_loss, generator_loss, gradient_penalty
-from .augmentation import augment
+from .adversarial import (
+    LastLayer,
+    LeCam,
+    balance,
+    consistency_loss,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+)
+from .augmentation import AUGMENTATIONS, augment
 from .config import TrainConfig
+from .dino_discriminator import DinoDiscriminator
 from .discriminator import ActNorm, make_discriminator
 from .image_model import ImageModel, ModelOutput
 from .layers import widened
+from .logit_distance import LogitDistance, make_logit_distance
 from .perceptual import PerceptualDistance
 
 # of every run, in this order, then the model's `figure_names`, then those of a discriminator
-PARTS = ("loss", "l1", "mse", "perceptual")
+PARTS = ("loss", "l1", "mse", "perceptual", "logit_distance")
 ADVERSARIAL_PARTS = ("adversarial_loss", "adaptive_weight", "discriminator_loss", "real_logit", "fake_logit")
 
 
@@ -48,7 +58,7 @@ class Critic:
     def opinion(
         self,
         images: Tensor,  # [B, 3, H, W]
-    ) -> Tensor:  # [B, 1, ...] logits
+    ) -> Tensor:  # [B, ...] logits
         """Of augmented images."""
         return widened(self.network(augment(images, self.config.augmentation)))
 
@@ -61,13 +71,26 @@ class Critic:
         """Adds the gradient of one micro-batch to the network's."""
         with precision:
             real, fake = self.opinion(images), self.opinion(reconstructions.detach())
-        loss = discriminator_loss(self.config.loss, real, fake)
+            consistency = self._consistency(real, images, self.config.bcr_real_weight)
+            consistency = consistency + self._consistency(fake, reconstructions.detach(), self.config.bcr_fake_weight)
+        loss = discriminator_loss(self.config.loss, real, fake) + consistency
         if self.config.lecam_weight:
             loss = loss + self.config.lecam_weight * self.lecam(real, fake)
         if self.config.r1_weight:
             loss = loss + self.config.r1_weight * gradient_penalty(self.opinion, images)
         (loss / self.accumulation).backward()
         return torch.stack([loss.detach(), real.detach().mean(), fake.detach().mean()])
+
+    def _consistency(
+        self,
+        logits: Tensor,  # [B, ...]
+        images: Tensor,  # [B, 3, H, W] that these are of
+        weight: float,
+    ) -> Tensor | float:  # []
+        """Between the logits of images and of the same under every augmentation."""
+        if not weight:
+            return 0.0
+        return weight * consistency_loss(logits, widened(self.network(augment(images, AUGMENTATIONS))))
 
     def step(self, autoencoder_rate: float) -> None:
         """One step of the optimizer with the mean gradient of all ranks."""
@@ -117,11 +140,14 @@ class Objective:
         self.perceptual: PerceptualDistance | None = None
         if config.perceptual_weight:
             self.perceptual = PerceptualDistance(config.vgg, config.lpips).to(device)
+        self.logit_distance: LogitDistance | None = None
+        if config.logit_weight:
+            self.logit_distance = make_logit_distance(config.logit_network, config.logit_weights_file).to(device)
         self.critic: Critic | None = None
         if config.discriminator.kind != "none":
             self.critic = Critic(config, device)
             self.last = LastLayer(model.last_layer)
-        self.is_perceptual, self.is_adversarial = self.perceptual is not None, self.critic is not None
+        self.is_perceptual, self.is_adversarial = True, self.critic is not None
         self.names = (*PARTS, *model.figure_names, *(() if self.critic is None else ADVERSARIAL_PARTS))
 
     def begin(self, step: int, share: float) -> None:
@@ -132,12 +158,31 @@ class Objective:
             share: how much of the run is done, 0 to 1; the same on all processes.
         """
         settings = self.config.discriminator
-        self.is_perceptual = self.perceptual is not None and share >= self.config.perceptual_start
+        self.is_perceptual = share >= self.config.perceptual_start
         begun = step >= settings.start_step and share >= settings.start_share
         self.is_adversarial = self.critic is not None and begun
 
     def _precision(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.config.mixed_precision == "no" else self.accelerator.autocast()
+
+    def networks(self) -> dict[str, str]:
+        """What the judging networks of this run may be called, by the figure that they give."""
+        judges: dict[str, Any] = {"perceptual": self.perceptual, "logit_distance": self.logit_distance}
+        if self.critic is not None and isinstance(self.critic.network, DinoDiscriminator):
+            judges["discriminator"] = self.critic.network
+        return {name: judge.label for name, judge in judges.items() if judge is not None}
+
+    def _distance(
+        self,
+        distance: nn.Module | None,
+        images: Tensor,  # [B, 3, S, S]
+        out: ModelOutput,
+    ) -> Tensor:  # []
+        """Mean over the batch; 0 where the run has no such loss, or not yet."""
+        if distance is None or not self.is_perceptual:
+            return images.new_zeros(())
+        with self._precision():
+            return widened(distance(images, widened(out.reconstruction)).mean())
 
     def backward(
         self,
@@ -147,15 +192,14 @@ class Objective:
         """Adds the gradients of one micro-batch, the discriminator's too; returns the losses."""
         error = widened(out.reconstruction) - images
         l1, mse = error.abs().mean(), error.square().mean()
-        perceptual = torch.zeros_like(l1)
-        if self.perceptual is not None and self.is_perceptual:
-            with self._precision():
-                perceptual = self.perceptual(images, widened(out.reconstruction)).float().mean()
+        perceptual = self._distance(self.perceptual, images, out)
+        logits = self._distance(self.logit_distance, images, out)
         config = self.config
         reconstruction = config.l1_weight * l1 + config.l2_weight * mse + config.perceptual_weight * perceptual
+        reconstruction = reconstruction + config.logit_weight * logits
         adversarial = self._adversarial_backward(images, out, reconstruction)
         loss = reconstruction + out.loss
-        parts = [loss, l1, mse, perceptual, *self.model.figures(out)]
+        parts = [loss, l1, mse, perceptual, logits, *self.model.figures(out)]
         values = torch.stack([part.detach().to(loss.dtype) for part in parts])
         if self.critic is None:
             return values

@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .published_weights import RANDOM_FEATURES, RANDOM_SEED, read_tensors
+
 # channels of VGG16's convolutions; a new list begins after a max pooling, and each ends in one of the five features
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 SHIFT = (-0.030, -0.088, -0.188)  # of images in [-1, 1] to ImageNet's mean and deviation
 SCALE = (0.458, 0.448, 0.450)
 SMALLEST_SIDE = 16  # four poolings
-RANDOM_SEED = 0
 
 
 def _normalized(
@@ -43,7 +44,8 @@ class PerceptualDistance(nn.Module):
         label: "LPIPS (VGG16)", "VGG16 features, unweighted" or "random features": what a number may be called.
 
     Raises:
-        FileNotFoundError, ValueError: a file that is not there, holds other weights, or is not safe to read.
+        FileNotFoundError, ValueError: a file that is not there, holds other weights, or is not safe to read; "vgg" or
+            "lpips", the option, stands before it.
     """
 
     shift: Tensor  # [1, 3, 1, 1]
@@ -62,7 +64,7 @@ class PerceptualDistance(nn.Module):
         self.linear = nn.ParameterList([torch.full((widths[-1],), 1 / widths[-1]) for widths in VGG16])
         self.register_buffer("shift", torch.tensor(SHIFT)[None, :, None, None])
         self.register_buffer("scale", torch.tensor(SCALE)[None, :, None, None])
-        self.label = "random features"
+        self.label = RANDOM_FEATURES
         if vgg is None:
             self._randomize()
         else:
@@ -84,7 +86,7 @@ class PerceptualDistance(nn.Module):
 
     @torch.no_grad()
     def _load_vgg(self, path: Path) -> None:
-        weights = _read(path)
+        weights, origin = read_tensors(path, "vgg"), f"vgg: {path}"
         place = 0  # of a convolution among torchvision's layers: each is followed by a ReLU, each block by a pooling
         convolutions = iter(self.convolutions)
         for widths in VGG16:
@@ -92,16 +94,16 @@ class PerceptualDistance(nn.Module):
                 layer = next(convolutions)
                 assert isinstance(layer, nn.Conv2d)
                 assert layer.bias is not None
-                _fill(layer.weight, weights, f"features.{place}.weight", path)
-                _fill(layer.bias, weights, f"features.{place}.bias", path)
+                _fill(layer.weight, weights, f"features.{place}.weight", origin)
+                _fill(layer.bias, weights, f"features.{place}.bias", origin)
                 place += 2
             place += 1
 
     @torch.no_grad()
     def _load_linear(self, path: Path) -> None:
-        weights = _read(path)
+        weights, origin = read_tensors(path, "lpips"), f"lpips: {path}"
         for number, own in enumerate(self.linear):
-            _fill(own, weights, f"lin{number}.model.1.weight", path)
+            _fill(own, weights, f"lin{number}.model.1.weight", origin)
 
     def features(
         self,
@@ -139,27 +141,10 @@ class PerceptualDistance(nn.Module):
         return total
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
-    """Tensors of a file, never its code."""
-    if not path.is_file():
-        raise FileNotFoundError(f"weight file {str(path)!r} is not there")
-    try:
-        if path.suffix == ".safetensors":
-            import safetensors.torch
-
-            return safetensors.torch.load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise many kinds
-        raise ValueError(f"weight file {str(path)!r} cannot be read safely: {error}") from error
-    if not isinstance(loaded, Mapping):
-        raise ValueError(f"weight file {str(path)!r} must hold tensors by name, got {type(loaded).__name__}")
-    return loaded
-
-
-def _fill(own: Tensor, weights: Mapping[str, Tensor], name: str, path: Path) -> None:
+def _fill(own: Tensor, weights: Mapping[str, Tensor], name: str, origin: str) -> None:
     if name not in weights:
-        raise ValueError(f"weight file {str(path)!r} has no {name!r}")
+        raise ValueError(f"{origin}: has no {name!r}")
     found = weights[name]
-    if found.numel() != own.numel():
-        raise ValueError(f"{name} in {str(path)!r} must have {own.numel()} numbers, got shape {list(found.shape)}")
+    if found.squeeze().shape != own.shape:
+        raise ValueError(f"{origin}: {name} must have shape {list(own.shape)}, got {list(found.shape)}")
     own.copy_(found.reshape(own.shape))

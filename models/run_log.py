@@ -15,6 +15,8 @@ from .checkpoint import write_atomically, write_text_atomically
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
+NETWORKS = "networks"  # key of the lines that say which networks the figures are by
+RANDOM = "random"  # how the label of one without a weight file begins
 PARTS = ("config.yaml", "checkpoints", "samples", "model", METRICS, CURVES)  # what a run leaves, beside events*
 
 
@@ -77,12 +79,25 @@ class RunLog:
         self.file = open(output / METRICS, "a", encoding="utf-8")  # noqa: SIM115
         self.writer = _summary_writer(output, last_step + 1)
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, and the same to TensorBoard."""
-        record = {"step": step, **values}
+    def _line(self, record: dict[str, Any]) -> None:
         self.history.append(record)
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
+
+    def networks(self, step: int, labels: dict[str, str]) -> None:
+        """What the networks that judge the reconstructions are called, where that is new; a warning for random ones."""
+        before = [record[NETWORKS] for record in self.history if NETWORKS in record]
+        if labels and before[-1:] != [labels]:
+            self._line({"step": step, NETWORKS: labels})
+            if self.writer is not None:
+                self.writer.add_text(NETWORKS, "\n".join(f"{name}: {label}  " for name, label in labels.items()), step)
+        for name, label in labels.items():
+            if label.startswith(RANDOM):
+                warnings.warn(f"{name}: {label}, as no weight file is given", stacklevel=4)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl, and the same to TensorBoard."""
+        self._line({"step": step, **values})
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)

@@ -36,7 +36,7 @@ from .objective import Objective
 from .optimization import learning_rate_at, make_optimizer
 from .pretrained import load_pretrained, make_model
 from .process import broadcast_object_list, gather_object, make_accelerator, peak_memory, process_settings
-from .run_log import RunLog, delete_run, run_exists
+from .run_log import NETWORKS, RunLog, delete_run, run_exists
 from .sharding import (
     clip_gradients,
     gathered,
@@ -142,7 +142,7 @@ class Trainer:
         self.log = RunLog(self.output, self.step) if self.is_main else None
         if self.log is not None:
             for line in self.log.history:
-                self.metrics.update({name: value for name, value in line.items() if name != "step"})
+                self.metrics.update({name: value for name, value in line.items() if name not in ("step", NETWORKS)})
             save_config(config, self.output / "config.yaml")
             if (self.output / "samples" / f"step-{self.step:08d}.png").exists():
                 self.sampled_at = self.step  # by the run before it was stopped
@@ -153,6 +153,8 @@ class Trainer:
         self._warm_up()
         if state is not None:  # last, as what is built above may draw random numbers
             restore_random_state(state["random"][self.accelerator.process_index])
+        if self.log is not None:  # after all that can be wrong with the options: it makes the folder that of a run
+            self.log.networks(self.step, self.objective.networks())
         self.started = time.perf_counter()
 
     # Set-up

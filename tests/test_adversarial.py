@@ -70,6 +70,16 @@ def test_lecam_follows_moving_averages():
         average_fake = fake.mean() if average_fake is None else 0.9 * average_fake + 0.1 * fake.mean()
         expected = (real - average_fake).clamp(min=0).pow(2).mean() + (average_real - fake).clamp(min=0).pow(2).mean()
         assert lecam(real.float(), fake.float()).item() == pytest.approx(expected.item(), rel=32 * ULP)
+        wide = (real.requires_grad_(), fake.requires_grad_())
+        own = LeCam(decay=0.9).double()
+        own.load_state_dict(lecam.state_dict())
+        with torch.no_grad():  # its averages have moved already: the penalty alone, at the same place
+            own.decay = 1.0
+        slopes = torch.autograd.grad(own(*wide), wide)
+        over = 2 * (real - own.average_fake).clamp(min=0) / real.numel()
+        under = -2 * (own.average_real - fake).clamp(min=0) / fake.numel()
+        for slope, right in zip(slopes, (over, under), strict=True):
+            torch.testing.assert_close(slope, right, rtol=1e-12, atol=1e-15)
     copy = LeCam(decay=0.9)
     copy.load_state_dict(lecam.state_dict())
     assert torch.equal(copy(_logits(5), _logits(6)), lecam(_logits(5), _logits(6)))
@@ -326,6 +336,18 @@ def test_lpips_is_the_published_distance(tmp_path):
     assert not any(parameter.requires_grad for parameter in distance.parameters())
 
 
+def test_lpips_and_its_gradient_in_float64(tmp_path):
+    vgg, linear = _vgg_file(tmp_path)
+    distance = PerceptualDistance(tmp_path / "vgg16.pth", tmp_path / "lpips.pth").double()
+    a, b = (torch.rand(1, 3, 16, 16, dtype=torch.float64) * 2 - 1 for _ in range(2))
+    found = distance(a, b.requires_grad_())
+    (slope,) = torch.autograd.grad(found.sum(), b)
+    expected = _lpips(a, b, vgg, linear)
+    (right,) = torch.autograd.grad(expected.sum(), b)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)  # shift and scale are kept in float32
+    assert (slope - right).norm() < 1e-5 * right.norm()
+
+
 def test_random_features_are_never_called_lpips():
     distance = PerceptualDistance()
     assert distance.label == "random features"
@@ -345,15 +367,24 @@ class _Malicious:
 
 def test_weight_files_that_do_not_fit_are_named(tmp_path, capsys):
     weights, _ = _vgg_file(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"^vgg: .*nowhere\.pth: no such file"):
         PerceptualDistance(tmp_path / "nowhere.pth")
     torch.save({k: v for k, v in weights.items() if k != "features.28.bias"}, tmp_path / "short.pth")
-    with pytest.raises(ValueError, match=r"has no 'features\.28\.bias'"):
+    with pytest.raises(ValueError, match=r"^vgg: .*short\.pth: has no 'features\.28\.bias'"):
         PerceptualDistance(tmp_path / "short.pth")
+    torch.save({**weights, "features.0.weight": weights["features.0.weight"].mT[:, :2]}, tmp_path / "narrow.pth")
+    with pytest.raises(ValueError, match=r"features\.0\.weight must have shape \[64, 3, 3, 3\], got \[64, 2, 3, 3\]"):
+        PerceptualDistance(tmp_path / "narrow.pth")
+    torch.save(torch.ones(3), tmp_path / "tensor.pth")
+    with pytest.raises(ValueError, match=r"^lpips: .*tensor\.pth: expected tensors by name, got Tensor"):
+        PerceptualDistance(tmp_path / "vgg16.pth", tmp_path / "tensor.pth")
     (tmp_path / "bad.pth").write_bytes(pickle.dumps(_Malicious()))
-    with pytest.raises(ValueError, match="cannot be read safely"):
+    with pytest.raises(ValueError, match=r"^vgg: .*bad\.pth: refused"):
         PerceptualDistance(tmp_path / "bad.pth")
     assert "executed" not in capsys.readouterr().out
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "lpips.pth").read_bytes()[:4000])
+    with pytest.raises(ValueError, match=r"^lpips: .*cut\.pth: truncated"):
+        PerceptualDistance(tmp_path / "vgg16.pth", tmp_path / "cut.pth")
     with pytest.raises(ValueError, match="vgg must be given"):
         PerceptualDistance(linear=tmp_path / "lpips.pth")
     with pytest.raises(ValueError, match="16 pixels"):

@@ -27,16 +27,19 @@ from vqkernels.models import (
     VQGANConfig,
     VQVAEConfig,
     make_model,
+    objective,
     save_config,
     train,
     training,
 )
+from vqkernels.models.augmentation import AUGMENTATIONS
 from vqkernels.models.checkpoint import load_newest
 from vqkernels.models.config import DiscriminatorConfig, load_config
 from vqkernels.models.objective import Critic, Objective
 from vqkernels.models.perceptual import SCALE, SHIFT, VGG16, PerceptualDistance
 from vqkernels.models.run_log import read_metrics
 
+pytestmark = pytest.mark.filterwarnings("ignore:perceptual. random features")
 SINGLE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -208,6 +211,39 @@ def test_a_stopped_run_ends_bit_for_bit_like_an_undisturbed_one(pictures, tmp_pa
         train(stopped, progress=progress)
     train(dataclasses.replace(stopped, resume=True))
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+
+
+def expected_critic_loss(critic: Critic, images: Tensor, fake: Tensor, turned: list[Tensor]) -> Tensor:
+    """Hinge, LeCAM, R1 and bCR from the papers' formulas; `turned` are both kinds of images as bCR augments them."""
+    config, network = critic.config, critic.network
+    r, f = network(images), network(fake)
+    r_turned, f_turned = map(network, turned)
+    loss = (torch.where(r < 1, 1 - r, 0.0).mean() + torch.where(f > -1, 1 + f, 0.0).mean()) / 2
+    over, under = r - f.mean().detach(), r.mean().detach() - f
+    lecam = torch.where(over > 0, over**2, 0.0).mean() + torch.where(under > 0, under**2, 0.0).mean()
+    slopes = torch.func.vmap(torch.func.grad(lambda image: network(image[None]).sum()))(images)
+    r1 = 0.5 * slopes.flatten(1).norm(dim=1).square().mean()
+    bcr = config.bcr_real_weight * ((r - r_turned) ** 2).mean() + config.bcr_fake_weight * ((f - f_turned) ** 2).mean()
+    return loss + config.lecam_weight * lecam + config.r1_weight * r1 + bcr
+
+
+def test_the_discriminator_minimises_the_sum_of_its_losses(monkeypatch):
+    """Value and gradient in float64; the augmentation is a turn, so that it can be done once more."""
+    monkeypatch.setattr(objective, "augment", lambda x, kinds: x.flip(3) if tuple(kinds) == AUGMENTATIONS else x)
+    torch.manual_seed(0)
+    weights = {"lecam_weight": 0.3, "r1_weight": 0.2, "bcr_real_weight": 0.5, "bcr_fake_weight": 0.7}
+    critic = Critic(small_run(Path("."), Path("."), critic=weights, gradient_accumulation=2), torch.device("cpu"))
+    critic.network.double()
+    critic.lecam.double()
+    images, fake = (torch.rand(4, 3, 16, 16, dtype=torch.float64) * 2 - 1 for _ in range(2))
+    critic.network(images)  # ActNorm takes its start from its first batch
+    expected = expected_critic_loss(critic, images, fake, [images.flip(3), fake.flip(3)])
+    slopes = torch.autograd.grad(expected / 2, list(critic.network.parameters()))  # of two micro-batches
+    found = critic.learn(images, fake.requires_grad_(), nullcontext())
+    assert found[0].item() == pytest.approx(expected.item(), rel=1e-10)
+    assert fake.grad is None
+    for parameter, slope in zip(critic.network.parameters(), slopes, strict=True):
+        torch.testing.assert_close(parameter.grad, slope, rtol=1e-8, atol=1e-12)
 
 
 def test_before_its_start_the_discriminator_is_neither_run_nor_trained(pictures, tmp_path):
