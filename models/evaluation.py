@@ -1,7 +1,7 @@
 """A model on many pictures: PSNR, SSIM, MS-SSIM, L1, LPIPS, rFID, code use, and the best and worst pictures.
 
-Pictures are read, judged and let go batch by batch: memory holds a few numbers of each. What every figure means is said in
-``evaluation_report`` and stands in the report.
+Pictures are read, judged and let go batch by batch: memory holds a few numbers of each. What every figure means is said
+in ``evaluation_report`` and stands in the report.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def centre_crop(
     picture: Image.Image,
     size: int,
 ) -> Tensor:  # uint8 [3, size, size]
-    """The middle of a picture scaled so that its shorter side is `size`, as evaluations of guided diffusion and LlamaGen do.
+    """The middle of a picture scaled so that its shorter side is `size`, as guided diffusion and LlamaGen do.
 
-    Halved by means of 2 x 2 while the shorter side is at least twice the size, then scaled by bicubic interpolation. Only
-    the square is computed, so that a long strip needs no more memory than it takes itself.
+    Halved by means of 2 x 2 while the shorter side is at least twice the size, then scaled by bicubic interpolation.
+    Only the square is computed, so that a long strip needs no more memory than it takes itself.
     """
     while min(picture.size) >= 2 * size:
         picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
@@ -323,8 +323,8 @@ class _SetDistance:
         name = "rFID and FID" if self.network.is_published else "The random-feature distance of the two sets"
         if count <= FEATURES:
             found.append(
-                f"{name}: {count} pictures for {FEATURES} features, so the covariances are singular and the figure is far "
-                f"from what more pictures would give; published tables take {PUBLISHED_IMAGES:,}"
+                f"{name}: {count} pictures for {FEATURES} features, so the covariances are singular and the figure is "
+                f"far from what more pictures would give; published tables take {PUBLISHED_IMAGES:,}"
             )
         elif self.network.is_published and count < PUBLISHED_IMAGES:
             found.append(
@@ -387,8 +387,8 @@ def evaluate_files(
         progress: called with the number of files done and that of all.
 
     Raises:
-        ValueError: no file can be read; the size of the crops does not fit the model; a weight file is not what it should
-            be; the model neither reconstructs nor generates.
+        ValueError: no file can be read; the size of the crops does not fit the model; a weight file is not what it
+            should be; the model neither reconstructs nor generates.
         FileNotFoundError: a weight file that is not there.
     """
     options = EvaluationOptions() if options is None else options

@@ -72,7 +72,7 @@ class Kind(NamedTuple):
 
 PSNR = Kind(
     "psnr", "PSNR", "dB", "higher", 3,
-    "10 log10(255^2 / MSE) of every picture over its pixels and colour channels; the mean of these, not that of the MSE",
+    "10 log10(255^2 / MSE) of every picture, its pixels and colours together; the mean of these, not that of the MSE",
 )  # fmt: skip
 SSIM = Kind(
     "ssim", "SSIM", "", "higher", 4,
@@ -259,7 +259,10 @@ class EvaluationReport:
         )
 
 
-CROP = "scaled so that the shorter side fits (halved by means of 2 x 2 while it is twice as long, then bicubic), middle cut"
+CROP = (
+    "the middle of each, scaled so that its shorter side fits: halved by means of 2 x 2 while it is at least twice as "
+    "long, then bicubic"
+)
 
 
 def _figure(figure: Figure) -> dict[str, Any]:

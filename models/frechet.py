@@ -2,8 +2,8 @@
 
     d^2 = |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1 C2)^(1/2)),   means m, covariances C with n - 1 in the denominator
 
-in float64. With C = R^T R the last trace is the sum of the singular values of R1 R2^T, which needs no root of a matrix and
-stays exact where a covariance is singular; there the usual roots of eigenvalues lose half of the digits.
+in float64. With C = R^T R the last trace is the sum of the singular values of R1 R2^T, which needs no root of a matrix
+and stays exact where a covariance is singular; there the usual roots of eigenvalues lose half of the digits.
 """
 
 from __future__ import annotations
@@ -46,13 +46,7 @@ class FeatureGaussian:
         return total / self.count
 
     def factor(self) -> Tensor:  # [r, D]
-        """R with R^T R = the covariance.
-
-        Raises:
-            ValueError: fewer than two rows.
-        """
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 pictures, got {self.count}")
+        """R with R^T R = the covariance; of at least two finite rows."""
         if self._sums is None:
             return (torch.cat(self._rows) - self.mean) / (self.count - 1) ** 0.5
         covariance = (self._sums[1] - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
@@ -70,9 +64,11 @@ def frechet_distance(one: FeatureGaussian, other: FeatureGaussian) -> float:
     Raises:
         ValueError: fewer than two pictures in one of the two.
     """
-    left, right = one.factor(), other.factor()
-    between = left @ right.T
-    if not bool(torch.isfinite(between).all()):
+    if min(one.count, other.count) < 2:
+        raise ValueError(f"a covariance needs at least 2 pictures, got {min(one.count, other.count)}")
+    between = (one.mean - other.mean).square().sum()
+    if not bool(torch.isfinite(between)):
         return float("nan")
-    spread = left.square().sum() + right.square().sum() - 2 * torch.linalg.svdvals(between).sum()
-    return max(float((one.mean - other.mean).square().sum() + spread), 0.0)
+    left, right = one.factor(), other.factor()
+    spread = left.square().sum() + right.square().sum() - 2 * torch.linalg.svdvals(left @ right.T).sum()
+    return max(float(between + spread), 0.0)

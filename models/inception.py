@@ -1,9 +1,9 @@
-"""The InceptionV3 whose features the Fréchet inception distance is defined by (Heusel et al. 2017; Szegedy et al. 2015).
+"""The InceptionV3 that the Fréchet inception distance is defined by (Szegedy et al. 2015, Heusel et al. 2017).
 
 It is the network of TensorFlow's 2015-12-05 graph with the parameter names that its PyTorch copies share
 (pt_inception-2015-12-05-6726825d.pth of pytorch-fid, weights-inception-2015-12-05-6726825d.pth of torch-fidelity), and
-differs from the later InceptionV3 of model collections: average poolings leave the border out of their count, the pooling
-in the last block takes the maximum, and there are 1008 logits and no auxiliary head.
+differs from the later InceptionV3 of model collections: average poolings leave the border out of their count, the
+pooling in the last block takes the maximum, and there are 1008 logits and no auxiliary head.
 
 The weights are the user's file. Without one the features are random, from a seed: a distance of them still compares two
 sets of pictures, but it is no FID, and never called so.
@@ -51,7 +51,8 @@ class ConvNorm(nn.Module):
 
     def __init__(self, channels: int, layer: Layer, *, same: bool = True) -> None:
         super().__init__()
-        padding = tuple(side // 2 for side in layer.kernel) if same and layer.stride == 1 else (0, 0)
+        rows, columns = layer.kernel
+        padding = (rows // 2, columns // 2) if same and layer.stride == 1 else (0, 0)
         self.conv = nn.Conv2d(channels, layer.width, layer.kernel, layer.stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(layer.width, eps=EPSILON)
 
@@ -160,7 +161,7 @@ def resize_like_tensorflow(
     x: Tensor,  # [B, C, H, W]
     size: int,
 ) -> Tensor:  # [B, C, size, size]
-    """Bilinear as TensorFlow 1 does it: output pixel i takes from i * H / size, not from its centre; no antialiasing."""
+    """Bilinear as TensorFlow 1 does it: pixel i is taken from i * H / size, not from its centre, without smoothing."""
     low, high, share = _taps(x.shape[3], size, x)
     x = torch.lerp(x[..., low], x[..., high], share)
     low, high, share = _taps(x.shape[2], size, x)
@@ -198,6 +199,15 @@ class InceptionFeatures(nn.Module):
         if resize not in ("tensorflow", "pytorch"):
             raise ValueError(f"resize must be 'tensorflow' or 'pytorch', got {resize!r}")
         self.resize, self.is_published = resize, weights is not None
+        with torch.device("meta"):  # without numbers, which come from the file or the seed
+            self._build()
+        if weights is None:
+            self._randomize()
+        else:
+            self._load(Path(weights))
+        self.requires_grad_(False).eval()
+
+    def _build(self) -> None:
         self.Conv2d_1a_3x3 = ConvNorm(3, Layer("", 32, (3, 3), 2))
         self.Conv2d_2a_3x3 = ConvNorm(32, Layer("", 32, (3, 3)), same=False)
         self.Conv2d_2b_3x3 = ConvNorm(32, Layer("", 64, (3, 3)))
@@ -210,11 +220,6 @@ class InceptionFeatures(nn.Module):
         self.Mixed_7a = _block_17_to_8()
         self.Mixed_7b, self.Mixed_7c = _block_8(1280, "average"), _block_8(2048, "maximum")
         self.fc = nn.Linear(FEATURES, LOGITS)  # in every file; the features come before it
-        if weights is None:
-            self._randomize()
-        else:
-            self._load(Path(weights))
-        self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> InceptionFeatures:
         """Stays in eval mode, whatever it is part of."""
@@ -223,20 +228,25 @@ class InceptionFeatures(nn.Module):
     @torch.no_grad()
     def _randomize(self) -> None:
         """He initialisation, normalisations that do nothing: every layer keeps the size of its input."""
-        if self.fc.weight.is_meta:
-            return
+        self.to_empty(device="cpu")
         generator = torch.Generator().manual_seed(RANDOM_SEED)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 module.weight.normal_(0, (2 / module.weight[0].numel()) ** 0.5, generator=generator)
+            elif isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+        self.fc.weight.zero_()
+        self.fc.bias.zero_()
 
     def _load(self, path: Path) -> None:
         found = read_weights(path)
         if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
             raise ValueError(f"{path}: expected the parameters of FID's InceptionV3 by name, got something else")
-        found = {name: value for name, value in found.items() if not name.endswith(UNUSED)}
-        _check_layout(found, {n: v for n, v in self.state_dict().items() if not n.endswith(UNUSED)}, path)
-        self.load_state_dict(found, strict=False)  # compared above; strict would miss the counters
+        own = self.state_dict()
+        found = {name: value.float() for name, value in found.items() if not name.endswith(UNUSED)}
+        _check_layout(found, {name: value for name, value in own.items() if not name.endswith(UNUSED)}, path)
+        counters = {name: torch.zeros((), dtype=torch.int64) for name in own if name.endswith(UNUSED)}
+        self.load_state_dict({**counters, **found}, assign=True)
 
     def features(
         self,

@@ -1,9 +1,9 @@
 """SSIM (Wang et al. 2004) and MS-SSIM (Wang et al. 2003) of whole batches, both from one pass, in float64.
 
 Gaussian window of 11 pixels with deviation 1.5, K1 = 0.01, K2 = 0.03, the mean over pixels and colour channels; five
-scales, each half of the one before by means of 2 x 2 pixels. As in torchmetrics, whose numbers these are, the picture is
-mirrored at its border for SSIM, and the windows of MS-SSIM's contrast lie inside it. A window is two products with a
-matrix here, where torchmetrics filters in two dimensions, which takes longer on a CPU.
+scales, each half of the one before by means of 2 x 2 pixels. As in torchmetrics, whose numbers these are, the picture
+is mirrored at its border for SSIM, and the windows of MS-SSIM's contrast lie inside it. A window is two products with
+a matrix here, where torchmetrics filters in two dimensions, which takes longer on a CPU.
 """
 
 from __future__ import annotations

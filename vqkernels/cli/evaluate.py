@@ -41,8 +41,10 @@ def palettes(model: ImageModel, report: EvaluationReport) -> list[Tensor]:  # ui
     codebook = getattr(getattr(model, "quantizer", None), "codebook", None)
     found = []
     for use in report.codes.maps:
-        fits = isinstance(codebook, Tensor) and codebook.dim() == 2 and len(codebook) == use.codebook_size
-        found.append(code_colours(codebook.detach().float().cpu() if fits else _bits(use.codebook_size)))
+        places = _bits(use.codebook_size)
+        if isinstance(codebook, Tensor) and codebook.dim() == 2 and len(codebook) == use.codebook_size:
+            places = codebook.detach().float().cpu()
+        found.append(code_colours(places))
     return found
 
 

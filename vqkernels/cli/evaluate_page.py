@@ -27,7 +27,8 @@ PAGE_STYLE = f"""{STYLE}
 .cards {{ grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); }}
 .cards dd .error {{ font-size: 15px; font-weight: 400; color: var(--soft); letter-spacing: 0; }}
 .example {{ margin: 22px 0 0; }}
-.example figcaption {{ display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 16px; margin: 0 0 8px; }}
+.example figcaption {{ display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 16px;
+  margin: 0 0 8px; }}
 .example figcaption b {{ font-weight: 600; overflow-wrap: anywhere; }}
 .example figcaption span {{ color: var(--soft); font-variant-numeric: tabular-nums; }}
 .row {{ display: grid; gap: 10px; grid-template-columns: repeat(4, minmax(0, 1fr)); }}
@@ -124,10 +125,10 @@ def _header(report: EvaluationReport) -> str:
         f"Centre crops of {size} × {size} pixels. Model {report.model['fingerprint']}, "
         f"{count(int(report.model['parameters']))} parameters. Every number on this page was measured in this run."
     )
-    times = '<span class="x">on</span>'
+    title = f'<span>{escape(str(report.model["class"]))}</span> <span class="x">on</span> <span>{pictures}</span>'
     return (
-        f'<header><p class="kicker">vqkernels evaluate</p><h1><span>{escape(str(report.model["class"]))}</span> {times} '
-        f'<span>{pictures}</span></h1><p class="lead">{escape(lead)}.</p><p class="source">{escape(source)}</p></header>'
+        f'<header><p class="kicker">vqkernels evaluate</p><h1>{title}</h1>'
+        f'<p class="lead">{escape(lead)}.</p><p class="source">{escape(source)}</p></header>'
     )
 
 
