@@ -71,13 +71,13 @@ class Kind(NamedTuple):
 
 
 PSNR = Kind(
-    "psnr", "PSNR", "dB", "higher", 3,
+    "psnr", "PSNR", "dB", "higher", 2,
     "10 log10(255^2 / MSE) of every picture, its pixels and colours together; the mean of these, not that of the MSE",
 )  # fmt: skip
 SSIM = Kind(
     "ssim", "SSIM", "", "higher", 4,
     "Gaussian window of 11 pixels, deviation 1.5, K = 0.01 and 0.03, range 255, mirrored border, mean over the colour "
-    "channels (torchmetrics); tables made with another window or with twice the range come out higher",
+    "channels (torchmetrics); tables that take twice the range come out higher",
 )  # fmt: skip
 MS_SSIM = Kind(
     "ms_ssim", "MS-SSIM", "", "higher", 4,
@@ -171,7 +171,7 @@ class CodeMap:
     usage: float  # used / codebook_size: a code counts that occurs once in all the pictures
     perplexity: float  # exp of the entropy of all tokens together
     entropy_bits: float  # per token
-    curve: list[float]  # share of the tokens in the most used i / 64 of the codebook, i = 0 ... 64
+    curve: list[list[float]]  # [share of the codebook, share of the tokens], the most used codes first
 
 
 def code_map_use(
@@ -185,8 +185,8 @@ def code_map_use(
     shares = counts[counts > 0] / tokens
     entropy = float(-(shares * np.log2(shares)).sum())
     ordered = np.concatenate([[0.0], np.cumsum(np.sort(counts)[::-1]) / tokens])  # [K + 1]
-    places = np.linspace(0, len(counts), CURVE_POINTS + 1)
-    curve = np.interp(places, np.arange(len(ordered)), ordered)
+    places = np.linspace(0, 1, CURVE_POINTS + 1) ** 2  # closer where the curve is steep
+    curve = np.stack([places, np.interp(places * len(counts), np.arange(len(ordered)), ordered)], axis=1)
     used = len(shares)
     return CodeMap(*grid, len(counts), tokens, used, used / len(counts), 2.0**entropy, entropy, curve.tolist())
 

@@ -1,4 +1,4 @@
-"""FID's InceptionV3 against a plain transcription of it, its weight files, and the Fréchet distance against closed forms."""
+"""FID's InceptionV3 against a plain transcription, its weight files, and the Fréchet distance against closed forms."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
 from vqkernels.models.frechet import FeatureGaussian, frechet_distance
 from vqkernels.models.inception import InceptionFeatures, resize_like_tensorflow
 
@@ -83,7 +82,9 @@ BLOCKS = {
 
 
 def _published() -> dict[str, tuple[int, ...]]:
-    lines = STEM.split("\n") + [f"{block}.{line}" for block, text in BLOCKS.items() for line in text.split("\n") if line]
+    lines = STEM.split("\n") + [
+        f"{block}.{line}" for block, text in BLOCKS.items() for line in text.split("\n") if line
+    ]
     shapes: dict[str, tuple[int, ...]] = {"fc.weight": (1008, 2048), "fc.bias": (1008,)}
     for line in filter(None, lines):
         name, *shape = line.split()

@@ -109,7 +109,7 @@ def histogram(values: Sequence[float], mean: float) -> str:
     return _histogram(values, mean, WIDE) + _histogram(values, mean, NARROW)
 
 
-def _usage_curve(curves: Sequence[Sequence[float]], canvas: Canvas) -> str:
+def _usage_curve(curves: Sequence[Sequence[Sequence[float]]], canvas: Canvas) -> str:
     frame = canvas.frame
     x_axis, y_axis = Axis(0.0, 100.0, frame.left, frame.right), Axis(0.0, 100.0, frame.bottom, frame.top)
     across = "% of the codebook, most used codes first" if canvas.details else "% of the codebook"
@@ -119,14 +119,13 @@ def _usage_curve(curves: Sequence[Sequence[float]], canvas: Canvas) -> str:
     even = (x_axis.at(57), y_axis.at(50) + 1.2 * canvas.font)
     parts.append(_label("all codes equally often", *even, "start", "roof-label"))
     for number, curve in enumerate(curves):
-        last = len(curve) - 1
-        points = " ".join(f"{x_axis.at(100 * i / last):.1f},{y_axis.at(100 * y):.1f}" for i, y in enumerate(curve))
+        points = " ".join(f"{x_axis.at(100 * x):.1f},{y_axis.at(100 * y):.1f}" for x, y in curve)
         parts.append(element("polyline", {"points": points, "class": f"curve curve-{number % 3}"}))
-    half = next((i / (len(curves[0]) - 1) for i, y in enumerate(curves[0]) if y >= 0.5), 1.0)
-    described = f"Code usage: half of the tokens lie in the most used {100 * half:.0f} % of the codebook"
+    half = next(x for x, y in curves[0] if y >= 0.5)
+    described = f"Code usage: half of the tokens lie in the most used {100 * half:.1f} % of the codebook"
     return _chart(canvas, described, *parts)
 
 
-def usage_curve(curves: Sequence[Sequence[float]]) -> str:
+def usage_curve(curves: Sequence[Sequence[Sequence[float]]]) -> str:
     """The share of the tokens that the most used codes hold, a line for every map; for screens and for phones."""
     return _usage_curve(curves, WIDE) + _usage_curve(curves, NARROW)

@@ -25,7 +25,6 @@ MOST_NAMED = 50  # skipped files on the page; evaluation.json has all
 
 PAGE_STYLE = f"""{STYLE}
 .cards {{ grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); }}
-.cards dd .error {{ font-size: 15px; font-weight: 400; color: var(--soft); letter-spacing: 0; }}
 .example {{ margin: 22px 0 0; }}
 .example figcaption {{ display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 16px;
   margin: 0 0 8px; }}
@@ -42,12 +41,12 @@ PAGE_STYLE = f"""{STYLE}
 .curve {{ fill: none; stroke: var(--accent); stroke-width: 2.5; stroke-linejoin: round; }}
 .curve-1 {{ stroke: var(--gather); }}
 .curve-2 {{ stroke: var(--backward); }}
+.scroll + p {{ margin-top: 12px; }}
 ul.notes {{ margin: 8px 0 0; padding: 0 0 0 20px; }}
 ul.notes li {{ margin: 4px 0; }}
 @media (max-width: 640px) {{
   .row, .row.three, .row.many {{ grid-template-columns: 1fr 1fr; }}
   .cards {{ grid-template-columns: 1fr 1fr; }}
-  .cards dd .error {{ display: block; }}
 }}
 """
 
@@ -86,17 +85,14 @@ def _number(value: float | None, digits: int) -> str:
 # The top
 
 
-def _card(name: str, value: str, note: str, error: str = "") -> str:
-    behind = f' <span class="error">{error}</span>' if error else ""
-    shown = f'<dt>{escape(name)}</dt><dd>{escape(value)}{behind}</dd><dd class="note">{escape(note)}</dd>'
-    return f"<div>{shown}</div>"
+def _card(name: str, value: str, note: str) -> str:
+    return f'<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd class="note">{escape(note)}</dd></div>'
 
 
 def _figure_card(figure: Figure) -> str:
     unit = f" {figure.kind.unit}" if figure.kind.unit and figure.value is not None else ""
-    error = "" if figure.standard_error is None else f"± {_number(figure.standard_error, figure.kind.digits)}"
-    note = figure.missing or f"{figure.kind.better} is better"
-    return _card(figure.kind.label, figure.text() + unit, note, error)
+    error = "" if figure.standard_error is None else f"± {_number(figure.standard_error, figure.kind.digits)}, "
+    return _card(figure.kind.label, figure.text() + unit, figure.missing or f"{error}{figure.kind.better} is better")
 
 
 def _cards(report: EvaluationReport) -> str:
@@ -232,7 +228,7 @@ def _skipped(report: EvaluationReport) -> str:
     rows = [(escape(str(file)), escape(reason)) for file, reason in report.skipped[:MOST_NAMED]]
     left = len(report.skipped) - len(rows)
     note = paragraph(f"... and {left} more, in evaluation.json.", "quiet") if left else ""
-    return section("skipped", f"{len(report.skipped)} skipped", facts(rows), note)
+    return section("skipped", f"Skipped: {len(report.skipped)} of the files", facts(rows), note)
 
 
 def _run(report: EvaluationReport, versions: dict[str, str]) -> str:
