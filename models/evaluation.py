@@ -6,21 +6,18 @@ in ``evaluation_report`` and stands in the report.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from .data import open_image
+from .crops import Progress, batches, read_crops
 from .evaluation_report import (
     PUBLISHED_IMAGES,
     CodeUse,
@@ -41,80 +38,9 @@ from .perceptual import SMALLEST_SIDE, PerceptualDistance
 from .similarity import SMALLEST_MULTISCALE, WINDOW, similarities
 from .tokenizer import ImageTokenizer
 
-READERS = 4  # threads that decode; Pillow lets go of the interpreter lock
 PEAK = 255.0
 SAMPLE_SEED = 0
-
-Progress = Callable[[int, int], None]  # files done, files in all
-
-
-def centre_crop(
-    picture: Image.Image,
-    size: int,
-) -> Tensor:  # uint8 [3, size, size]
-    """The middle of a picture scaled so that its shorter side is `size`, as guided diffusion and LlamaGen do.
-
-    Halved by means of 2 x 2 while the shorter side is at least twice the size, then scaled by bicubic interpolation.
-    Only the square is computed, so that a long strip needs no more memory than it takes itself.
-    """
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    across, down = picture.width / width, picture.height / height
-    box = (left * across, top * down, (left + size) * across, (top + size) * down)
-    square = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(square, dtype=np.uint8)).permute(2, 0, 1).contiguous()
-
-
-def _try_crop(file: Path, size: int) -> Tensor | str:
-    """The crop, or the reason why there is none."""
-    try:
-        return centre_crop(open_image(file), size)
-    except (ValueError, OSError) as error:
-        return str(error)
-
-
-def read_crops(
-    files: Sequence[Path],
-    size: int,
-    skipped: list[tuple[Path, str]],
-    *,
-    ahead: int = 8,
-    progress: Progress | None = None,
-) -> Iterator[tuple[Path, Tensor]]:  # uint8 [3, size, size]
-    """Crops of all readable files in their order, decoded by threads a few ahead; the others go to `skipped`."""
-    waiting: deque[tuple[Path, Future[Tensor | str]]] = deque()
-    upcoming = iter(files)
-    with ThreadPoolExecutor(READERS) as pool:
-        for done in range(len(files)):
-            while len(waiting) <= ahead and (file := next(upcoming, None)) is not None:
-                waiting.append((file, pool.submit(_try_crop, file, size)))
-            file, future = waiting.popleft()
-            found = future.result()
-            if isinstance(found, str):
-                skipped.append((file, found))
-            else:
-                yield file, found
-            if progress is not None:
-                progress(done + 1, len(files))
-
-
-def _batches(
-    crops: Iterator[tuple[Path, Tensor]],
-    batch_size: int,
-) -> Iterator[tuple[list[Path], Tensor]]:  # uint8 [B, 3, S, S]
-    names: list[Path] = []
-    held: list[Tensor] = []
-    for name, crop in crops:
-        names.append(name)
-        held.append(crop)
-        if len(held) == batch_size:
-            yield names, torch.stack(held)
-            names, held = [], []
-    if held:
-        yield names, torch.stack(held)
+PUBLISHED_INCEPTION = "6726825d"  # how the SHA-256 of the published file begins, and what its name ends with
 
 
 def to_levels(
@@ -315,12 +241,17 @@ class _SetDistance:
             return Figure(kind, None, self.real.count, missing="needs at least 2 pictures")
         return Figure(kind, frechet_distance(self.real, self.made), self.real.count)
 
-    def warnings(self) -> list[str]:
+    def warnings(self, weights: dict[str, dict[str, str]], *, samples: bool) -> list[str]:
         """What a reader of the distance must know."""
         if self.network is None:
             return []
         count, found = self.real.count, []
-        name = "rFID and FID" if self.network.is_published else "The random-feature distance of the two sets"
+        name = set_kind(self.options, samples=samples).label
+        if "inception" in weights and not weights["inception"]["sha256"].startswith(PUBLISHED_INCEPTION):
+            found.append(
+                f"{name}: the weights are not the published file byte for byte (SHA-256 {PUBLISHED_INCEPTION}...), so "
+                "that the name holds only if they are the same numbers"
+            )
         if count <= FEATURES:
             found.append(
                 f"{name}: {count} pictures for {FEATURES} features, so the covariances are singular and the figure is "
@@ -328,7 +259,8 @@ class _SetDistance:
             )
         elif self.network.is_published and count < PUBLISHED_IMAGES:
             found.append(
-                f"{name} fall as the number of pictures rises: {count:,} here, {PUBLISHED_IMAGES:,} in published tables"
+                f"{name} falls as the number of pictures rises: {count:,} here, "
+                f"{PUBLISHED_IMAGES:,} in published tables"
             )
         return found
 
@@ -345,6 +277,24 @@ def _describe(model: ImageModel) -> dict[str, object]:
         "factor": model.factor if hasattr(model.config, "factor") else None,
         "config": asdict(model.config),
     }
+
+
+def _weight_files(options: EvaluationOptions) -> dict[str, dict[str, str]]:
+    """Which files the figures rest on."""
+    found = {}
+    for name in ("vgg", "lpips", "inception"):
+        path = getattr(options, name)
+        if path is not None:
+            found[name] = {"file": str(path), "sha256": _digest(path)}
+    return found
+
+
+def _digest(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _check(model: ImageModel, options: EvaluationOptions) -> None:
@@ -412,12 +362,13 @@ def _reconstructions(
     start, skipped = time.monotonic(), list[tuple[Path, str]]()
     evaluator = _Evaluator(model, options)
     crops = read_crops(files, options.image_size, skipped, ahead=2 * options.batch_size, progress=progress)
-    for names, batch in _batches(crops, options.batch_size):
+    for names, batch in batches(crops, options.batch_size):
         evaluator.add(names, batch)
     if not evaluator.files:
         raise _nothing(files, skipped)
     worst, best = evaluator.extremes.found()
-    warnings = evaluator.distances.warnings()
+    weights = _weight_files(options)
+    warnings = evaluator.distances.warnings(weights, samples=False)
     broken = sum(math.isnan(value) for value in evaluator.values["psnr"])
     if broken:
         warnings.append(f"{broken} reconstructions hold values that are not finite, and the figures with them")
@@ -430,6 +381,7 @@ def _reconstructions(
         per_image=evaluator.per_image(),
         skipped=skipped,
         warnings=warnings,
+        weights=weights,
         device=str(evaluator.device),
         seconds=time.monotonic() - start,
         worst=worst,
@@ -448,13 +400,13 @@ def _samples(
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(SAMPLE_SEED)
-        for batch_names, batch in _batches(crops, options.batch_size):
+        for batch_names, batch in batches(crops, options.batch_size):
             names += map(str, batch_names)
             made = to_levels(model.generate(len(batch)), options.pixels)  # type: ignore[operator]
             distance.update(batch.to(device), made)
     if not names:
         raise _nothing(files, skipped)
-    figure = distance.figure(samples=True)
+    figure, weights = distance.figure(samples=True), _weight_files(options)
     return EvaluationReport(
         options=options,
         model=_describe(model),
@@ -463,7 +415,8 @@ def _samples(
         files=names,
         per_image={},
         skipped=skipped,
-        warnings=distance.warnings(),
+        warnings=distance.warnings(weights, samples=True),
+        weights=weights,
         device=str(device),
         seconds=time.monotonic() - start,
     )

@@ -231,6 +231,7 @@ class EvaluationReport:
     per_image: dict[str, list[float]]  # by figure, in the order of `files`
     skipped: list[tuple[Path, str]]
     warnings: list[str]
+    weights: dict[str, dict[str, str]]  # file and SHA-256 of vgg, lpips and inception, where they were given
     device: str
     seconds: float
     worst: list[Example] = field(default_factory=list)
@@ -253,6 +254,7 @@ class EvaluationReport:
                 "per_image": rows,
                 "skipped": [{"file": str(file), "reason": reason} for file, reason in self.skipped],
                 "warnings": self.warnings,
+                "weights": self.weights,
                 "device": self.device,
                 "seconds": self.seconds,
             }

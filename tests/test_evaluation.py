@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -22,10 +23,12 @@ from vqkernels.models import (
     ImageModel,
     ImageTokenizer,
     VQVAEConfig,
+    crops,
     evaluate_files,
     evaluation,
 )
-from vqkernels.models.evaluation import centre_crop, pair_figures, read_crops, to_levels
+from vqkernels.models.crops import centre_crop, read_crops
+from vqkernels.models.evaluation import pair_figures, to_levels
 from vqkernels.models.evaluation_report import mean_figure, pair_kinds, set_kind
 from vqkernels.models.metrics import bits_per_pixel, code_usage
 from vqkernels.models.metrics import ssim as batch_ssim
@@ -193,7 +196,7 @@ def test_reading_stays_a_few_pictures_ahead(monkeypatch, tmp_path):
         opened.append(file)
         return "broken" if file.stem in ("0", "17") else torch.full((3, size, size), int(file.stem), dtype=torch.uint8)
 
-    monkeypatch.setattr(evaluation, "_try_crop", read)
+    monkeypatch.setattr(crops, "_try_crop", read)
     skipped: list[tuple[Path, str]] = []
     seen: list[tuple[int, int]] = []
     for number, (file, crop) in enumerate(
@@ -315,9 +318,12 @@ class _SmallFeatures(nn.Module):
 
 
 @pytest.fixture
-def small_features(monkeypatch):
+def small_features(monkeypatch, tmp_path) -> str:
+    """Puts the small network in the place of Inception's; gives the path of a weight file for it."""
+    (tmp_path / "small.pth").write_bytes(b"weights")
     monkeypatch.setattr(evaluation, "InceptionFeatures", _SmallFeatures)
     monkeypatch.setattr(evaluation, "FEATURES", 6)
+    return str(tmp_path / "small.pth")
 
 
 def test_random_features_never_carry_a_published_name(model, folder, small_features):
@@ -344,13 +350,16 @@ def test_rfid_is_the_distance_of_the_two_sets(model, folder, small_features):
     network.num_features = 6
     metric = FrechetInceptionDistance(feature=network, normalize=True)
     found = evaluate_files(
-        model, _files(folder), EvaluationOptions(image_size=SIZE, batch_size=2, inception="weights", shown=0)
+        model, _files(folder), EvaluationOptions(image_size=SIZE, batch_size=2, inception=small_features, shown=0)
     )
     crops = torch.stack([crop for _, crop in read_crops(list(map(Path, found.files)), SIZE, [])]).float()
     metric.update(crops, real=True)
     metric.update(to_levels(model.reconstruct(crops / 127.5 - 1)), real=False)
     assert found.figures["rfid"].value == pytest.approx(metric.compute().item(), rel=1e-4, abs=1e-6)
-    assert found.warnings == ["rFID and FID fall as the number of pictures rises: 9 here, 50,000 in published tables"]
+    assert found.weights == {"inception": {"file": small_features, "sha256": hashlib.sha256(b"weights").hexdigest()}}
+    first, second = found.warnings
+    assert "not the published file byte for byte" in first
+    assert second == "rFID falls as the number of pictures rises: 9 here, 50,000 in published tables"
 
 
 # Other kinds of models
@@ -413,11 +422,11 @@ def test_a_model_without_codes_has_no_code_use(folder):
 def test_a_generator_gets_fid_of_its_samples_alone(folder, small_features):
     with pytest.raises(ValueError, match="only FID of its samples applies: expected inception"):
         evaluate_files(_Generator(), _files(folder))
-    found = evaluate_files(_Generator(), _files(folder), EvaluationOptions(inception="weights", batch_size=4))
+    found = evaluate_files(_Generator(), _files(folder), EvaluationOptions(inception=small_features, batch_size=4))
     assert set(found.figures) == {"fid"}
     assert found.figures["fid"].value > 0
     assert found.figures["fid"].images == 9
-    again = evaluate_files(_Generator(), _files(folder), EvaluationOptions(inception="weights", batch_size=4))
+    again = evaluate_files(_Generator(), _files(folder), EvaluationOptions(inception=small_features, batch_size=4))
     assert again.figures["fid"].value == found.figures["fid"].value
     with pytest.raises(ValueError, match="neither reconstructs pictures nor generates them"):
         evaluate_files(_Neither(), _files(folder))
@@ -476,6 +485,7 @@ SCHEMA = {
     "per_image": [{"file": str, "psnr": NUMBER, "ssim": NUMBER, "l1": NUMBER}],
     "skipped": [{"file": str, "reason": str}],
     "warnings": list,
+    "weights": dict,
     "device": str,
     "seconds": NUMBER,
     "versions": {"vqkernels": str, "torch": str, "numpy": str, "pillow": str},

@@ -116,8 +116,7 @@ def _usage_curve(curves: Sequence[Sequence[Sequence[float]]], canvas: Canvas) ->
     parts = _grid((x_axis, y_axis), canvas, (across, "% of the tokens"), lambda value: f"{value:g}")
     ends = {"x1": x_axis.at(0), "y1": y_axis.at(0), "x2": x_axis.at(100), "y2": y_axis.at(100)}
     parts.append(element("line", {**ends, "class": "roof cache"}))
-    even = (x_axis.at(57), y_axis.at(50) + 1.2 * canvas.font)
-    parts.append(_label("all codes equally often", *even, "start", "roof-label"))
+    parts.append(_label("all codes equally often", x_axis.at(99), y_axis.at(22), "end", "roof-label"))
     for number, curve in enumerate(curves):
         points = " ".join(f"{x_axis.at(100 * x):.1f},{y_axis.at(100 * y):.1f}" for x, y in curve)
         parts.append(element("polyline", {"points": points, "class": f"curve curve-{number % 3}"}))

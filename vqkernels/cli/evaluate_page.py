@@ -91,8 +91,10 @@ def _card(name: str, value: str, note: str) -> str:
 
 def _figure_card(figure: Figure) -> str:
     unit = f" {figure.kind.unit}" if figure.kind.unit and figure.value is not None else ""
-    error = "" if figure.standard_error is None else f"± {_number(figure.standard_error, figure.kind.digits)}, "
-    return _card(figure.kind.label, figure.text() + unit, figure.missing or f"{error}{figure.kind.better} is better")
+    error = "" if figure.standard_error is None else f"± {_number(figure.standard_error, figure.kind.digits)}"
+    arrow = {"higher": "↑", "lower": "↓"}[figure.kind.better]
+    note = figure.missing or error or f"{figure.kind.better} is better"
+    return _card(f"{figure.kind.label} {arrow}", figure.text() + unit, note)
 
 
 def _cards(report: EvaluationReport) -> str:
@@ -233,12 +235,12 @@ def _skipped(report: EvaluationReport) -> str:
 
 def _run(report: EvaluationReport, versions: dict[str, str]) -> str:
     options = report.options
-    given = [(name, getattr(options, name)) for name in ("vgg", "lpips", "inception") if getattr(options, name)]
+    given = [(name, f"{found['file']}, SHA-256 {found['sha256']}") for name, found in report.weights.items()]
     rows = [
         ("model", f"{report.model['class']}, {report.model['source']}"),
         ("fingerprint", str(report.model["fingerprint"])),
         ("device", f"{report.device}, {report.seconds:.1f} s, {options.batch_size} pictures at a time"),
-        *((name, str(path)) for name, path in given),
+        *given,
         ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
     ]
     return section("run", "Model and versions", facts((name, escape(fact)) for name, fact in rows))
