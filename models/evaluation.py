@@ -10,7 +10,7 @@ import hashlib
 import heapq
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,7 +39,6 @@ from .similarity import SMALLEST_MULTISCALE, WINDOW, similarities
 from .tokenizer import ImageTokenizer
 
 PEAK = 255.0
-SAMPLE_SEED = 0
 PUBLISHED_INCEPTION = "6726825d"  # how the SHA-256 of the published file begins, and what its name ends with
 
 
@@ -67,7 +66,12 @@ def pair_figures(
     }
 
 
-def codebook_sizes(model: ImageTokenizer, maps: int) -> tuple[int, ...]:
+def has_codes(model: ImageModel) -> bool:
+    """Whether `encode` and `decode` speak of codes: every ImageTokenizer, and what names its `codebook_sizes`."""
+    return isinstance(model, ImageTokenizer) or hasattr(model, "codebook_sizes")
+
+
+def codebook_sizes(model: ImageModel, maps: int) -> tuple[int, ...]:
     """Codes that each map can hold."""
     sizes = getattr(model, "codebook_sizes", None)
     return tuple(sizes) if sizes is not None else (int(model.config.quantizer.codebook_size),) * maps
@@ -76,9 +80,10 @@ def codebook_sizes(model: ImageTokenizer, maps: int) -> tuple[int, ...]:
 class _CodeCounter:
     """How often every code of every map occurred."""
 
-    def __init__(self, model: ImageTokenizer) -> None:
+    def __init__(self, model: ImageModel) -> None:
         self.model = model
-        self.counts: list[Tensor] = []  # int64 [K] each
+        self.sizes: tuple[int, ...] = ()
+        self.counts: list[tuple[Tensor, Tensor]] = []  # codes that occurred and how often, int64 [used] each
         self.grids: list[tuple[int, int]] = []
 
     def update(
@@ -86,16 +91,21 @@ class _CodeCounter:
         maps: tuple[Tensor, ...],  # int64 [B, h, w] each
     ) -> None:
         if not self.counts:
-            sizes = codebook_sizes(self.model, len(maps))
-            self.counts = [torch.zeros(size, dtype=torch.int64) for size in sizes]
+            self.sizes = codebook_sizes(self.model, len(maps))
             self.grids = [(codes.shape[-2], codes.shape[-1]) for codes in maps]
-        for counts, codes in zip(self.counts, maps, strict=True):
-            counts += torch.bincount(codes.flatten(), minlength=len(counts)).cpu()
+            self.counts = [(torch.zeros(0, dtype=torch.int64),) * 2 for _ in maps]
+        for place, codes in enumerate(maps):  # not an array of all codes: a quantizer of signs may have 2^62
+            found, times = (part.cpu() for part in codes.unique(return_counts=True))
+            known, before = self.counts[place]
+            merged, where = torch.cat([known, found]).unique(return_inverse=True)
+            counts = torch.zeros_like(merged).index_add_(0, where, torch.cat([before, times]))
+            self.counts[place] = (merged, counts)
 
     def use(self, image_size: int) -> CodeUse:
         """Everything together."""
-        pairs = zip(self.counts, self.grids, strict=True)
-        return code_use([code_map_use(counts.numpy(), grid) for counts, grid in pairs], image_size)
+        parts = zip(self.counts, self.sizes, self.grids, strict=True)
+        maps = [code_map_use(counts.numpy(), size, grid) for (_, counts), size, grid in parts]
+        return code_use(maps, image_size)
 
 
 class _Extremes:
@@ -132,7 +142,7 @@ class _Evaluator:
         if (options.vgg or options.random_features) and options.image_size >= SMALLEST_SIDE:
             self.perceptual = PerceptualDistance(options.vgg, options.lpips).to(self.device)
         self.distances = _SetDistance(options, self.device)
-        self.counter = _CodeCounter(model) if isinstance(model, ImageTokenizer) else None
+        self.counter = _CodeCounter(model) if has_codes(model) else None
         self.extremes = _Extremes(options.shown)
         self.files: list[str] = []
         self.values: dict[str, list[float]] = {kind.key: [] for kind in self.kinds}
@@ -142,10 +152,11 @@ class _Evaluator:
         images: Tensor,  # [B, 3, S, S] in [-1, 1]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # [B, 3, S, S], codes [B, h, w] each
         """Reconstructions, and the codes of a model that has them."""
-        if not isinstance(self.model, ImageTokenizer):
+        if not has_codes(self.model):
             return self.model.reconstruct(images), ()
-        codes = self.model.encode(images)
-        return self.model.decode(codes), (codes,) if isinstance(codes, Tensor) else tuple(codes)
+        codes = self.model.encode(images)  # type: ignore[operator]
+        decode: Callable[[object], Tensor] = self.model.decode  # type: ignore[assignment]
+        return decode(codes), (codes,) if isinstance(codes, Tensor) else tuple(codes)
 
     @torch.no_grad()
     def add(
@@ -327,7 +338,7 @@ def evaluate_files(
 
     Figures of pairs (PSNR, SSIM, MS-SSIM, L1, LPIPS) are measured on every picture and its reconstruction and averaged;
     rFID compares the two sets; code use counts the codes of all pictures of an ImageTokenizer together. A model that
-    generates and does not reconstruct gets the FID of `generate(n)` alone, with as many samples as there are pictures.
+    generates and does not reconstruct gets the FID of `generate(count, seed)` alone, of as many samples as pictures.
     Nothing is downloaded: LPIPS and FID need the files that the options name.
 
     Args:
@@ -397,13 +408,10 @@ def _samples(
     start, device = time.monotonic(), next(model.parameters()).device
     distance, skipped, names = _SetDistance(options, device), list[tuple[Path, str]](), list[str]()
     crops = read_crops(files, options.image_size, skipped, ahead=2 * options.batch_size, progress=progress)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(SAMPLE_SEED)
-        for batch_names, batch in batches(crops, options.batch_size):
-            names += map(str, batch_names)
-            made = to_levels(model.generate(len(batch)), options.pixels)  # type: ignore[operator]
-            distance.update(batch.to(device), made)
+    for batch_names, batch in batches(crops, options.batch_size):
+        made = model.generate(len(batch), len(names))  # type: ignore[operator]  # a seed of its own for each batch
+        names += map(str, batch_names)
+        distance.update(batch.to(device), to_levels(made, options.pixels))
     if not names:
         raise _nothing(files, skipped)
     figure, weights = distance.figure(samples=True), _weight_files(options)

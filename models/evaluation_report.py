@@ -175,20 +175,21 @@ class CodeMap:
 
 
 def code_map_use(
-    counts: np.ndarray,  # [K]
+    counts: np.ndarray,  # [used], of the codes that occurred
+    codebook_size: int,
     grid: tuple[int, int],
 ) -> CodeMap:
     """Usage, perplexity and entropy of counts."""
     import numpy as np
 
     tokens = int(counts.sum())
-    shares = counts[counts > 0] / tokens
+    shares = counts / tokens
     entropy = float(-(shares * np.log2(shares)).sum())
     ordered = np.concatenate([[0.0], np.cumsum(np.sort(counts)[::-1]) / tokens])  # [K + 1]
     places = np.linspace(0, 1, CURVE_POINTS + 1) ** 2  # closer where the curve is steep
-    curve = np.stack([places, np.interp(places * len(counts), np.arange(len(ordered)), ordered)], axis=1)
+    curve = np.stack([places, np.interp(places * codebook_size, np.arange(len(ordered)), ordered)], axis=1)
     used = len(shares)
-    return CodeMap(*grid, len(counts), tokens, used, used / len(counts), 2.0**entropy, entropy, curve.tolist())
+    return CodeMap(*grid, codebook_size, tokens, used, used / codebook_size, 2.0**entropy, entropy, curve.tolist())
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from vqkernels.models import (
 )
 from vqkernels.models.crops import centre_crop, read_crops
 from vqkernels.models.evaluation import pair_figures, to_levels
-from vqkernels.models.evaluation_report import mean_figure, pair_kinds, set_kind
+from vqkernels.models.evaluation_report import code_map_use, mean_figure, pair_kinds, set_kind
 from vqkernels.models.metrics import bits_per_pixel, code_usage
 from vqkernels.models.metrics import ssim as batch_ssim
 from vqkernels.models.similarity import SCALE_WEIGHTS, SMALLEST_MULTISCALE, similarities
@@ -386,10 +386,12 @@ class _Generator(ImageModel):
 
     def __init__(self) -> None:
         super().__init__()
+        self.calls: list[tuple[int, int]] = []
         self.config, self.weight = _Config(), nn.Parameter(torch.ones(1))
 
-    def generate(self, count: int) -> Tensor:
-        return torch.rand(count, 3, 8, 8) * 2 - 1
+    def generate(self, count: int, seed: int = 0) -> Tensor:
+        self.calls.append((count, seed))
+        return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 class _Neither(ImageModel):
@@ -422,7 +424,9 @@ def test_a_model_without_codes_has_no_code_use(folder):
 def test_a_generator_gets_fid_of_its_samples_alone(folder, small_features):
     with pytest.raises(ValueError, match="only FID of its samples applies: expected inception"):
         evaluate_files(_Generator(), _files(folder))
-    found = evaluate_files(_Generator(), _files(folder), EvaluationOptions(inception=small_features, batch_size=4))
+    generator = _Generator()
+    found = evaluate_files(generator, _files(folder), EvaluationOptions(inception=small_features, batch_size=4))
+    assert generator.calls == [(4, 0), (4, 4), (1, 8)]
     assert set(found.figures) == {"fid"}
     assert found.figures["fid"].value > 0
     assert found.figures["fid"].images == 9
@@ -430,6 +434,13 @@ def test_a_generator_gets_fid_of_its_samples_alone(folder, small_features):
     assert again.figures["fid"].value == found.figures["fid"].value
     with pytest.raises(ValueError, match="neither reconstructs pictures nor generates them"):
         evaluate_files(_Neither(), _files(folder))
+
+
+def test_a_codebook_too_large_for_an_array_is_counted():
+    counts = np.array([3, 1, 4])
+    use = code_map_use(counts, 2**62, (2, 4))
+    assert (use.used, use.tokens, use.curve[-1]) == (3, 8, [1.0, 1.0])
+    assert use.perplexity == pytest.approx(code_map_use(counts, 3, (2, 4)).perplexity)
 
 
 def test_codes_on_two_maps_add_up(model, folder):

@@ -20,6 +20,7 @@ from .loading import choose_device, collect_images, load_model, report_skipped
 from .options import EvaluateConfig
 from .terminal import make_console, make_table, meter, quiet_libraries
 
+MOST_COLOURS = 65536  # without a codebook; codes that differ by a multiple of it share a colour
 PAGE, NUMBERS = "report.html", "evaluation.json"
 
 
@@ -41,7 +42,7 @@ def palettes(model: ImageModel, report: EvaluationReport) -> list[Tensor]:  # ui
     codebook = getattr(getattr(model, "quantizer", None), "codebook", None)
     found = []
     for use in report.codes.maps:
-        places = _bits(use.codebook_size)
+        places = _bits(min(use.codebook_size, MOST_COLOURS))
         if isinstance(codebook, Tensor) and codebook.dim() == 2 and len(codebook) == use.codebook_size:
             places = codebook.detach().float().cpu()
         found.append(code_colours(places))

@@ -149,7 +149,7 @@ def _example(example: Example, colours: Sequence[Tensor]) -> str:
     ]
     for number, (codes, palette) in enumerate(zip(example.codes, colours, strict=True)):
         which = f" {number + 1}" if len(example.codes) > 1 else ""
-        picture = Image.fromarray(palette[codes].numpy())
+        picture = Image.fromarray(palette[codes % len(palette)].numpy())
         shown.append((picture, f"codes{which}, {codes.shape[1]} × {codes.shape[0]}", "pixels"))
     cells = "".join(
         f"<div>{_picture(picture, f'{title} of {name}', kind)}<span>{escape(title)}</span></div>"
