@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .config import TrainConfig, load_config, save_config
     from .convert import Converted, load_foreign, save_diffusers
     from .data import ImageFolder, bundled_photographs, held_out_photograph, list_images, load_image
+    from .evaluation import evaluate_files
+    from .evaluation_report import EvaluationOptions, EvaluationReport
     from .finite_guard import NonFiniteLossError
     from .image_model import ImageModel, ModelOutput
     from .model_config import QuantizerConfig, VQGANConfig, VQVAEConfig
@@ -36,6 +38,8 @@ _HOMES = {
     "presets": ("VQGANPreset", "load_preset", "preset_names"),
     "pretrained": ("load_pretrained", "make_model"),
     "tokenizer": ("ImageTokenizer",),
+    "evaluation": ("evaluate_files",),
+    "evaluation_report": ("EvaluationOptions", "EvaluationReport"),
     "finite_guard": ("NonFiniteLossError",),
     "training": ("TrainProgress", "TrainResult", "train"),
     "validation": ("Evaluation", "evaluate"),
@@ -52,6 +56,8 @@ __all__ = [
     "CodesWriter",
     "Converted",
     "Evaluation",
+    "EvaluationOptions",
+    "EvaluationReport",
     "ImageFolder",
     "ImageModel",
     "ImageTokenizer",
@@ -68,6 +74,7 @@ __all__ = [
     "VQVAEOutput",
     "bundled_photographs",
     "evaluate",
+    "evaluate_files",
     "held_out_photograph",
     "list_images",
     "load_checkpoint",

@@ -66,9 +66,9 @@ def ssim(
     _check_pair(images, reconstructions)
     if min(images.shape[2:]) < SSIM_WINDOW:
         raise ValueError(f"images must be at least {SSIM_WINDOW} pixels each way, got {list(images.shape[2:])}")
-    values = structural_similarity_index_measure(
-        reconstructions.float().clamp(-1, 1), images.float(), data_range=DATA_RANGE, reduction="none"
-    )
+    # in [0, 1]: its luminance term compares with 0, so that it is another figure in [-1, 1]
+    ours, theirs = (pixels.float().add(1) / 2 for pixels in (reconstructions.clamp(-1, 1), images))
+    values = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
     return torch.as_tensor(values).reshape(-1)
 
 

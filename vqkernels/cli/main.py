@@ -41,6 +41,10 @@ COMMANDS = {
     "reconstruct": Command(
         "send images through a model and save input | reconstruction | code map", "cli.options:ReconstructConfig"
     ),
+    "evaluate": Command(
+        "measure PSNR, SSIM, LPIPS, rFID and code use of a model on many images, as one HTML page and as JSON",
+        "cli.options:EvaluateConfig",
+    ),
     "encode": Command("turn a folder of images into an .npy file of codes", "cli.options:EncodeConfig"),
     "decode": Command("turn a folder of codes back into images", "cli.options:DecodeConfig"),
     "export": Command(
@@ -125,7 +129,7 @@ def _is_mistake(error: Exception) -> bool:
 def _run(name: str, words: list[str]) -> int:
     from .parsing import parse_config
 
-    if name in ("demo", "train"):
+    if name in ("demo", "train", "evaluate"):
         # before torch starts its threads: on a machine with other work, threads that spin while they wait for each
         # other made two of them 10 times slower than one (17 steps in 30 s instead of 191, 2 cores at load 7)
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -47,6 +47,38 @@ class ReconstructConfig:
 
 
 @dataclass
+class EvaluateConfig:
+    """Options"""
+
+    model: str = field(metadata=WORD)
+    """folder with a model (runs/NAME or runs/NAME/model), or hf://OWNER/NAME"""
+    images: list[str] = field(metadata=WORD)
+    """image files, or folders of them"""
+    output: str = field(default="evaluation", metadata=OUTPUT)
+    """folder for report.html and evaluation.json"""
+    image_size: int = 256
+    """side of the centre crops, which are scaled so that a picture's shorter side fits"""
+    batch_size: int = 8
+    """images at a time"""
+    pixels: Literal["uint8", "float"] = "uint8"
+    """compare what an 8-bit picture of the reconstruction holds, as published tables do, or the network's numbers"""
+    vgg: str | None = None
+    """file with VGG16's weights (features.0.weight ...), for LPIPS"""
+    lpips: str | None = None
+    """file with LPIPS's linear weights (lin0.model.1.weight ...); needs vgg"""
+    inception: str | None = None
+    """file with the weights of FID's InceptionV3 (pt_inception-2015-12-05-6726825d.pth), for rFID"""
+    inception_resize: Literal["tensorflow", "pytorch"] = "tensorflow"
+    """how pictures become 299 x 299 for rFID: as the original and torch-fidelity do, or as pytorch-fid does"""
+    random_features: bool = False
+    """without those files, measure with random features; such a number is no LPIPS and no FID, and not called so"""
+    shown: int = 4
+    """worst and best pictures in the report, each"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where to run; auto takes the GPU where there is one"""
+
+
+@dataclass
 class EncodeConfig:
     """Options"""
 

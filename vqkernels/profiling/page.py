@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from .advice import headline, hints
 from .figures import NARROW, WIDE, roofline, single_bar, stacked_bar
+from .markup import facts, paragraph, section, table, whole_page
 from .style import STYLE
 from .units import count, digits, percent, scaled, seconds
 
@@ -30,29 +31,6 @@ WORDS = {
     "roof": "the most that the machine allows a kernel: its arithmetic peak, or memory bandwidth times its operations "
     "per byte, whichever is less",
 }
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose cells are markup already; it scrolls by itself where it is too wide."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll" tabindex="0">{table}</div>'
-
-
-def _facts(rows: Iterable[tuple[str, str]]) -> str:
-    """Names and what they stand for; the latter are markup already."""
-    body = "".join(f'<tr><th scope="row">{name}</th><td>{fact}</td></tr>' for name, fact in rows)
-    return f'<table class="words"><tbody>{body}</tbody></table>'
-
-
-def _section(name: str, title: str, *parts: str) -> str:
-    opening = f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>'
-    return f"{opening}{''.join(parts)}</section>"
-
-
-def _paragraph(content: str, kind: str = "") -> str:
-    return f'<p class="{kind}">{escape(content)}</p>' if kind else f"<p>{escape(content)}</p>"
 
 
 # The top
@@ -122,12 +100,12 @@ def _stages(document: dict[str, Any]) -> str:
     if search["unchanged"]:
         bars.append(_bar("One search, codebook unchanged since the last", search["unchanged"]["stages"]))
     else:
-        bars.append(_paragraph(f"The search is shown whole: {search['not_seen_because']}.", "quiet"))
+        bars.append(paragraph(f"The search is shown whole: {search['not_seen_because']}.", "quiet"))
     bars.append(_bar("One training step of the quantizer, codebook changed", document["step"]["stages"]))
     if training:
         bars.append(_bar("One training step of the whole model", training["parts"]))
     intro = "Wall time. Each stage of the search is the time of all its threads divided by their number."
-    return _section("stages", "Where the time goes", _paragraph(intro), *bars)
+    return section("stages", "Where the time goes", paragraph(intro), *bars)
 
 
 def _roofline(document: dict[str, Any]) -> str:
@@ -136,9 +114,9 @@ def _roofline(document: dict[str, Any]) -> str:
         "the most this machine allows, measured in the same run; the percentage is the share of it that is reached."
     )
     cache = "The dashed line is the second-level cache. A kernel above 100 % found its data in a cache."
-    notes = _paragraph(cache, "quiet") if document["peaks"]["cache_bandwidth"] else ""
+    notes = paragraph(cache, "quiet") if document["peaks"]["cache_bandwidth"] else ""
     charts = roofline(document, WIDE) + roofline(document, NARROW)
-    return _section("roofline", "How near to the machine's limit", _paragraph(intro), charts, notes)
+    return section("roofline", "How near to the machine's limit", paragraph(intro), charts, notes)
 
 
 def _kernels(document: dict[str, Any]) -> str:
@@ -159,12 +137,12 @@ def _kernels(document: dict[str, Any]) -> str:
         (name, f"FLOP = {escape(kernel['flops_formula'])}<br>bytes = {escape(kernel['bytes_formula'])}")
         for name, kernel in document["kernels"].items()
     ]
-    formulas = "<h3>Operations and bytes</h3>" + _facts(words)
+    formulas = "<h3>Operations and bytes</h3>" + facts(words)
     meaning = (
         "N tokens, K codes, D dimensions, s bytes of a number. A multiply-add counts as two operations; bytes are the "
         "least that must be read and written once."
     )
-    return _section("kernels", "Kernels", _table(head, rows), formulas, _paragraph(meaning, "quiet"))
+    return section("kernels", "Kernels", table(head, rows), formulas, paragraph(meaning, "quiet"))
 
 
 def _memory(document: dict[str, Any]) -> str:
@@ -180,7 +158,7 @@ def _memory(document: dict[str, Any]) -> str:
         bar = single_bar(value / most, kind, f"{name}: {size}") if value is not None else ""
         rows.append(f'<h3>{name} <span>{size}</span></h3>{bar}<span class="quiet">{escape(note)}</span>')
     inputs = f"Tokens and codebook themselves take {scaled(memory['inputs_bytes'], 'B')}."
-    return _section("memory", "Memory beside the unfused form", _paragraph(inputs), *rows)
+    return section("memory", "Memory beside the unfused form", paragraph(inputs), *rows)
 
 
 def _certificate(document: dict[str, Any]) -> str:
@@ -204,7 +182,7 @@ def _certificate(document: dict[str, Any]) -> str:
     )
     fast = "Precision is fast: a code may be farther than the nearest by the rounding of float32 scores."
     intro = exact if document["subject"]["precision"] == "exact" else fast
-    return _section("exactness", "Certificate and code use", _paragraph(intro), _facts(rows))
+    return section("exactness", "Certificate and code use", paragraph(intro), facts(rows))
 
 
 def _training(document: dict[str, Any]) -> str:
@@ -223,12 +201,12 @@ def _training(document: dict[str, Any]) -> str:
         "Steps of vqkernels train itself; the first ones, which allocate and place the first codebook, are left out. "
         "Forward and backward of the quantizer hold its search, lookup, losses, statistics and projections."
     )
-    return _section("training", "Share of the training step", _paragraph(intro), _facts(rows))
+    return section("training", "Share of the training step", paragraph(intro), facts(rows))
 
 
 def _advice(document: dict[str, Any]) -> str:
     items = "".join(f"<li><b>{escape(what)}</b>{escape(help_)}</li>" for what, help_ in hints(document))
-    return _section("advice", "What limits it, and what to do", f'<ol class="hints">{items}</ol>')
+    return section("advice", "What limits it, and what to do", f'<ol class="hints">{items}</ol>')
 
 
 def _machine(document: dict[str, Any]) -> str:
@@ -248,12 +226,12 @@ def _machine(document: dict[str, Any]) -> str:
     ]
     if peaks["cache_bandwidth"]:
         rows.append(("cache", f"{scaled(peaks['cache_bandwidth'], 'B/s')} ({peaks['method']['cache_bandwidth']})"))
-    return _section("machine", "Machine and versions", _facts((name, escape(fact)) for name, fact in rows))
+    return section("machine", "Machine and versions", facts((name, escape(fact)) for name, fact in rows))
 
 
 def _words() -> str:
     rows = [(name, escape(meaning)) for name, meaning in WORDS.items()]
-    return _section("words", "Words", _facts(rows))
+    return section("words", "Words", facts(rows))
 
 
 def _operators(document: dict[str, Any]) -> str:
@@ -263,7 +241,7 @@ def _operators(document: dict[str, Any]) -> str:
         f"{trace['file']} beside this page holds {trace['of']}; ui.perfetto.dev shows it. Its most expensive "
         "operators, each without what it calls:"
     )
-    return _section("trace", "Trace", _paragraph(intro), _table(("operator", "calls", "time"), rows))
+    return section("trace", "Trace", paragraph(intro), table(("operator", "calls", "time"), rows))
 
 
 def render(document: dict[str, Any]) -> str:
@@ -273,9 +251,5 @@ def render(document: dict[str, Any]) -> str:
     parts = (_header, _cards, _advice, _stages, _roofline, _kernels, _certificate, _memory, _training, _operators)
     body = "".join(part(document) for part in parts) + _machine(document) + _words()
     version = document["versions"].get("vqkernels", "")
-    footer = f"<footer>Written by vqkernels {version}; report.json beside this page holds the same numbers.</footer>"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>{body}{footer}</main></body></html>\n"
-    )
+    footer = f"Written by vqkernels {version}; report.json beside this page holds the same numbers."
+    return whole_page(title, body, footer, STYLE)
