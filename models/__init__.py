@@ -16,9 +16,15 @@ if TYPE_CHECKING:
     from .data import ImageFolder, bundled_photographs, held_out_photograph, list_images, load_image
     from .finite_guard import NonFiniteLossError
     from .image_model import ImageModel, ModelOutput
-    from .model_config import QuantizerConfig, VQGANConfig, VQVAEConfig
+    from .model_config import VQGANConfig, VQVAEConfig
     from .presets import VQGANPreset, load_preset, preset_names
     from .pretrained import load_pretrained, make_model
+    from .quantizer_config import (
+        EntropyConfig,
+        LookupFreeConfig,
+        QuantizerConfig,
+        VectorQuantizerConfig,
+    )
     from .tokenizer import ImageTokenizer
     from .training import TrainProgress, TrainResult, train
     from .validation import Evaluation, evaluate
@@ -32,8 +38,14 @@ _HOMES = {
     "convert": ("Converted", "load_foreign", "save_diffusers"),
     "data": ("ImageFolder", "bundled_photographs", "held_out_photograph", "list_images", "load_image"),
     "image_model": ("ImageModel", "ModelOutput"),
-    "model_config": ("QuantizerConfig", "VQGANConfig", "VQVAEConfig"),
+    "model_config": ("VQGANConfig", "VQVAEConfig"),
     "presets": ("VQGANPreset", "load_preset", "preset_names"),
+    "quantizer_config": (
+        "EntropyConfig",
+        "LookupFreeConfig",
+        "QuantizerConfig",
+        "VectorQuantizerConfig",
+    ),
     "pretrained": ("load_pretrained", "make_model"),
     "tokenizer": ("ImageTokenizer",),
     "finite_guard": ("NonFiniteLossError",),
@@ -51,10 +63,12 @@ __all__ = [
     "CodesMeta",
     "CodesWriter",
     "Converted",
+    "EntropyConfig",
     "Evaluation",
     "ImageFolder",
     "ImageModel",
     "ImageTokenizer",
+    "LookupFreeConfig",
     "ModelOutput",
     "NonFiniteLossError",
     "QuantizerConfig",
@@ -66,6 +80,7 @@ __all__ = [
     "VQGANPreset",
     "VQVAEConfig",
     "VQVAEOutput",
+    "VectorQuantizerConfig",
     "bundled_photographs",
     "evaluate",
     "held_out_photograph",

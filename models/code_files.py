@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CODES = "codes.npy"
 META = "meta.json"
 FORMAT = "vqkernels codes 1"
-UINT16_CODES = 65536  # the largest codebook whose codes fit uint16
+TYPES = ((1 << 16, "<u2"), (1 << 31, "<i4"), (1 << 63, "<i8"))  # the largest codebook whose codes fit, little-endian
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class CodesMeta:
     shape: list[int]
     """Images, rows, columns."""
     dtype: str
-    """uint16, or int32 for codebooks of more than 65,536 codes."""
+    """uint16, int32 for codebooks of more than 65,536 codes, or int64 for more than 2^31."""
     files: list[str] = field(default_factory=list)
     """Name of every image, in the order of the codes."""
     format: str = FORMAT
 
 
 def code_dtype(codebook_size: int) -> np.dtype:
-    """The smallest of uint16 and int32 that holds all codes, little-endian."""
-    return np.dtype("<u2" if codebook_size <= UINT16_CODES else "<i4")
+    """The smallest of uint16, int32 and int64 that holds all codes."""
+    return np.dtype(next(name for most, name in TYPES if codebook_size <= most))
 
 
 def _header(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -26,7 +26,8 @@ from .checkpoint import (
     restore_random_state,
     save_checkpoint,
 )
-from .config import TrainConfig, save_config, to_dict
+from .config import ModelConfig, TrainConfig, save_config, to_dict
+from .config_reader import convert
 from .data import EndlessBatches, ImageFolder
 from .finite_guard import FiniteGuard, NonFiniteLossError
 from .image_model import ImageModel
@@ -207,7 +208,8 @@ class Trainer:
         state = load_newest(self.output / "checkpoints")
         if state is None:
             return None
-        different = different_option(to_dict(self.config.model), state["model_config"], "model")
+        saved = to_dict(convert(state["model_config"], ModelConfig, "model"))  # with the options added since
+        different = different_option(to_dict(self.config.model), saved, "model")
         if different:
             raise ValueError(f"cannot resume {str(self.output)!r}: {different} in the checkpoint")
         for name, mine in self._order_options().items():

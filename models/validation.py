@@ -15,6 +15,7 @@ from .data import ImageFolder, held_out_photograph, load_image
 from .image_model import ImageModel
 from .metrics import SSIM_WINDOW, BitsPerPixel, CodeUsage, bits_per_pixel, code_usage, psnr, ssim
 from .pictures import comparison
+from .quantizer import code_table
 from .tokenizer import ImageTokenizer
 
 MAX_PICTURES = 16  # held-out pictures per validation: enough for a trend, and short beside the training
@@ -44,7 +45,9 @@ class Evaluation:
     images: Tensor  # [B, 3, H, W]
     reconstructions: Tensor  # [B, 3, H, W]
     codes: Tensor  # int64 [B, h, w]
-    codebook: Tensor  # [K, D]
+    codebook_size: int
+    places: Tensor  # int64 [B, h, w] the codes as rows of the table
+    table: Tensor  # [K, D] the codebook, or where there is none the vectors of the codes that occur
     psnr: float  # dB, mean over the images
     ssim: float  # mean over the images; NaN where they are smaller than its window
     usage: CodeUsage
@@ -52,14 +55,14 @@ class Evaluation:
 
     def picture(self) -> Image.Image:
         """Input | reconstruction | codes, one row per image, at most 4."""
-        size, (height, width) = len(self.codebook), self.images.shape[2:]
+        height, width = self.images.shape[2:]
         details = (
             f"{width} x {height}",
             f"{self.psnr:.2f} dB",
-            f"{self.codes.shape[2]} x {self.codes.shape[1]}, {self.usage.used} of {size} used",
+            f"{self.codes.shape[2]} x {self.codes.shape[1]}, {self.usage.used} of {self.codebook_size} used",
         )
         images, reconstructions = self.images[:MAX_SHOWN], self.reconstructions[:MAX_SHOWN]
-        return comparison(images, reconstructions, self.codes[:MAX_SHOWN], self.codebook, details=details)
+        return comparison(images, reconstructions, self.places[:MAX_SHOWN], self.table, details=details)
 
 
 @torch.no_grad()
@@ -71,12 +74,15 @@ def evaluate(
     device = next(model.parameters()).device
     codes = model.encode(images.to(device))
     reconstructions = model.decode(codes).cpu()
+    places, table = code_table(model.quantizer, codes)
     images, codes, size = images.cpu(), codes.cpu(), model.config.quantizer.codebook_size
     return Evaluation(
         images=images,
         reconstructions=reconstructions,
         codes=codes,
-        codebook=model.quantizer.codebook.detach().float().cpu(),
+        codebook_size=size,
+        places=places,
+        table=table,
         psnr=psnr(images, reconstructions).mean().item(),
         ssim=ssim(images, reconstructions).mean().item() if min(images.shape[2:]) >= SSIM_WINDOW else float("nan"),
         usage=code_usage(codes, size),

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from vqkernels.models import ImageTokenizer
+from vqkernels.models import ImageTokenizer, VectorQuantizerConfig
 from vqkernels.models.data import load_image
 from vqkernels.models.weight_files import PICKLED, read_weights
 
@@ -167,9 +167,14 @@ def _is_model(source: str) -> bool:
 
 def _from_model(config: AuditConfig, device: torch.device, console: Console) -> Inputs:
     model = load_model(config.source, device)
-    codebook, metric = model.quantizer.codebook.detach(), model.config.quantizer.metric
-    if metric == "dot":
+    quantizer = model.config.quantizer
+    if not isinstance(quantizer, VectorQuantizerConfig):
+        raise ValueError(
+            f"{config.source}: expected a model with a codebook to search, got one of kind {quantizer.kind}"
+        )
+    if quantizer.metric == "dot":
         raise ValueError(f"{config.source}: expected a model with a euclidean or cosine quantizer, got one with dot")
+    codebook, metric = model.quantizer.codebook.detach(), quantizer.metric
     if bool(config.images) == bool(config.latents) or config.codebook:
         raise ValueError(f"{config.source}: expected --images (or --latents) and no --codebook beside a model")
     if config.latents:

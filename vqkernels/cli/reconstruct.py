@@ -13,6 +13,7 @@ from vqkernels.models import ImageTokenizer
 from vqkernels.models.data import load_image, to_picture
 from vqkernels.models.metrics import SSIM_WINDOW, bits_per_pixel, code_usage, psnr, ssim
 from vqkernels.models.pictures import comparison
+from vqkernels.models.quantizer import code_table
 
 from .loading import choose_device, collect_images, fit_to_factor, load_model, output_names, report_skipped
 from .options import ReconstructConfig
@@ -82,7 +83,7 @@ def _save(result: Reconstruction, score: Score, model: ImageTokenizer, path: Pat
     used = code_usage(result.codes, model.config.quantizer.codebook_size).used
     codes = f"{result.codes.shape[2]}x{result.codes.shape[1]}, {used} used"
     details = (_size(result.image), f"{score.psnr:.2f} dB", codes)
-    picture = comparison(image, decoded, result.codes, model.quantizer.codebook, details=details)
+    picture = comparison(image, decoded, *code_table(model.quantizer, result.codes), details=details)
     picture.save(path.with_stem(f"{path.stem}-comparison"))
 
 
