@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from .convert import Converted, load_foreign, save_diffusers
     from .data import ImageFolder, bundled_photographs, held_out_photograph, list_images, load_image
     from .finite_guard import NonFiniteLossError
+    from .hierarchy import HierarchicalCodes, HierarchicalOutput, HierarchicalVQVAE
     from .image_model import ImageModel, ModelOutput
-    from .model_config import VQGANConfig, VQVAEConfig
+    from .model_config import HierarchicalVQVAEConfig, VQGANConfig, VQVAEConfig
     from .presets import VQGANPreset, load_preset, preset_names
     from .pretrained import load_pretrained, make_model
     from .quantizer_config import (
@@ -37,8 +38,9 @@ _HOMES = {
     "config": ("TrainConfig", "load_config", "save_config"),
     "convert": ("Converted", "load_foreign", "save_diffusers"),
     "data": ("ImageFolder", "bundled_photographs", "held_out_photograph", "list_images", "load_image"),
+    "hierarchy": ("HierarchicalCodes", "HierarchicalOutput", "HierarchicalVQVAE"),
     "image_model": ("ImageModel", "ModelOutput"),
-    "model_config": ("VQGANConfig", "VQVAEConfig"),
+    "model_config": ("HierarchicalVQVAEConfig", "VQGANConfig", "VQVAEConfig"),
     "presets": ("VQGANPreset", "load_preset", "preset_names"),
     "quantizer_config": (
         "EntropyConfig",
@@ -65,6 +67,10 @@ __all__ = [
     "Converted",
     "EntropyConfig",
     "Evaluation",
+    "HierarchicalCodes",
+    "HierarchicalOutput",
+    "HierarchicalVQVAE",
+    "HierarchicalVQVAEConfig",
     "ImageFolder",
     "ImageModel",
     "ImageTokenizer",

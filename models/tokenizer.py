@@ -11,6 +11,7 @@ from vqkernels.nn import QuantizerOutput
 
 from .image_model import ImageModel
 from .layers import widened
+from .levels import CodeLevel, CodeMap, make_levels
 from .quantizer import Quantizer, check_codes, figure_names, figures, make_quantizer
 
 __all__ = ["ImageTokenizer", "Quantizer", "TokenizerOutput", "make_quantizer"]
@@ -129,3 +130,15 @@ class ImageTokenizer(ImageModel):
         """Images through codes and back, clamped to [-1, 1]; changes nothing in the model, not differentiable."""
         with torch.no_grad():
             return self.decode(self.encode(images))
+
+    @property
+    def maps(self) -> dict[str, CodeMap]:
+        """The maps of codes by name: this one."""
+        return {"codes": CodeMap(self.quantizer, self.factor)}
+
+    def levels(
+        self,
+        codes: Tensor,  # [B, h, w]
+    ) -> list[CodeLevel]:
+        """What pictures and figures look at: the one map."""
+        return make_levels(self.maps, [codes])

@@ -82,6 +82,7 @@ class LookupFreeQuantizer(nn.Module):
         self.project_out = nn.Linear(self.codebook_dim, dim) if linked else nn.Identity()
         counted = self.codebook_dim // self.group_size << self.group_size
         self.register_buffer("window_counts", torch.zeros(counted))
+        self.row_dtype = self.window_counts.dtype  # kept by itself, as exported programs leave the counts out
         self.register_buffer("last_used", torch.full((counted,), NEVER))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
@@ -160,8 +161,7 @@ class LookupFreeQuantizer(nn.Module):
         """
         self.layout.check_codes(codes)
         with no_autocast(codes):
-            dtype = self.window_counts.dtype
-            rows = sign_rows(codes, self.codebook_dim, code_scale=self.code_scale, dtype=dtype)
+            rows = sign_rows(codes, self.codebook_dim, code_scale=self.code_scale, dtype=self.row_dtype)
             return self.layout.rows(projected(rows, self.project_out))
 
     def _tokens(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:  # [B, T, D], bool [B, T]
@@ -235,4 +235,5 @@ class LookupFreeQuantizer(nn.Module):
         own = own_state(self)
         super()._apply(fn, recurse)
         undo_half(self, own)
+        self.row_dtype = self.window_counts.dtype
         return self
