@@ -171,7 +171,7 @@ def _read_meta(folder: Path) -> CodesMeta:
 
 
 def level_folders(folder: str | Path, model: ImageTokenizer | HierarchicalVQVAE) -> dict[str, Path]:
-    """Where the codes of each of a model's maps lie: in the folder, or in one of the map's name where there are several."""
+    """Where the codes of each map lie: in the folder itself, or where there are several in one of the map's name."""
     names = list(model.maps)
     return {name: Path(folder) if len(names) == 1 else Path(folder, name) for name in names}
 
