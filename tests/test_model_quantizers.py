@@ -230,9 +230,10 @@ def test_evaluation_and_pictures_take_a_quantizer_without_a_codebook():
     model = make_model("bsq").eval()
     found = evaluate(model, images_of(3, 3, 32, 48))
     assert found.codebook_size == 4096
-    assert found.usage.used == len(found.table) == found.codes.unique().numel()
+    (level,) = found.levels
+    assert found.usage.used == len(level.table) == found.codes.unique().numel()
     assert found.bits_per_pixel.fixed == pytest.approx(12 / 16)
-    vectors = found.table[found.places]  # [B, h, w, D]
+    vectors = level.table[level.places]  # [B, h, w, D]
     torch.testing.assert_close(vectors.movedim(-1, 1), model.quantizer.lookup(found.codes).detach())
     assert found.picture().mode == "RGB"
     with_codebook = make_model("vq-entropy").eval()
