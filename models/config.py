@@ -190,7 +190,7 @@ def load_config(path: str | Path, kind: type[Config] | None = None) -> Config:
     """Reads a config dataclass from YAML, strictly.
 
     Args:
-        path: a file, or the name of a bundled one: demo, vqvae-f8 or vqvae-f16.
+        path: a file, or the name of a bundled one: demo, vqvae-f8, vqvae-f16 or vqvae2-256.
         kind: the dataclass; TrainConfig when None.
 
     Raises:

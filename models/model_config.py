@@ -181,9 +181,9 @@ class HierarchicalVQVAEConfig:
     """GroupNorm before every convolution of a residual block; without it the blocks are quicker on a CPU."""
     latent_channels: int = 64
     """Channels of the tokens that the encoders hand to the quantizers."""
-    top_quantizer: AnyQuantizerConfig = field(default_factory=lambda: VectorQuantizerConfig(codebook_size=512))
+    top_quantizer: AnyQuantizerConfig = field(default_factory=VectorQuantizerConfig)
     """The quantizer of the coarse map; its kind says which."""
-    bottom_quantizer: AnyQuantizerConfig = field(default_factory=lambda: VectorQuantizerConfig(codebook_size=512))
+    bottom_quantizer: AnyQuantizerConfig = field(default_factory=VectorQuantizerConfig)
     """The quantizer of the fine map; its kind says which."""
 
     def __post_init__(self) -> None:

@@ -87,6 +87,11 @@ class LookupFreeQuantizer(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     @property
+    def channels(self) -> str:
+        """Which axis of x its channels are: "last" or "first"."""
+        return self.layout.channels
+
+    @property
     def codebook_size(self) -> int:
         """K = 2^D."""
         return 1 << self.codebook_dim
