@@ -17,10 +17,17 @@ if TYPE_CHECKING:
     from .evaluation import evaluate_files
     from .evaluation_report import EvaluationOptions, EvaluationReport
     from .finite_guard import NonFiniteLossError
+    from .hierarchy import HierarchicalCodes, HierarchicalOutput, HierarchicalVQVAE
     from .image_model import ImageModel, ModelOutput
-    from .model_config import QuantizerConfig, VQGANConfig, VQVAEConfig
+    from .model_config import HierarchicalVQVAEConfig, VQGANConfig, VQVAEConfig
     from .presets import VQGANPreset, load_preset, preset_names
     from .pretrained import load_pretrained, make_model
+    from .quantizer_config import (
+        EntropyConfig,
+        LookupFreeConfig,
+        QuantizerConfig,
+        VectorQuantizerConfig,
+    )
     from .tokenizer import ImageTokenizer
     from .training import TrainProgress, TrainResult, train
     from .validation import Evaluation, evaluate
@@ -33,9 +40,16 @@ _HOMES = {
     "config": ("TrainConfig", "load_config", "save_config"),
     "convert": ("Converted", "load_foreign", "save_diffusers"),
     "data": ("ImageFolder", "bundled_photographs", "held_out_photograph", "list_images", "load_image"),
+    "hierarchy": ("HierarchicalCodes", "HierarchicalOutput", "HierarchicalVQVAE"),
     "image_model": ("ImageModel", "ModelOutput"),
-    "model_config": ("QuantizerConfig", "VQGANConfig", "VQVAEConfig"),
+    "model_config": ("HierarchicalVQVAEConfig", "VQGANConfig", "VQVAEConfig"),
     "presets": ("VQGANPreset", "load_preset", "preset_names"),
+    "quantizer_config": (
+        "EntropyConfig",
+        "LookupFreeConfig",
+        "QuantizerConfig",
+        "VectorQuantizerConfig",
+    ),
     "pretrained": ("load_pretrained", "make_model"),
     "tokenizer": ("ImageTokenizer",),
     "evaluation": ("evaluate_files",),
@@ -55,12 +69,18 @@ __all__ = [
     "CodesMeta",
     "CodesWriter",
     "Converted",
+    "EntropyConfig",
     "Evaluation",
     "EvaluationOptions",
     "EvaluationReport",
+    "HierarchicalCodes",
+    "HierarchicalOutput",
+    "HierarchicalVQVAE",
+    "HierarchicalVQVAEConfig",
     "ImageFolder",
     "ImageModel",
     "ImageTokenizer",
+    "LookupFreeConfig",
     "ModelOutput",
     "NonFiniteLossError",
     "QuantizerConfig",
@@ -72,6 +92,7 @@ __all__ = [
     "VQGANPreset",
     "VQVAEConfig",
     "VQVAEOutput",
+    "VectorQuantizerConfig",
     "bundled_photographs",
     "evaluate",
     "evaluate_files",

@@ -17,12 +17,13 @@ from .checkpoint import write_text_atomically
 from .metrics import code_counts
 
 if TYPE_CHECKING:
+    from .hierarchy import HierarchicalVQVAE
     from .tokenizer import ImageTokenizer
 
 CODES = "codes.npy"
 META = "meta.json"
 FORMAT = "vqkernels codes 1"
-UINT16_CODES = 65536  # the largest codebook whose codes fit uint16
+TYPES = ((1 << 16, "<u2"), (1 << 31, "<i4"), (1 << 63, "<i8"))  # the largest codebook whose codes fit, little-endian
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,15 @@ class CodesMeta:
     shape: list[int]
     """Images, rows, columns."""
     dtype: str
-    """uint16, or int32 for codebooks of more than 65,536 codes."""
+    """uint16, int32 for codebooks of more than 65,536 codes, or int64 for more than 2^31."""
     files: list[str] = field(default_factory=list)
     """Name of every image, in the order of the codes."""
     format: str = FORMAT
 
 
 def code_dtype(codebook_size: int) -> np.dtype:
-    """The smallest of uint16 and int32 that holds all codes, little-endian."""
-    return np.dtype("<u2" if codebook_size <= UINT16_CODES else "<i4")
+    """The smallest of uint16, int32 and int64 that holds all codes."""
+    return np.dtype(next(name for most, name in TYPES if codebook_size <= most))
 
 
 def _header(file: BinaryIO, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -65,13 +66,19 @@ class CodesWriter:
     Args:
         folder: made if missing; codes that it holds are replaced at the end.
         model: gives fingerprint, codebook size and factor.
+        level: which of the model's maps the codes are, by name; may be left out where it has one alone.
+
+    Raises:
+        ValueError: the model has no such map, or several and none was named.
     """
 
-    def __init__(self, folder: str | Path, model: ImageTokenizer) -> None:
+    def __init__(self, folder: str | Path, model: ImageTokenizer | HierarchicalVQVAE, level: str | None = None) -> None:
+        if level not in model.maps and not (level is None and len(model.maps) == 1):
+            raise ValueError(f"level: expected one of {', '.join(model.maps)}, got {level!r}")
+        quantizer, self.factor = model.maps[level or next(iter(model.maps))]
+        self.codebook_size, self.fingerprint = quantizer.codebook_size, model.fingerprint()
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.fingerprint, self.factor = model.fingerprint(), model.factor
-        self.codebook_size = model.config.quantizer.codebook_size
         self.dtype = code_dtype(self.codebook_size)
         self.grid: tuple[int, int] | None = None
         self.files: list[str] = []
@@ -163,9 +170,15 @@ def _read_meta(folder: Path) -> CodesMeta:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
+def level_folders(folder: str | Path, model: ImageTokenizer | HierarchicalVQVAE) -> dict[str, Path]:
+    """Where the codes of each map lie: in the folder itself, or where there are several in one of the map's name."""
+    names = list(model.maps)
+    return {name: Path(folder) if len(names) == 1 else Path(folder, name) for name in names}
+
+
 def open_codes(
     path: str | Path,
-    model: ImageTokenizer | None = None,
+    model: ImageTokenizer | HierarchicalVQVAE | None = None,
 ) -> CodesFile:
     """Opens what a CodesWriter wrote, without reading it all into memory, and checks every code's range once.
 

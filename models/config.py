@@ -11,11 +11,12 @@ from typing import Literal
 import yaml
 
 from .config_reader import Config, convert, from_dict, save_config, to_dict
-from .model_config import ModelConfig, QuantizerConfig, VQGANConfig, VQVAEConfig
+from .model_config import HierarchicalVQVAEConfig, ModelConfig, QuantizerConfig, VQGANConfig, VQVAEConfig
 
 __all__ = [
     "CONFIG_FOLDER",
     "DiscriminatorConfig",
+    "HierarchicalVQVAEConfig",
     "ModelConfig",
     "QuantizerConfig",
     "TrainConfig",

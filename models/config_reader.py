@@ -13,6 +13,8 @@ import yaml
 
 Config = TypeVar("Config")
 
+LATER = {"later": True}  # metadata of options that the first saved models were written without
+
 
 def _mismatch(value: Any, expected: str, name: str) -> ValueError:
     return ValueError(f"option {name!r} must be {expected}, got {value!r}")
@@ -100,6 +102,22 @@ def from_dict(kind: type[Config], values: Any, name: str = "") -> Config:
 def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as plain nested dicts."""
     return dataclasses.asdict(config)
+
+
+def lasting_options(config: Any) -> dict[str, Any]:
+    """A config dataclass as plain nested dicts, without the options marked LATER that have their defaults.
+
+    So a fingerprint over them stays the same when an option is added.
+    """
+    options = {}
+    for entry in dataclasses.fields(config):
+        value = getattr(config, entry.name)
+        factory = entry.default_factory
+        default = entry.default if factory is dataclasses.MISSING else factory()
+        if entry.metadata.get("later") and value == default:
+            continue
+        options[entry.name] = lasting_options(value) if dataclasses.is_dataclass(value) else value
+    return options
 
 
 def save_config(config: Any, path: str | Path) -> None:

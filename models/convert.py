@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vqkernels.nn import Codebook
+
 from .checkpoint import write_text_atomically
 from .image_model import CONFIG_FILE
 from .layouts import (
@@ -25,7 +27,7 @@ from .layouts import (
     to_diffusers,
     to_ours,
 )
-from .model_config import QuantizerConfig
+from .model_config import EntropyConfig, QuantizerConfig
 from .vqgan import VQGAN
 from .weight_files import read_weights
 
@@ -39,7 +41,12 @@ AVERAGED = "model_ema."  # its names are those of the parameters without dots
 PUBLISHED = QuantizerConfig(update="gradient", kmeans_init=False, commitment_weight=1.0, codebook_weight=0.25)
 QUANTIZERS = {
     "taming": PUBLISHED,
-    "ibq": replace(PUBLISHED, metric="dot", gradient="index_propagation"),
+    "ibq": replace(
+        PUBLISHED,
+        metric="dot",
+        gradient="index_propagation",
+        entropy=EntropyConfig(weight=0.05, temperature=0.01, eps=1e-5),
+    ),
     "diffusers": PUBLISHED,
     "llamagen": replace(PUBLISHED, metric="cosine", commitment_weight=0.25, codebook_weight=1.0),
 }
@@ -151,6 +158,7 @@ def _assembled(network: dict[str, Tensor], layout: str, resolution: int, groups:
     config = infer_config(weights, resolution=resolution, norm_groups=groups, quantizer=QUANTIZERS[layout])
     check_weights(weights, config)
     model = VQGAN(config)
+    assert isinstance(model.quantizer, Codebook)
     with torch.no_grad():
         for name, target in network_weights(model).items():
             target.copy_(weights[name])
@@ -204,6 +212,8 @@ def diffusers_config(model: VQGAN) -> dict[str, Any]:
         ValueError: VQModel cannot be told to compute the same; names the option.
     """
     config = model.config
+    if config.quantizer.kind != "vq":
+        raise ValueError(f"quantizer.kind: diffusers' VQModel has vq alone, got {config.quantizer.kind}")
     if config.quantizer.metric != "euclidean":
         raise ValueError(f"quantizer.metric: diffusers' VQModel has euclidean alone, got {config.quantizer.metric}")
     if config.channel_multipliers[0] != 1:

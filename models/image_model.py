@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from vqkernels.nn import Codebook
 
-from .config_reader import from_dict
+from .config_reader import from_dict, lasting_options
 
 Model = TypeVar("Model", bound="ImageModel")
 
@@ -61,7 +60,6 @@ class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipe
     """
 
     config_type: ClassVar[type]
-    figure_names: ClassVar[tuple[str, ...]]  # of what `figures` returns, as the training log names them
     config: Any
 
     @property
@@ -77,6 +75,11 @@ class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipe
     @property
     def last_layer(self) -> nn.Conv2d:
         """The decoder's last convolution, at which adversarial training balances its losses."""
+        raise NotImplementedError
+
+    @property
+    def figure_names(self) -> tuple[str, ...]:
+        """Of what `figures` returns, as the training log names them."""
         raise NotImplementedError
 
     def figures(
@@ -131,10 +134,7 @@ class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipe
 
         Statistics that do not touch the result (moving averages, usage windows) are left out.
         """
-        config = asdict(self.config)
-        if config.get("kind") == "vqvae":
-            del config["kind"]  # which the first files of codes were written without
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(lasting_options(self.config), sort_keys=True).encode())
         tensors: dict[str, Tensor] = dict(self.named_parameters())
         tensors |= {name: values for name, values in self.named_buffers() if name.endswith("quantizer.codebook")}
         for name in sorted(tensors):

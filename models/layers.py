@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -78,3 +80,36 @@ class Unfold(nn.Module):
         x: Tensor,  # [B, C_in, H, W]
     ) -> Tensor:  # [B, C_out, H * factor, W * factor]
         return F.pixel_shuffle(self.mix(x), self.factor)
+
+
+class LevelShape(Protocol):
+    """What the layers below need of a model's config."""
+
+    patch_size: int
+    blocks: int
+    group_norm: bool
+
+    @property
+    def widths(self) -> list[int]: ...  # channels of every level
+
+
+def folding_layers(image_channels: int, shape: LevelShape) -> list[nn.Module]:
+    """Images to features of the last width, level by level; every level after the first halves the size."""
+    widths, folded = shape.widths, image_channels * shape.patch_size**2
+    layers: list[nn.Module] = [nn.PixelUnshuffle(shape.patch_size), nn.Conv2d(folded, widths[0], 3, padding=1)]
+    for level, width in enumerate(widths):
+        if level:
+            layers.append(Fold(widths[level - 1], width, 2))
+        layers += [ResidualBlock(width, shape.group_norm) for _ in range(shape.blocks)]
+    return layers
+
+
+def unfolding_layers(latent_channels: int, image_channels: int, shape: LevelShape) -> list[nn.Module]:
+    """Latents to images: the levels of `folding_layers` backwards."""
+    widths, folded = shape.widths, image_channels * shape.patch_size**2
+    layers: list[nn.Module] = [nn.Conv2d(latent_channels, widths[-1], 3, padding=1)]
+    for level in reversed(range(len(widths))):
+        layers += [ResidualBlock(widths[level], shape.group_norm) for _ in range(shape.blocks)]
+        if level:
+            layers.append(Unfold(widths[level], widths[level - 1], 2))
+    return [*layers, nn.Conv2d(widths[0], folded, 3, padding=1), nn.PixelShuffle(shape.patch_size)]

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vqkernels.nn import Codebook
+
 from .model_config import QuantizerConfig, VQGANConfig
 from .vqgan import VQGAN
 
@@ -148,7 +150,8 @@ def to_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def network_weights(model: VQGAN) -> dict[str, Tensor]:
-    """All that decides what a model computes: the parameters and the codebook, without statistics."""
+    """All that decides what a model with a codebook computes: its parameters and the codebook, without statistics."""
+    assert isinstance(model.quantizer, Codebook)
     return {**{name: tensor.detach() for name, tensor in model.named_parameters()}, CODEBOOK: model.quantizer.codebook}
 
 

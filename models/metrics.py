@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DATA_RANGE = 2.0  # images lie in [-1, 1]
 SSIM_WINDOW = 11  # pixels of the Gaussian window of Wang et al. 2004
+CHUNK = 1 << 24  # codes looked at at once: 128 MiB of int64, for arrays larger than memory
 
 
 class CodeUsage(NamedTuple):
@@ -75,8 +76,8 @@ def ssim(
 def code_counts(
     codes: Tensor | np.ndarray,  # [...], of any integer type, memory-mapped too
     codebook_size: int,
-) -> np.ndarray:  # [K]
-    """How often every code occurs.
+) -> np.ndarray:  # [U]
+    """How often every code that occurs does, in the order of the codes.
 
     Raises:
         ValueError: a code is outside [0, codebook_size), or there are none.
@@ -84,13 +85,39 @@ def code_counts(
     flat = (codes.detach().cpu().numpy() if isinstance(codes, Tensor) else codes).reshape(-1)
     if flat.size == 0:
         raise ValueError("codes must not be empty")
-    counts = np.zeros(codebook_size, dtype=np.int64)
-    for first in range(0, flat.size, 1 << 24):  # 128 MiB of int64 at a time, for arrays larger than memory
-        chunk = flat[first : first + (1 << 24)].astype(np.int64)
+    found, counts = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    for first in range(0, flat.size, CHUNK):
+        chunk = flat[first : first + CHUNK].astype(np.int64)
         if chunk.min() < 0 or chunk.max() >= codebook_size:
             raise ValueError(f"codes must lie in [0, {codebook_size - 1}], got {chunk.min()} to {chunk.max()}")
-        counts += np.bincount(chunk, minlength=codebook_size)
+        found, counts = _added_up(found, counts, *_occurring(chunk, codebook_size))
     return counts
+
+
+def _occurring(
+    codes: np.ndarray,  # int64 [N]
+    codebook_size: int,
+) -> tuple[np.ndarray, np.ndarray]:  # the codes [U], ascending, and how often [U]
+    if codebook_size > CHUNK:  # lookup-free quantizers have up to 2^62 codes
+        return np.unique(codes, return_counts=True)
+    counts = np.bincount(codes, minlength=codebook_size)
+    found = counts.nonzero()[0]
+    return found, counts[found]
+
+
+def _added_up(
+    codes: np.ndarray,  # [U]
+    counts: np.ndarray,  # [U]
+    more_codes: np.ndarray,  # [V]
+    more_counts: np.ndarray,  # [V]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both lists as one, ascending."""
+    if not len(codes):
+        return more_codes, more_counts
+    found, place = np.unique(np.concatenate([codes, more_codes]), return_inverse=True)
+    total = np.zeros(len(found), dtype=np.int64)
+    np.add.at(total, place.reshape(-1), np.concatenate([counts, more_counts]))
+    return found, total
 
 
 def code_usage(
@@ -99,7 +126,7 @@ def code_usage(
 ) -> CodeUsage:
     """Codes used, perplexity and entropy of an array of codes."""
     counts = code_counts(codes, codebook_size)
-    shares = counts[counts > 0] / counts.sum()
+    shares = counts / counts.sum()
     entropy = float(-(shares * np.log2(shares)).sum())
     return CodeUsage(len(shares), len(shares) / codebook_size, 2.0**entropy, entropy)
 

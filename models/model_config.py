@@ -1,45 +1,30 @@
-"""The shapes of the models and of their quantizers, as dataclasses of plain types. Imports no torch."""
+"""The shapes of the models, as dataclasses of plain types. Imports no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from .config_reader import from_dict
+from .config_reader import LATER, convert
+from .quantizer_config import (
+    AnyQuantizerConfig,
+    EntropyConfig,
+    LookupFreeConfig,
+    QuantizerConfig,
+    VectorQuantizerConfig,
+)
 
-
-@dataclass
-class QuantizerConfig:
-    """The vector quantizer between encoder and decoder (see vqkernels.nn.VectorQuantizer)."""
-
-    codebook_size: int = 1024
-    """Number of codes K."""
-    codebook_dim: int | None = None
-    """Dimension of a code; null: the same as latent_channels, otherwise a learned projection lies between."""
-    metric: Literal["euclidean", "cosine", "dot"] = "euclidean"
-    """What nearest means; dot (the largest product) only with gradient: index_propagation."""
-    update: Literal["ema", "gradient"] = "ema"
-    """How the codebook learns: moving averages of its tokens, or the gradient of the codebook loss."""
-    ema_decay: float = 0.99
-    """Decay of the moving averages per optimizer step."""
-    commitment_weight: float = 0.25
-    """Weight of the loss that pulls the encoder towards its codes (beta in the papers)."""
-    codebook_weight: float = 1.0
-    """Weight of the loss that pulls the codes towards the encoder; only with update: gradient."""
-    gradient: Literal["straight_through", "rotation", "index_propagation"] = "straight_through"
-    """How the gradient passes the quantizer; index_propagation takes it to all codes, as in IBQ (Shi et al. 2024)."""
-    dead_code_threshold: float = 0.1
-    """A code with fewer tokens per step than this, on average, is placed anew; 0: none. Only with update: ema."""
-    kmeans_init: bool = True
-    """Take the first codebook from the first training batch by k-means."""
-    precision: Literal["exact", "fast"] = "exact"
-    """Exact nearest codes, or plain float32 scores."""
-
-    def __post_init__(self) -> None:
-        if self.gradient == "index_propagation" and self.update != "gradient":
-            raise ValueError(f"update must be gradient with gradient: index_propagation, got {self.update}")
-        if self.metric == "dot" and self.gradient != "index_propagation":
-            raise ValueError(f"gradient must be index_propagation with metric: dot, got {self.gradient}")
+__all__ = [
+    "AnyQuantizerConfig",
+    "EntropyConfig",
+    "HierarchicalVQVAEConfig",
+    "LookupFreeConfig",
+    "ModelConfig",
+    "QuantizerConfig",
+    "VQGANConfig",
+    "VQVAEConfig",
+    "VectorQuantizerConfig",
+]
 
 
 @dataclass
@@ -75,13 +60,13 @@ class VQGANConfig:
     """Share of the channels' values that a residual block drops in training."""
     gradient_checkpointing: bool = False
     """Compute every level again in the backward pass instead of keeping its insides: slower, and far less memory."""
-    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    """The vector quantizer. Its codebook_dim (embed_dim) is that of the 1x1 convolutions around it; null is
-    latent_channels."""
+    quantizer: AnyQuantizerConfig = field(default_factory=VectorQuantizerConfig)
+    """The quantizer; its kind says which. Its codebook_dim (embed_dim) is that of the 1x1 convolutions around it; null
+    is latent_channels."""
 
     def __post_init__(self) -> None:
         if isinstance(self.quantizer, dict):  # huggingface_hub restores nested dataclasses as plain dicts
-            self.quantizer = from_dict(QuantizerConfig, self.quantizer, "quantizer")
+            self.quantizer = convert(self.quantizer, AnyQuantizerConfig, "quantizer")
         positive = ("in_channels", "out_channels", "channels", "blocks", "resolution", "norm_groups", "latent_channels")
         for name in positive:
             if getattr(self, name) < 1:
@@ -137,7 +122,7 @@ class VQGANConfig:
 class VQVAEConfig:
     """Shape of a VQVAE; one latent pixel stands for patch_size * 2**(levels - 1) image pixels each way."""
 
-    kind: Literal["vqvae"] = "vqvae"
+    kind: Literal["vqvae"] = field(default="vqvae", metadata=LATER)
     """Tells this config from that of another model."""
     patch_size: int = 1
     """Pixels each way that the first layer folds into channels; 1 is none, 2 or 4 make a model quicker."""
@@ -151,12 +136,12 @@ class VQVAEConfig:
     """GroupNorm before every convolution of a residual block; without it the blocks are quicker on a CPU."""
     latent_channels: int = 32
     """Channels of the tokens that the encoder hands to the quantizer."""
-    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
-    """The vector quantizer."""
+    quantizer: AnyQuantizerConfig = field(default_factory=VectorQuantizerConfig)
+    """The quantizer; its kind says which."""
 
     def __post_init__(self) -> None:
         if isinstance(self.quantizer, dict):  # huggingface_hub restores nested dataclasses as plain dicts
-            self.quantizer = from_dict(QuantizerConfig, self.quantizer, "quantizer")
+            self.quantizer = convert(self.quantizer, AnyQuantizerConfig, "quantizer")
         for name in ("patch_size", "channels", "blocks", "latent_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -168,5 +153,58 @@ class VQVAEConfig:
         """Image pixels per latent pixel, each way."""
         return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
+    @property
+    def widths(self) -> list[int]:
+        """Channels of every level."""
+        return [self.channels * multiplier for multiplier in self.channel_multipliers]
 
-ModelConfig: TypeAlias = VQVAEConfig | VQGANConfig  # told apart by `kind`; the first is meant where that is left out
+
+@dataclass
+class HierarchicalVQVAEConfig:
+    """Shape of a HierarchicalVQVAE, with a coarse map of codes (top) and one of twice its height and width (bottom).
+
+    A bottom code stands for patch_size * 2**(levels - 1) image pixels each way, a top code for twice as many.
+    """
+
+    kind: Literal["vqvae2"] = "vqvae2"
+    """Tells this config from that of another model."""
+    patch_size: int = 1
+    """Pixels each way that the first layer folds into channels; 1 is none, 2 or 4 make a model quicker."""
+    channels: int = 64
+    """Channels at the finest level."""
+    channel_multipliers: list[int] = field(default_factory=lambda: [1, 2, 2])
+    """Channels of every level down to the bottom codes as a multiple of `channels`; every level after the first halves
+    the size. The top codes' level has as many as the last one."""
+    blocks: int = 2
+    """Residual blocks per level, in the encoders and in the decoders."""
+    group_norm: bool = True
+    """GroupNorm before every convolution of a residual block; without it the blocks are quicker on a CPU."""
+    latent_channels: int = 64
+    """Channels of the tokens that the encoders hand to the quantizers."""
+    top_quantizer: AnyQuantizerConfig = field(default_factory=VectorQuantizerConfig)
+    """The quantizer of the coarse map; its kind says which."""
+    bottom_quantizer: AnyQuantizerConfig = field(default_factory=VectorQuantizerConfig)
+    """The quantizer of the fine map; its kind says which."""
+
+    def __post_init__(self) -> None:
+        for name in ("top_quantizer", "bottom_quantizer"):  # huggingface_hub restores them as plain dicts
+            setattr(self, name, convert(getattr(self, name), AnyQuantizerConfig, name))
+        for name in ("patch_size", "channels", "blocks", "latent_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ValueError(f"channel_multipliers must be positive integers, got {self.channel_multipliers}")
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per top code, each way."""
+        return self.patch_size * 2 ** len(self.channel_multipliers)
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of every level down to the bottom codes."""
+        return [self.channels * multiplier for multiplier in self.channel_multipliers]
+
+
+# told apart by `kind`; the first is meant where that is left out
+ModelConfig: TypeAlias = VQVAEConfig | VQGANConfig | HierarchicalVQVAEConfig

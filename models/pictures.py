@@ -113,16 +113,28 @@ def comparison(
         codebook: gives every code its colour.
         details: a few words behind the three captions, for instance the PSNR.
     """
-    if images.shape != reconstructions.shape or len(images) != len(codes):
-        shapes = f"{list(images.shape)}, {list(reconstructions.shape)} and {list(codes.shape)}"
+    return comparison_of_maps(images, reconstructions, [("codes", codes, codebook)], details=details)
+
+
+def comparison_of_maps(
+    images: Tensor,  # [B, 3, H, W] in [-1, 1]
+    reconstructions: Tensor,  # [B, 3, H, W]
+    maps: Sequence[tuple[str, Tensor, Tensor]],  # title, codes [B, h, w], codebook [K, D]
+    *,
+    details: Sequence[str],
+) -> Image.Image:
+    """`comparison` with a column for each of several maps of codes; as many details as columns."""
+    if images.shape != reconstructions.shape or any(len(images) != len(codes) for _, codes, _ in maps):
+        shapes = ", ".join(
+            str(list(each.shape)) for each in (images, reconstructions, *(codes for _, codes, _ in maps))
+        )
         raise ValueError(f"images, reconstructions and codes must belong together, got {shapes}")
-    factor, colours = images.shape[2] // codes.shape[1], code_colours(codebook)
-    rows = [
-        (to_picture(image), to_picture(reconstruction), code_map(code, colours, factor))
-        for image, reconstruction, code in zip(images, reconstructions, codes, strict=True)
-    ]
-    titles = ("input", "reconstruction", "codes")
-    return _lay_out(rows, list(zip(titles, details, strict=True)))
+    columns = [[to_picture(image) for image in part] for part in (images, reconstructions)]
+    for _, codes, codebook in maps:
+        factor, colours = images.shape[2] // codes.shape[1], code_colours(codebook)
+        columns.append([code_map(code, colours, factor) for code in codes])
+    titles = ("input", "reconstruction", *(title for title, _, _ in maps))
+    return _lay_out(list(zip(*columns, strict=True)), list(zip(titles, details, strict=True)))
 
 
 def _lay_out(

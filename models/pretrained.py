@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from .hierarchy import HierarchicalVQVAE
 from .image_model import CONFIG_FILE, ImageModel
 from .model_config import ModelConfig
 from .vqgan import VQGAN
 from .vqvae import VQVAE
 
-MODELS: dict[str, type[ImageModel]] = {"vqvae": VQVAE, "vqgan": VQGAN}
+MODELS: dict[str, type[ImageModel]] = {"vqvae": VQVAE, "vqgan": VQGAN, "vqvae2": HierarchicalVQVAE}
 
 
 def make_model(config: ModelConfig) -> ImageModel:

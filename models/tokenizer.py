@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vqkernels.nn import IndexPropagationQuantizer, QuantizerOutput, VectorQuantizer
+from vqkernels.nn import QuantizerOutput
 
 from .image_model import ImageModel
 from .layers import widened
-from .model_config import QuantizerConfig
+from .levels import CodeLevel, CodeMap, make_levels
+from .quantizer import Quantizer, check_codes, figure_names, figures, make_quantizer
+
+__all__ = ["ImageTokenizer", "Quantizer", "TokenizerOutput", "make_quantizer"]
 
 
 class TokenizerOutput(NamedTuple):
@@ -27,27 +29,6 @@ class TokenizerOutput(NamedTuple):
         return self.quantizer.loss
 
 
-Quantizer: TypeAlias = VectorQuantizer | IndexPropagationQuantizer
-
-
-def make_quantizer(config: QuantizerConfig, dim: int, codebook_dim: int | None) -> Quantizer:
-    """The quantizer of a channels-first map of `dim` channels."""
-    if config.gradient == "index_propagation":
-        return IndexPropagationQuantizer(
-            dim,
-            config.codebook_size,
-            codebook_dim=codebook_dim,
-            metric=config.metric,
-            channels="first",
-            commitment_weight=config.commitment_weight,
-            codebook_weight=config.codebook_weight,
-        )
-    options = {**asdict(config), "codebook_dim": codebook_dim}
-    if config.update == "gradient":  # revival places codes by their moving averages
-        options["dead_code_threshold"] = 0.0
-    return VectorQuantizer(dim, options.pop("codebook_size"), channels="first", **options)
-
-
 class ImageTokenizer(ImageModel):
     """Base of the models with one map of codes: encoder, quantizer, decoder.
 
@@ -56,17 +37,21 @@ class ImageTokenizer(ImageModel):
     between them in `_encoded` and `_decoded`.
     """
 
-    figure_names = ("commitment_loss", "perplexity", "usage")
     encoder: nn.Module
     quantizer: Quantizer
     decoder: nn.Module
+
+    @property
+    def figure_names(self) -> tuple[str, ...]:
+        """Of the quantizer; its entropies where its loss has them."""
+        return figure_names(self.config.quantizer)
 
     def figures(
         self,
         out: TokenizerOutput,
     ) -> tuple[Tensor, ...]:  # [] each
         """As `figure_names`."""
-        return out.quantizer.commitment_loss, out.quantizer.perplexity, out.quantizer.usage
+        return figures(out.quantizer, self.config.quantizer)
 
     def _encoded(
         self,
@@ -135,13 +120,7 @@ class ImageTokenizer(ImageModel):
         Raises:
             ValueError: codes that are not integers of shape [B, h, w], or out of range.
         """
-        size = self.config.quantizer.codebook_size
-        if codes.dim() != 3 or codes.is_floating_point() or codes.dtype is torch.bool:
-            raise ValueError(f"codes must be integers of shape [B, h, w], got {codes.dtype} {list(codes.shape)}")
-        codes = codes.long()
-        looking = not torch.compiler.is_compiling() and codes.numel()  # a graph cannot; lookup complains when it runs
-        if looking and not 0 <= int(codes.min()) <= int(codes.max()) < size:
-            raise ValueError(f"codes must lie in [0, {size - 1}], got {int(codes.min())} to {int(codes.max())}")
+        codes = check_codes(codes, self.config.quantizer.codebook_size)
         return widened(self._image_of(self.quantizer.lookup(codes))).clamp(-1, 1)
 
     def reconstruct(
@@ -151,3 +130,15 @@ class ImageTokenizer(ImageModel):
         """Images through codes and back, clamped to [-1, 1]; changes nothing in the model, not differentiable."""
         with torch.no_grad():
             return self.decode(self.encode(images))
+
+    @property
+    def maps(self) -> dict[str, CodeMap]:
+        """The maps of codes by name: this one."""
+        return {"codes": CodeMap(self.quantizer, self.factor)}
+
+    def levels(
+        self,
+        codes: Tensor,  # [B, h, w]
+    ) -> list[CodeLevel]:
+        """What pictures and figures look at: the one map."""
+        return make_levels(self.maps, [codes])

@@ -357,8 +357,9 @@ class Trainer:
         values["peak_memory_mib"] = peak_memory(self.device)
         values["seconds"] = seconds
         values["skipped_steps"] = self.guard.skipped
-        if "usage" in values:
-            self._watch_usage(values["usage"])
+        usages = [value for name, value in values.items() if name.endswith("usage")]
+        if usages:
+            self._watch_usage(min(usages))
         self.window.zero_()
         self.window_steps, self.window_started = 0, seconds
         self._publish(values)

@@ -6,15 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from .data import ImageFolder, held_out_photograph, load_image
+from .hierarchy import HierarchicalVQVAE
 from .image_model import ImageModel
-from .metrics import SSIM_WINDOW, BitsPerPixel, CodeUsage, bits_per_pixel, code_usage, psnr, ssim
-from .pictures import comparison
+from .levels import CodeLevel, total_bits
+from .metrics import SSIM_WINDOW, BitsPerPixel, CodeUsage, psnr, ssim
+from .pictures import comparison_of_maps
 from .tokenizer import ImageTokenizer
 
 MAX_PICTURES = 16  # held-out pictures per validation: enough for a trend, and short beside the training
@@ -43,44 +46,63 @@ class Evaluation:
 
     images: Tensor  # [B, 3, H, W]
     reconstructions: Tensor  # [B, 3, H, W]
-    codes: Tensor  # int64 [B, h, w]
-    codebook: Tensor  # [K, D]
+    levels: list[CodeLevel]  # one map of codes, or top and bottom
     psnr: float  # dB, mean over the images
     ssim: float  # mean over the images; NaN where they are smaller than its window
-    usage: CodeUsage
-    bits_per_pixel: BitsPerPixel
+
+    @property
+    def codes(self) -> Tensor:  # int64 [B, h, w]
+        """Of the first level, which is the only one but in a hierarchy."""
+        return self.levels[0].codes
+
+    @property
+    def codebook_size(self) -> int:
+        """Of the first level."""
+        return self.levels[0].codebook_size
+
+    @property
+    def usage(self) -> CodeUsage:
+        """Of the first level."""
+        return self.levels[0].usage
+
+    @property
+    def bits_per_pixel(self) -> BitsPerPixel:
+        """Of all levels together."""
+        return total_bits(self.levels)
+
+    def figures(self) -> dict[str, float]:
+        """By their names in the training log; those of a level have its name in front where there are several."""
+        found = {"held_out_psnr": self.psnr, "held_out_ssim": self.ssim}
+        for level in self.levels:
+            name, usage = "" if len(self.levels) == 1 else f"{level.name}_", level.usage
+            found |= {f"held_out_{name}perplexity": usage.perplexity, f"held_out_{name}usage": usage.usage}
+        found["held_out_bits_per_pixel"] = self.bits_per_pixel.entropy
+        return {name: value for name, value in found.items() if math.isfinite(value)}
 
     def picture(self) -> Image.Image:
         """Input | reconstruction | codes, one row per image, at most 4."""
-        size, (height, width) = len(self.codebook), self.images.shape[2:]
-        details = (
-            f"{width} x {height}",
-            f"{self.psnr:.2f} dB",
-            f"{self.codes.shape[2]} x {self.codes.shape[1]}, {self.usage.used} of {size} used",
-        )
+        height, width = self.images.shape[2:]
+        details = (f"{width} x {height}", f"{self.psnr:.2f} dB", *(level.described() for level in self.levels))
         images, reconstructions = self.images[:MAX_SHOWN], self.reconstructions[:MAX_SHOWN]
-        return comparison(images, reconstructions, self.codes[:MAX_SHOWN], self.codebook, details=details)
+        maps = [(level.name, level.places[:MAX_SHOWN], level.table) for level in self.levels]
+        return comparison_of_maps(images, reconstructions, maps, details=details)
 
 
 @torch.no_grad()
 def evaluate(
-    model: ImageTokenizer,
+    model: ImageTokenizer | HierarchicalVQVAE,
     images: Tensor,  # [B, 3, H, W] in [-1, 1]
 ) -> Evaluation:
     """Sends images through codes and back; changes nothing in the model."""
     device = next(model.parameters()).device
-    codes = model.encode(images.to(device))
-    reconstructions = model.decode(codes).cpu()
-    images, codes, size = images.cpu(), codes.cpu(), model.config.quantizer.codebook_size
+    codes: Any = model.encode(images.to(device))
+    reconstructions, images = model.decode(codes).cpu(), images.cpu()
     return Evaluation(
         images=images,
         reconstructions=reconstructions,
-        codes=codes,
-        codebook=model.quantizer.codebook.detach().float().cpu(),
+        levels=model.levels(codes),
         psnr=psnr(images, reconstructions).mean().item(),
         ssim=ssim(images, reconstructions).mean().item() if min(images.shape[2:]) >= SSIM_WINDOW else float("nan"),
-        usage=code_usage(codes, size),
-        bits_per_pixel=bits_per_pixel(codes, size, model.factor),
     )
 
 
@@ -108,15 +130,6 @@ class HeldOut:
 
     def evaluate(self, model: ImageModel) -> tuple[dict[str, float], Image.Image]:
         """Figures by name (none where nothing is held out), and the sample picture."""
-        assert isinstance(model, ImageTokenizer)
+        assert isinstance(model, ImageTokenizer | HierarchicalVQVAE)
         found = evaluate(model, self.images)
-        if not self.judges:
-            return {}, found.picture()
-        figures = {
-            "held_out_psnr": found.psnr,
-            "held_out_ssim": found.ssim,
-            "held_out_perplexity": found.usage.perplexity,
-            "held_out_usage": found.usage.usage,
-            "held_out_bits_per_pixel": found.bits_per_pixel.entropy,
-        }
-        return {name: value for name, value in figures.items() if math.isfinite(value)}, found.picture()
+        return found.figures() if self.judges else {}, found.picture()

@@ -6,7 +6,7 @@ from torch import nn
 
 from .config_reader import from_dict
 from .image_model import MODEL_CARD
-from .layers import Fold, ResidualBlock, Unfold
+from .layers import folding_layers, unfolding_layers
 from .model_config import QuantizerConfig, VQVAEConfig
 from .tokenizer import ImageTokenizer, TokenizerOutput, make_quantizer
 
@@ -15,28 +15,6 @@ __all__ = ["VQVAE", "QuantizerConfig", "VQVAEConfig", "VQVAEOutput"]
 IMAGE_CHANNELS = 3
 
 VQVAEOutput = TokenizerOutput
-
-
-def _encoder(config: VQVAEConfig) -> nn.Sequential:
-    widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
-    folded = IMAGE_CHANNELS * config.patch_size**2
-    layers: list[nn.Module] = [nn.PixelUnshuffle(config.patch_size), nn.Conv2d(folded, widths[0], 3, padding=1)]
-    for level, width in enumerate(widths):
-        if level:
-            layers.append(Fold(widths[level - 1], width, 2))
-        layers += [ResidualBlock(width, config.group_norm) for _ in range(config.blocks)]
-    return nn.Sequential(*layers, nn.Conv2d(widths[-1], config.latent_channels, 1))
-
-
-def _decoder(config: VQVAEConfig) -> nn.Sequential:
-    widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
-    folded = IMAGE_CHANNELS * config.patch_size**2
-    layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)]
-    for level in reversed(range(len(widths))):
-        layers += [ResidualBlock(widths[level], config.group_norm) for _ in range(config.blocks)]
-        if level:
-            layers.append(Unfold(widths[level], widths[level - 1], 2))
-    return nn.Sequential(*layers, nn.Conv2d(widths[0], folded, 3, padding=1), nn.PixelShuffle(config.patch_size))
 
 
 class VQVAE(
@@ -62,10 +40,11 @@ class VQVAE(
     def __init__(self, config: VQVAEConfig | None = None) -> None:
         super().__init__()
         self.config = from_dict(VQVAEConfig, {} if config is None else config)
-        self.encoder = _encoder(self.config)
-        quantizer = self.config.quantizer
-        self.quantizer = make_quantizer(quantizer, self.config.latent_channels, quantizer.codebook_dim)
-        self.decoder = _decoder(self.config)
+        config, latents = self.config, self.config.latent_channels
+        layers = folding_layers(IMAGE_CHANNELS, config)
+        self.encoder = nn.Sequential(*layers, nn.Conv2d(config.widths[-1], latents, 1))
+        self.quantizer = make_quantizer(config.quantizer, latents, config.quantizer.codebook_dim)
+        self.decoder = nn.Sequential(*unfolding_layers(latents, IMAGE_CHANNELS, config))
 
     @property
     def last_layer(self) -> nn.Conv2d:

@@ -63,6 +63,18 @@ def test_shapes_types_and_round_trip_through_codes(form: str, channels: str):
 
 
 @every_form
+def test_encode_gives_forwards_codes_and_touches_nothing(form: str):
+    module, x = make(form), randn(2, 7, 6)
+    mask = torch.rand(2, 7, generator=torch.Generator().manual_seed(0)) > 0.3
+    x[0, 3, 2] = torch.nan
+    before = {name: values.clone() for name, values in module.state_dict().items()}
+    codes = module.encode(x, mask)
+    assert all(torch.equal(values, before[name]) for name, values in module.state_dict().items())
+    assert torch.equal(codes, module(x, mask).codes)
+    assert (codes == -1).any()
+
+
+@every_form
 def test_channels_first_equals_channels_last(form: str):
     first, last = make(form, channels="first"), make(form)
     x = randn(2, 6, 3, 5)

@@ -12,11 +12,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from vqkernels.models import ImageTokenizer
+from vqkernels.models import ImageTokenizer, VectorQuantizerConfig
 from vqkernels.models.data import load_image
 from vqkernels.models.weight_files import PICKLED, read_weights
 
-from .loading import HUB, collect_images, fit_to_factor, load_model, report_skipped
+from .loading import HUB, collect_images, fit_to_factor, load_tokenizer, report_skipped
 from .options import AuditConfig
 from .terminal import tracked
 
@@ -166,10 +166,14 @@ def _is_model(source: str) -> bool:
 
 
 def _from_model(config: AuditConfig, device: torch.device, console: Console) -> Inputs:
-    model = load_model(config.source, device)
-    codebook, metric = model.quantizer.codebook.detach(), model.config.quantizer.metric
-    if metric == "dot":
+    model = load_tokenizer(config.source, device)
+    quantizer = model.config.quantizer
+    if not isinstance(quantizer, VectorQuantizerConfig):
+        kind = f"one with an {quantizer.kind} quantizer"
+        raise ValueError(f"{config.source}: expected a model that searches a codebook, got {kind}")
+    if quantizer.metric == "dot":
         raise ValueError(f"{config.source}: expected a model with a euclidean or cosine quantizer, got one with dot")
+    codebook, metric = model.quantizer.codebook.detach(), quantizer.metric
     if bool(config.images) == bool(config.latents) or config.codebook:
         raise ValueError(f"{config.source}: expected --images (or --latents) and no --codebook beside a model")
     if config.latents:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vqkernels.models import VQGAN, Converted, VQGANConfig, load_foreign, load_pretrained, save_diffusers
+from vqkernels.models.model_config import AnyQuantizerConfig, VectorQuantizerConfig
 
 from .options import ConvertConfig
 from .terminal import make_console, make_table, quiet_libraries
@@ -45,12 +46,17 @@ def _attended(config: VQGANConfig) -> list[int]:
     return [config.resolution >> level for level, attends in enumerate(config.attention) if attends]
 
 
+def _search(config: AnyQuantizerConfig) -> str:
+    """How codes are found, in a word."""
+    return config.metric if isinstance(config, VectorQuantizerConfig) else "lookup-free"
+
+
 def _print(console: Console, found: Converted) -> None:
     config = found.model.config
     rows = [
         ("layout", found.layout),
         ("weights", found.weights),
-        ("codes", f"{config.quantizer.codebook_size} of {config.codebook_dim} numbers, {config.quantizer.metric}"),
+        ("codes", f"{config.quantizer.codebook_size} of {config.codebook_dim} numbers, {_search(config.quantizer)}"),
         ("pixels per code", f"{config.factor} x {config.factor}"),
         ("channels", f"{config.channels} x {config.channel_multipliers}, {config.blocks} blocks"),
         ("attention after every block", ", ".join(map(str, _attended(config))) or "nowhere"),

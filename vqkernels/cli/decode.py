@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import torch
 
-from vqkernels.models import open_codes
+from vqkernels.models import CodesFile, open_codes
+from vqkernels.models.code_files import level_folders
 from vqkernels.models.data import to_picture
 
-from .loading import choose_device, load_model
+from .loading import CodedModel, choose_device, load_model
 from .options import DecodeConfig
 from .terminal import make_console, quiet_libraries, tracked
 
@@ -33,6 +35,19 @@ def _target(folder: Path, name: str, taken: set[Path]) -> Path:
     return path
 
 
+def _open_levels(path: str, model: CodedModel) -> list[CodesFile]:
+    """The codes of every level.
+
+    Raises:
+        ValueError: the codes are another model's, out of range, or the levels are not of the same images.
+    """
+    opened = [open_codes(folder, model) for folder in level_folders(path, model).values()]
+    for name, each in zip(model.maps, opened, strict=True):
+        if each.meta.files != opened[0].meta.files:
+            raise ValueError(f"{path}: expected {name} codes of the same images as {next(iter(model.maps))} codes")
+    return opened
+
+
 def run(config: DecodeConfig) -> None:
     """Writes one PNG per image of the codes.
 
@@ -43,16 +58,18 @@ def run(config: DecodeConfig) -> None:
         raise ValueError(f"--batch_size: expected at least 1, got {config.batch_size}")
     console, device = make_console(), choose_device(config.device)
     model, folder = load_model(config.model, device), Path(config.output)
-    opened = open_codes(config.codes, model)
+    opened = _open_levels(config.codes, model)
     taken: set[Path] = set()
-    targets = [_target(folder, name, taken) for name in opened.meta.files]
-    starts = range(0, len(opened), config.batch_size)
+    targets = [_target(folder, name, taken) for name in opened[0].meta.files]
+    starts = range(0, len(targets), config.batch_size)
     with quiet_libraries():
         for start in tracked(console, starts, "decoding"):
-            chunk = np.asarray(opened.codes[start : start + config.batch_size], dtype=np.int64)
+            rows = slice(start, start + config.batch_size)
+            maps = [torch.from_numpy(np.asarray(each.codes[rows], dtype=np.int64)).to(device) for each in opened]
+            codes: Any = maps[0] if len(maps) == 1 else tuple(maps)
             with torch.no_grad():
-                images = model.decode(torch.from_numpy(chunk).to(device))
-            for image, target in zip(images, targets[start : start + config.batch_size], strict=True):
+                images = model.decode(codes)
+            for image, target in zip(images, targets[rows], strict=True):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 to_picture(image).save(target)
-    console.print(f"{len(opened)} images saved in {folder}/", markup=False)
+    console.print(f"{len(targets)} images saved in {folder}/", markup=False)

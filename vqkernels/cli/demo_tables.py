@@ -26,7 +26,7 @@ def evaluation_rows(
     measured: Measurements,
 ) -> list[tuple[str, str]]:
     """Name and value of everything about the held-out photograph and the training."""
-    usage, bits, codebook_size = evaluation.usage, evaluation.bits_per_pixel, len(evaluation.codebook)
+    usage, bits, codebook_size = evaluation.usage, evaluation.bits_per_pixel, evaluation.codebook_size
     height, width = evaluation.images.shape[2:]
     return [
         ("size", f"{width}x{height} pixels, {evaluation.codes.shape[2]}x{evaluation.codes.shape[1]} codes"),

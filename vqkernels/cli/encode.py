@@ -1,9 +1,10 @@
-"""`vqkernels encode`: a folder of images as codes.npy and meta.json."""
+"""`vqkernels encode`: a folder of images as codes.npy and meta.json, of a hierarchy one such folder for each level."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -11,12 +12,13 @@ from PIL import Image, ImageOps
 from rich.console import Console
 from torch import Tensor
 
-from vqkernels.models import CodesWriter, ImageTokenizer, list_images, open_codes
+from vqkernels.models import CodesWriter, list_images, open_codes
+from vqkernels.models.code_files import level_folders
 from vqkernels.models.data import open_image, to_tensor
 from vqkernels.models.metrics import bits_per_pixel, code_usage
 from vqkernels.models.validation import crop_to_multiple
 
-from .loading import choose_device, load_model, report_skipped
+from .loading import CodedModel, choose_device, load_model, report_skipped
 from .options import EncodeConfig
 from .terminal import make_console, make_table, quiet_libraries, tracked
 
@@ -73,7 +75,7 @@ def _batches(
         yield names, torch.stack(held)
 
 
-def _check(config: EncodeConfig, model: ImageTokenizer) -> None:
+def _check(config: EncodeConfig, model: CodedModel) -> None:
     if config.batch_size < 1:
         raise ValueError(f"--batch_size: expected at least 1, got {config.batch_size}")
     size = config.image_size
@@ -81,13 +83,13 @@ def _check(config: EncodeConfig, model: ImageTokenizer) -> None:
         raise ValueError(f"--image_size: expected a multiple of the model's factor {model.factor}, got {size}")
 
 
-def _print_summary(console: Console, output: str) -> None:
+def _print_summary(console: Console, output: Path) -> None:
     opened = open_codes(output)
     meta = opened.meta
     usage = code_usage(opened.codes, meta.codebook_size)
     bits = bits_per_pixel(opened.codes, meta.codebook_size, meta.factor)
     pixels = len(opened) * meta.shape[1] * meta.shape[2] * meta.factor**2
-    size = os.path.getsize(Path(output) / "codes.npy")
+    size = os.path.getsize(output / "codes.npy")
     rows = [
         ("images", f"{len(opened)}"),
         ("codes per image", f"{meta.shape[1]} x {meta.shape[2]}"),
@@ -105,10 +107,15 @@ def run(config: EncodeConfig) -> None:
     model = load_model(config.model, device)
     _check(config, model)
     reader = _Reader(config, model.factor)
-    with quiet_libraries(), CodesWriter(config.output, model) as writer:
+    folders = level_folders(config.output, model)
+    with quiet_libraries(), ExitStack() as stack:
+        writers = [stack.enter_context(CodesWriter(folder, model, name)) for name, folder in folders.items()]
         for names, images in _batches(reader.images(console), config.batch_size):
-            writer.append(model.encode(images.to(device)), names)
+            codes = model.encode(images.to(device))
+            for writer, each in zip(writers, [codes] if isinstance(codes, Tensor) else codes, strict=True):
+                writer.append(each, names)
         if reader.size is None:
             raise ValueError(f"none of the {len(reader.files)} images in {config.folder} can be read")
     report_skipped(console, reader.skipped)
-    _print_summary(console, config.output)
+    for folder in folders.values():
+        _print_summary(console, folder)

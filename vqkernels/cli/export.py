@@ -8,7 +8,7 @@ import torch
 
 from vqkernels.export import decoder_program, encoder_program, save
 
-from .loading import load_model
+from .loading import load_tokenizer
 from .options import ExportConfig
 from .terminal import make_console, make_table, quiet_libraries
 
@@ -16,7 +16,7 @@ from .terminal import make_console, make_table, quiet_libraries
 def run(config: ExportConfig) -> None:
     """Writes encoder and decoder, and says what goes in and comes out."""
     console = make_console()
-    model, folder = load_model(config.model, torch.device("cpu")), Path(config.output)
+    model, folder = load_tokenizer(config.model, torch.device("cpu")), Path(config.output)
     plain = config.plain or config.format == "onnx"
     images = torch.zeros(2, model.in_channels, 4 * model.factor, 4 * model.factor)
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from vqkernels.models import ImageTokenizer, load_pretrained
+from vqkernels.models import HierarchicalVQVAE, ImageModel, ImageTokenizer, load_pretrained
 from vqkernels.models.data import list_images
 from vqkernels.models.validation import crop_to_multiple
+
+CodedModel: TypeAlias = ImageTokenizer | HierarchicalVQVAE  # its `levels` are the maps of its codes
 
 HUB = "hf://"
 MOST_NAMED = 5  # unreadable files on the screen
@@ -30,7 +33,19 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and available else "cpu")
 
 
-def load_model(folder: str, device: torch.device) -> ImageTokenizer:
+def load_tokenizer(folder: str, device: torch.device) -> ImageTokenizer:
+    """`load_model` for commands that need a model with one map of codes.
+
+    Raises:
+        ValueError: it has several.
+    """
+    model = load_model(folder, device)
+    if not isinstance(model, ImageTokenizer):
+        raise ValueError(f"{folder}: expected a model with one map of codes, got a {type(model).__name__}")
+    return model
+
+
+def load_model(folder: str, device: torch.device) -> CodedModel:
     """The model of a run folder, of a model folder, or of hf://OWNER/NAME on the Hugging Face Hub.
 
     A name is not looked up on the Hub unasked: a mistyped folder must not go over the network.
@@ -40,13 +55,19 @@ def load_model(folder: str, device: torch.device) -> ImageTokenizer:
         ValueError: the files there are not those of a model of this package.
     """
     if folder.startswith(HUB):
-        return load_pretrained(folder.removeprefix(HUB)).to(device).eval()
+        return _with_codes(folder, load_pretrained(folder.removeprefix(HUB))).to(device).eval()
     path = Path(folder, "model") if Path(folder, "model").is_dir() else Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder with a model, found none of that name")
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: expected a folder with config.json and model.safetensors, or a run folder")
-    return load_pretrained(path).to(device).eval()
+    return _with_codes(folder, load_pretrained(path)).to(device).eval()
+
+
+def _with_codes(folder: str, model: ImageModel) -> CodedModel:
+    if not isinstance(model, ImageTokenizer | HierarchicalVQVAE):
+        raise ValueError(f"{folder}: expected a model with codes, got a {type(model).__name__}")
+    return model
 
 
 def collect_images(paths: Sequence[str]) -> list[Path]:

@@ -87,7 +87,7 @@ class EncodeConfig:
     folder: str = field(metadata=WORD)
     """folder of images, searched through all its sub-folders"""
     output: str = field(default="codes", metadata=OUTPUT)
-    """folder for codes.npy and meta.json"""
+    """folder for codes.npy and meta.json; a model with two maps of codes fills top/ and bottom/ in it"""
     image_size: int | None = None
     """scale and center-crop every image to this; when left out all must have one size, and it stays"""
     batch_size: int = 8
@@ -103,7 +103,7 @@ class DecodeConfig:
     model: str = field(metadata=WORD)
     """folder with the model that made the codes"""
     codes: str = field(metadata=WORD)
-    """folder with codes.npy and meta.json"""
+    """folder that encode wrote"""
     output: str = field(default="decoded", metadata=OUTPUT)
     """folder for the PNG images"""
     batch_size: int = 8

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqkernels.benchmarks.runner import quartiles
-from vqkernels.models import TrainConfig, TrainProgress, load_config
+from vqkernels.models import TrainConfig, TrainProgress, VectorQuantizerConfig, load_config
 from vqkernels.nn import QuantizerOutput, VectorQuantizer
 from vqkernels.profiling.subject import Subject
 from vqkernels.profiling.trace import make_profiler, named_range, start, stop, write_trace
@@ -150,6 +150,12 @@ def _prepare(options: ProfileConfig, device: torch.device, scratch: Path) -> tup
     config: TrainConfig = load_config(options.training)
     folder = options.images or config.data
     pictures = f"the images in {folder}"
+    quantizer = getattr(config.model, "quantizer", None)
+    if not isinstance(quantizer, VectorQuantizerConfig) or quantizer.gradient == "index_propagation":
+        raise ValueError(
+            f"{options.training}: expected a model whose quantizer searches a codebook (kind vq and a gradient of "
+            "straight_through or rotation)"
+        )
     if folder is None:
         folder = str(scratch / "pictures")
         Path(folder).mkdir()

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vqkernels.models import ImageTokenizer
 from vqkernels.models.data import load_image, to_picture
-from vqkernels.models.metrics import SSIM_WINDOW, bits_per_pixel, code_usage, psnr, ssim
-from vqkernels.models.pictures import comparison
+from vqkernels.models.levels import CodeLevel, total_bits
+from vqkernels.models.metrics import SSIM_WINDOW, psnr, ssim
+from vqkernels.models.pictures import comparison_of_maps
 
-from .loading import choose_device, collect_images, fit_to_factor, load_model, output_names, report_skipped
+from .loading import (
+    CodedModel,
+    choose_device,
+    collect_images,
+    fit_to_factor,
+    load_model,
+    output_names,
+    report_skipped,
+)
 from .options import ReconstructConfig
 from .terminal import make_console, make_table, quiet_libraries, tracked
 
@@ -32,7 +40,7 @@ class Reconstruction:
 
     image: Tensor  # [1, 3, H, W] in [-1, 1], as it was compared: after --fit crop, or as the file holds it
     reconstruction: Tensor  # [1, 3, H, W]
-    codes: Tensor  # [1, h, w]
+    levels: list[CodeLevel]  # its codes, [1, h, w] each
     note: str  # what was done to make its size fit
 
     def score(self) -> Score:
@@ -49,7 +57,7 @@ def _size(image: Tensor) -> str:
 
 @torch.no_grad()
 def reconstruct_image(
-    model: ImageTokenizer,
+    model: CodedModel,
     image: Tensor,  # [3, H, W] in [-1, 1]
     fit: str = "pad",
 ) -> Reconstruction:
@@ -68,26 +76,25 @@ def reconstruct_image(
         note = f"{_size(image)} padded to {_size(fitted)} and cut back"
     else:
         note = f"{_size(image)} cropped to {_size(fitted)}"
-    codes = model.encode(fitted[None].to(device))
+    codes: Any = model.encode(fitted[None].to(device))
     decoded = model.decode(codes).cpu()
     kept = image if fit == "pad" else fitted
-    return Reconstruction(kept[None], decoded[:, :, : kept.shape[1], : kept.shape[2]], codes.cpu(), note)
+    return Reconstruction(kept[None], decoded[:, :, : kept.shape[1], : kept.shape[2]], model.levels(codes), note)
 
 
-def _save(result: Reconstruction, score: Score, model: ImageTokenizer, path: Path) -> None:
+def _save(result: Reconstruction, score: Score, model: CodedModel, path: Path) -> None:
     """NAME.png is the reconstruction; NAME-comparison.png has the input and the code map beside it."""
     to_picture(result.reconstruction[0]).save(path)
     pair = (result.image[0], result.reconstruction[0])
     image, decoded = (fit_to_factor(part, model.factor, "pad")[None] for part in pair)
-    used = code_usage(result.codes, model.config.quantizer.codebook_size).used
-    codes = f"{result.codes.shape[2]}x{result.codes.shape[1]}, {used} used"
-    details = (_size(result.image), f"{score.psnr:.2f} dB", codes)
-    picture = comparison(image, decoded, result.codes, model.quantizer.codebook, details=details)
+    details = (_size(result.image), f"{score.psnr:.2f} dB", *(level.described() for level in result.levels))
+    maps = [(level.name, level.places, level.table) for level in result.levels]
+    picture = comparison_of_maps(image, decoded, maps, details=details)
     picture.save(path.with_stem(f"{path.stem}-comparison"))
 
 
-def _row(result: Reconstruction, score: Score, model: ImageTokenizer, name: str) -> tuple[str, ...]:
-    bits = bits_per_pixel(result.codes, model.config.quantizer.codebook_size, model.factor)
+def _row(result: Reconstruction, score: Score, name: str) -> tuple[str, ...]:
+    bits = total_bits(result.levels)
     similarity = "-" if score.ssim is None else f"{score.ssim:.4f}"
     return name, result.note or _size(result.image), f"{score.psnr:.2f}", similarity, f"{bits.fixed:.3f}"
 
@@ -131,7 +138,7 @@ def run(config: ReconstructConfig) -> None:
             scores.append(result.score())
             target.parent.mkdir(parents=True, exist_ok=True)
             _save(result, scores[-1], model, target)
-            rows.append(_row(result, scores[-1], model, target.stem))
+            rows.append(_row(result, scores[-1], target.stem))
     if not scores:
         raise ValueError(skipped[0][1] if len(files) == 1 else f"none of the {len(files)} images can be read")
     report_skipped(console, skipped)

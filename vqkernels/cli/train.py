@@ -12,7 +12,11 @@ from vqkernels.models import TrainConfig, TrainProgress, TrainResult, train
 from .loading import report_skipped
 from .terminal import make_console, make_table, meter, quiet_libraries
 
-SHOWN = (("psnr", "PSNR {:.1f} dB"), ("usage", "codebook used {:.0%}"), ("held_out_psnr", "held out {:.2f} dB"))
+SHOWN = (
+    ("psnr", "PSNR {:.1f} dB"),
+    *(("usage", "codebook used {:.0%}"), ("top_usage", "top used {:.0%}"), ("bottom_usage", "bottom used {:.0%}")),
+    ("held_out_psnr", "held out {:.2f} dB"),
+)
 
 
 def _state(progress: TrainProgress) -> str:

@@ -82,8 +82,14 @@ class LookupFreeQuantizer(nn.Module):
         self.project_out = nn.Linear(self.codebook_dim, dim) if linked else nn.Identity()
         counted = self.codebook_dim // self.group_size << self.group_size
         self.register_buffer("window_counts", torch.zeros(counted))
+        self.row_dtype = self.window_counts.dtype  # kept by itself, as exported programs leave the counts out
         self.register_buffer("last_used", torch.full((counted,), NEVER))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+
+    @property
+    def channels(self) -> str:
+        """Which axis of x its channels are: "last" or "first"."""
+        return self.layout.channels
 
     @property
     def codebook_size(self) -> int:
@@ -129,6 +135,24 @@ class LookupFreeQuantizer(nn.Module):
                 error = torch.where(real, error, 0)
             return self._output(x, tokens, real, codes, through, error)
 
+    @torch.no_grad()
+    def encode(
+        self,
+        x: Tensor,  # [..., dim] or [B, dim, *spatial]
+        mask: Tensor | None = None,  # bool, x's shape without its channel axis
+    ) -> Tensor:  # int64, x's shape without its channel axis
+        """The codes of ``forward`` alone; changes no state, in training mode neither.
+
+        Raises:
+            TypeError, ValueError: a bad argument, named.
+        """
+        self.layout.check(x, mask)
+        with no_autocast(x):
+            tokens, real = self._tokens(x, mask)
+            codes = sign_codes(tokens)
+            codes = codes if real is None else torch.where(real, codes, -1)
+        return codes.reshape(self.layout.codes_shape(x))
+
     def lookup(
         self,
         codes: Tensor,  # integer, x's shape without its channel axis
@@ -142,8 +166,7 @@ class LookupFreeQuantizer(nn.Module):
         """
         self.layout.check_codes(codes)
         with no_autocast(codes):
-            dtype = self.window_counts.dtype
-            rows = sign_rows(codes, self.codebook_dim, code_scale=self.code_scale, dtype=dtype)
+            rows = sign_rows(codes, self.codebook_dim, code_scale=self.code_scale, dtype=self.row_dtype)
             return self.layout.rows(projected(rows, self.project_out))
 
     def _tokens(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:  # [B, T, D], bool [B, T]
@@ -217,4 +240,5 @@ class LookupFreeQuantizer(nn.Module):
         own = own_state(self)
         super()._apply(fn, recurse)
         undo_half(self, own)
+        self.row_dtype = self.window_counts.dtype
         return self
