@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from .data import ImageFolder, bundled_photographs, held_out_photograph, list_images, load_image
     from .finite_guard import NonFiniteLossError
     from .image_model import ImageModel, ModelOutput
-    from .model_config import QuantizerConfig, VQGANConfig, VQVAEConfig
-    from .presets import VQGANPreset, load_preset, preset_names
+    from .model_config import QuantizerConfig, ViTConfig, VQGANConfig, VQVAEConfig
+    from .presets import Preset, load_preset, preset_names
     from .pretrained import load_pretrained, make_model
     from .tokenizer import ImageTokenizer
     from .training import TrainProgress, TrainResult, train
     from .validation import Evaluation, evaluate
+    from .vit import ViTTokenizer
     from .vqgan import VQGAN, VQGANOutput
     from .vqvae import VQVAE, VQVAEOutput
 
@@ -32,13 +33,14 @@ _HOMES = {
     "convert": ("Converted", "load_foreign", "save_diffusers"),
     "data": ("ImageFolder", "bundled_photographs", "held_out_photograph", "list_images", "load_image"),
     "image_model": ("ImageModel", "ModelOutput"),
-    "model_config": ("QuantizerConfig", "VQGANConfig", "VQVAEConfig"),
-    "presets": ("VQGANPreset", "load_preset", "preset_names"),
+    "model_config": ("QuantizerConfig", "ViTConfig", "VQGANConfig", "VQVAEConfig"),
+    "presets": ("Preset", "load_preset", "preset_names"),
     "pretrained": ("load_pretrained", "make_model"),
     "tokenizer": ("ImageTokenizer",),
     "finite_guard": ("NonFiniteLossError",),
     "training": ("TrainProgress", "TrainResult", "train"),
     "validation": ("Evaluation", "evaluate"),
+    "vit": ("ViTTokenizer",),
     "vqgan": ("VQGAN", "VQGANOutput"),
     "vqvae": ("VQVAE", "VQVAEOutput"),
 }
@@ -57,15 +59,17 @@ __all__ = [
     "ImageTokenizer",
     "ModelOutput",
     "NonFiniteLossError",
+    "Preset",
     "QuantizerConfig",
     "TrainConfig",
     "TrainProgress",
     "TrainResult",
     "VQGANConfig",
     "VQGANOutput",
-    "VQGANPreset",
     "VQVAEConfig",
     "VQVAEOutput",
+    "ViTConfig",
+    "ViTTokenizer",
     "bundled_photographs",
     "evaluate",
     "held_out_photograph",

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from .layers import run_part
 from .model_config import VQGANConfig
 
 EPSILON = 1e-6  # of every GroupNorm
@@ -158,18 +157,6 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-def _run(
-    part: nn.Module,
-    x: Tensor,  # [B, C, H, W]
-    again: bool,
-) -> Tensor:  # what the part makes of it
-    """The part of x; its insides are computed again in the backward pass where `again`."""
-    if again and torch.is_grad_enabled():
-        out: Tensor = checkpoint(part, x, use_reentrant=False)
-        return out
-    return part(x)
-
-
 class Encoder(nn.Module):
     """Images to latents: a convolution, the levels from fine to coarse, the middle, a convolution."""
 
@@ -192,8 +179,8 @@ class Encoder(nn.Module):
     ) -> Tensor:  # [B, latent_channels, H / factor, W / factor]
         x = self.conv_in(images)
         for level in self.down:
-            x = _run(level, x, self.again)
-        x = _run(self.mid, x, self.again)
+            x = run_part(level, x, self.again)
+        x = run_part(self.mid, x, self.again)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -220,7 +207,7 @@ class Decoder(nn.Module):
         self,
         latents: Tensor,  # [B, latent_channels, h, w]
     ) -> Tensor:  # [B, out_channels, h * factor, w * factor]
-        x = _run(self.mid, self.conv_in(latents), self.again)
+        x = run_part(self.mid, self.conv_in(latents), self.again)
         for level in reversed(self.up):
-            x = _run(level, x, self.again)
+            x = run_part(level, x, self.again)
         return self.conv_out(F.silu(self.norm_out(x)))

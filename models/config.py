@@ -11,7 +11,7 @@ from typing import Literal
 import yaml
 
 from .config_reader import Config, convert, from_dict, save_config, to_dict
-from .model_config import ModelConfig, QuantizerConfig, VQGANConfig, VQVAEConfig
+from .model_config import ModelConfig, QuantizerConfig, ViTConfig, VQGANConfig, VQVAEConfig
 
 __all__ = [
     "CONFIG_FOLDER",
@@ -21,6 +21,7 @@ __all__ = [
     "TrainConfig",
     "VQGANConfig",
     "VQVAEConfig",
+    "ViTConfig",
     "from_dict",
     "load_config",
     "save_config",

@@ -86,6 +86,14 @@ class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipe
         """What the training log tells of the bottleneck, as `figure_names`: device scalars of one forward's output."""
         raise NotImplementedError
 
+    def decays(
+        self,
+        name: str,
+        weight: Tensor,  # [...]
+    ) -> bool:
+        """Whether weight decay takes this parameter: kernels of convolutions, not norms, biases and codebooks."""
+        return weight.dim() == 4
+
     def reconstruct(
         self,
         images: Tensor,  # [B, C, H, W] in [-1, 1]

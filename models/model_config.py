@@ -169,4 +169,54 @@ class VQVAEConfig:
         return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
 
-ModelConfig: TypeAlias = VQVAEConfig | VQGANConfig  # told apart by `kind`; the first is meant where that is left out
+def factorised_codes() -> QuantizerConfig:
+    """The quantizer of ViT-VQGAN: unit vectors of 32 dimensions, which learn by the gradient."""
+    return QuantizerConfig(8192, codebook_dim=32, metric="cosine", update="gradient", kmeans_init=False)
+
+
+@dataclass
+class ViTConfig:
+    """Shape of a ViTTokenizer (Yu et al. 2021, ViT-VQGAN): encoder and decoder alike; a token is a patch of pixels."""
+
+    kind: Literal["vit"] = "vit"
+    """Tells this config from that of another model."""
+    patch_size: int = 8
+    """Image pixels per token, each way."""
+    channels: int = 512
+    """Channels of a token between the layers; divisible by heads and by 4."""
+    layers: int = 8
+    """Transformer blocks of the encoder, and of the decoder."""
+    heads: int = 8
+    """Heads of every attention."""
+    mlp_ratio: float = 4.0
+    """Channels inside every feed-forward layer, as a multiple of `channels`."""
+    gradient_checkpointing: bool = False
+    """Compute every block again in the backward pass instead of keeping its insides: slower, and far less memory."""
+    quantizer: QuantizerConfig = field(default_factory=factorised_codes)
+    """The vector quantizer; its codebook_dim is what the tokens are projected to for the search (factorised codes)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.quantizer, dict):  # huggingface_hub restores nested dataclasses as plain dicts
+            self.quantizer = from_dict(QuantizerConfig, self.quantizer, "quantizer")
+        for name in ("patch_size", "channels", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.channels % self.heads or self.channels % 4:
+            raise ValueError(f"channels must be divisible by heads ({self.heads}) and by 4, got {self.channels}")
+        if not self.hidden_channels >= 1:
+            raise ValueError(f"mlp_ratio must give at least one channel, got {self.mlp_ratio}")
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per token, each way."""
+        return self.patch_size
+
+    @property
+    def hidden_channels(self) -> int:
+        """Channels inside a feed-forward layer."""
+        return round(self.mlp_ratio * self.channels)
+
+
+ModelConfig: TypeAlias = (
+    VQVAEConfig | VQGANConfig | ViTConfig
+)  # told apart by `kind`; the first is meant where that is left out

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from .image_model import CONFIG_FILE, ImageModel
 from .model_config import ModelConfig
+from .vit import ViTTokenizer
 from .vqgan import VQGAN
 from .vqvae import VQVAE
 
-MODELS: dict[str, type[ImageModel]] = {"vqvae": VQVAE, "vqgan": VQGAN}
+MODELS: dict[str, type[ImageModel]] = {"vqvae": VQVAE, "vqgan": VQGAN, "vit": ViTTokenizer}
 
 
 def make_model(config: ModelConfig) -> ImageModel:
