@@ -1,4 +1,4 @@
-"""Models on top of the quantizers: VQVAE and VQGAN, their data, the training loop and code files.
+"""Models on top of the quantizers and beside them, their data, the training loop and code files.
 
 Names are loaded when they are first used, so that what needs no torch (the configs) stays quick to import.
 """
@@ -12,10 +12,13 @@ if TYPE_CHECKING:
     from .checkpoint import load_checkpoint
     from .code_files import CodesFile, CodesMeta, CodesWriter, open_codes
     from .config import TrainConfig, load_config, save_config
+    from .continuous_config import GANConfig, KLVAEConfig
     from .convert import Converted, load_foreign, save_diffusers
     from .data import ImageFolder, bundled_photographs, held_out_photograph, list_images, load_image
     from .finite_guard import NonFiniteLossError
+    from .gan import GAN, GANOutput
     from .image_model import ImageModel, ModelOutput
+    from .kl_vae import KLVAE, KLVAEOutput, Posterior
     from .model_config import QuantizerConfig, ViTConfig, VQGANConfig, VQVAEConfig
     from .presets import Preset, load_preset, preset_names
     from .pretrained import load_pretrained, make_model
@@ -30,8 +33,11 @@ _HOMES = {
     "checkpoint": ("load_checkpoint",),
     "code_files": ("CodesFile", "CodesMeta", "CodesWriter", "open_codes"),
     "config": ("TrainConfig", "load_config", "save_config"),
+    "continuous_config": ("GANConfig", "KLVAEConfig"),
     "convert": ("Converted", "load_foreign", "save_diffusers"),
     "data": ("ImageFolder", "bundled_photographs", "held_out_photograph", "list_images", "load_image"),
+    "gan": ("GAN", "GANOutput"),
+    "kl_vae": ("KLVAE", "KLVAEOutput", "Posterior"),
     "image_model": ("ImageModel", "ModelOutput"),
     "model_config": ("QuantizerConfig", "ViTConfig", "VQGANConfig", "VQVAEConfig"),
     "presets": ("Preset", "load_preset", "preset_names"),
@@ -47,6 +53,8 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "GAN",
+    "KLVAE",
     "VQGAN",
     "VQVAE",
     "CodesFile",
@@ -54,11 +62,16 @@ __all__ = [
     "CodesWriter",
     "Converted",
     "Evaluation",
+    "GANConfig",
+    "GANOutput",
     "ImageFolder",
     "ImageModel",
     "ImageTokenizer",
+    "KLVAEConfig",
+    "KLVAEOutput",
     "ModelOutput",
     "NonFiniteLossError",
+    "Posterior",
     "Preset",
     "QuantizerConfig",
     "TrainConfig",

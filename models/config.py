@@ -159,6 +159,8 @@ class TrainConfig:
             self.discriminator = from_dict(DiscriminatorConfig, self.discriminator, "discriminator")
         if self.discriminator.kind != "none" and self.mixed_precision == "fp16":
             raise ValueError("mixed_precision must be bf16 or no with a discriminator, got fp16")
+        if self.model.kind == "gan":
+            self._check_generator()
         if self.perceptual_weight < 0:
             raise ValueError(f"perceptual_weight must be 0 or greater, got {self.perceptual_weight}")
         if self.steps is None and self.max_seconds is None:
@@ -184,6 +186,19 @@ class TrainConfig:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(self, name)}")
+
+    def _check_generator(self) -> None:
+        """A GAN reconstructs nothing: all that it learns from is the discriminator, from the first step on."""
+        for name in ("l1_weight", "l2_weight", "perceptual_weight"):
+            if getattr(self, name) != 0:
+                raise ValueError(f"{name} must be 0 with model.kind: gan, got {getattr(self, name)}")
+        found = self.discriminator
+        if found.kind == "none":
+            raise ValueError("discriminator.kind must be patch or style with model.kind: gan, got none")
+        if found.adaptive:
+            raise ValueError("discriminator.adaptive must be false with model.kind: gan, got true")
+        if found.start_step:
+            raise ValueError(f"discriminator.start_step must be 0 with model.kind: gan, got {found.start_step}")
 
 
 def load_config(path: str | Path, kind: type[Config] | None = None) -> Config:

@@ -61,6 +61,7 @@ class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipe
     """
 
     config_type: ClassVar[type]
+    reconstructs: ClassVar[bool] = True  # False where model(images) makes other images of that size, as a GAN does
     figure_names: ClassVar[tuple[str, ...]]  # of what `figures` returns, as the training log names them
     config: Any
 

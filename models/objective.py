@@ -26,7 +26,8 @@ from .layers import widened
 from .perceptual import PerceptualDistance
 
 # of every run, in this order, then the model's `figure_names`, then those of a discriminator
-PARTS = ("loss", "l1", "mse", "perceptual")
+RECONSTRUCTION_PARTS = ("l1", "mse", "perceptual")
+PARTS = ("loss", *RECONSTRUCTION_PARTS)
 ADVERSARIAL_PARTS = ("adversarial_loss", "adaptive_weight", "discriminator_loss", "real_logit", "fake_logit")
 
 

@@ -9,7 +9,7 @@ from .config import CONFIG_FOLDER, VQGANConfig, load_config
 from .config_reader import convert
 from .model_config import ModelConfig
 
-KINDS = ("vqgan", "vit")  # of models with presets: the folders in configs/
+KINDS = ("vqgan", "vit", "klvae")  # of models with presets: the folders in configs/
 
 
 @dataclass

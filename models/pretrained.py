@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from .gan import GAN
 from .image_model import CONFIG_FILE, ImageModel
+from .kl_vae import KLVAE
 from .model_config import ModelConfig
 from .vit import ViTTokenizer
 from .vqgan import VQGAN
 from .vqvae import VQVAE
 
-MODELS: dict[str, type[ImageModel]] = {"vqvae": VQVAE, "vqgan": VQGAN, "vit": ViTTokenizer}
+MODELS: dict[str, type[ImageModel]] = {
+    "vqvae": VQVAE,
+    "vqgan": VQGAN,
+    "vit": ViTTokenizer,
+    "klvae": KLVAE,
+    "gan": GAN,
+}
 
 
 def make_model(config: ModelConfig) -> ImageModel:

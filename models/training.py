@@ -30,7 +30,7 @@ from .config import TrainConfig, save_config, to_dict
 from .data import EndlessBatches, ImageFolder
 from .finite_guard import FiniteGuard, NonFiniteLossError
 from .image_model import ImageModel
-from .objective import Objective
+from .objective import RECONSTRUCTION_PARTS, Objective
 from .optimization import learning_rate_at, make_optimizer
 from .pretrained import make_model
 from .run_log import RunLog, delete_run, run_exists
@@ -198,6 +198,8 @@ class Trainer:
 
     def _warm_up(self) -> None:
         """Compiles the kernels on their first use, before the clock starts; changes no state."""
+        if not self.raw_model.reconstructs:
+            return
         side = self.raw_model.factor
         self.raw_model.reconstruct(torch.zeros(1, self.raw_model.in_channels, side, side, device=self.device))
 
@@ -327,7 +329,10 @@ class Trainer:
         images = self.window_steps * self.config.gradient_accumulation * self.config.batch_size
         images *= self.accelerator.num_processes
         values = {"learning_rate": self.rate, **dict(zip(self.names, means, strict=True))}
-        values["psnr"] = 10 * math.log10(4 / max(values["mse"], 1e-12))
+        if self.raw_model.reconstructs:
+            values["psnr"] = 10 * math.log10(4 / max(values["mse"], 1e-12))
+        else:  # what a GAN makes is no attempt at the images of the batch
+            values = {name: value for name, value in values.items() if name not in RECONSTRUCTION_PARTS}
         values["images_per_second"] = images / max(seconds - self.window_started, 1e-9)
         values["seconds"] = seconds
         values["skipped_steps"] = self.guard.skipped

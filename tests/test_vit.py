@@ -258,7 +258,7 @@ def test_it_trains(adversarial, tmp_path):
         discriminator=discriminator,
         image_size=16,
         batch_size=4,
-        steps=20,
+        steps=12,
         warmup_steps=2,
         weight_decay=0.01,
         weight_ema_decay=0.5,

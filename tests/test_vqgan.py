@@ -237,7 +237,7 @@ def test_load_pretrained_knows_the_kind(tmp_path):
     VQVAE(VQVAEConfig(channels=16, channel_multipliers=[1], blocks=1)).save_pretrained(tmp_path)
     assert isinstance(load_pretrained(tmp_path), VQVAE)
     (tmp_path / "config.json").write_text('{"kind": "vqfan"}')
-    with pytest.raises(ValueError, match=r"config.json: kind: expected one of vqvae, vqgan, got 'vqfan'"):
+    with pytest.raises(ValueError, match=r"config.json: kind: expected one of vqvae, vqgan, .*got 'vqfan'"):
         load_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         load_pretrained(tmp_path / "nowhere")

@@ -16,7 +16,7 @@ from vqkernels.models import ImageTokenizer
 from vqkernels.models.data import load_image
 from vqkernels.models.weight_files import PICKLED, read_weights
 
-from .loading import HUB, collect_images, fit_to_factor, load_model, report_skipped
+from .loading import HUB, collect_images, fit_to_factor, load_tokenizer, report_skipped
 from .options import AuditConfig
 from .terminal import tracked
 
@@ -166,7 +166,7 @@ def _is_model(source: str) -> bool:
 
 
 def _from_model(config: AuditConfig, device: torch.device, console: Console) -> Inputs:
-    model = load_model(config.source, device)
+    model = load_tokenizer(config.source, device)
     codebook, metric = model.quantizer.codebook.detach(), model.config.quantizer.metric
     if metric == "dot":
         raise ValueError(f"{config.source}: expected a model with a euclidean or cosine quantizer, got one with dot")

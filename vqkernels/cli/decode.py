@@ -10,7 +10,7 @@ import torch
 from vqkernels.models import open_codes
 from vqkernels.models.data import to_picture
 
-from .loading import choose_device, load_model
+from .loading import choose_device, load_tokenizer
 from .options import DecodeConfig
 from .terminal import make_console, quiet_libraries, tracked
 
@@ -42,7 +42,7 @@ def run(config: DecodeConfig) -> None:
     if config.batch_size < 1:
         raise ValueError(f"--batch_size: expected at least 1, got {config.batch_size}")
     console, device = make_console(), choose_device(config.device)
-    model, folder = load_model(config.model, device), Path(config.output)
+    model, folder = load_tokenizer(config.model, device), Path(config.output)
     opened = open_codes(config.codes, model)
     taken: set[Path] = set()
     targets = [_target(folder, name, taken) for name in opened.meta.files]

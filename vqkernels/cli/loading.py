@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from vqkernels.models import ImageTokenizer, load_pretrained
+from vqkernels.models import ImageModel, ImageTokenizer, load_pretrained
 from vqkernels.models.data import list_images
 from vqkernels.models.validation import crop_to_multiple
 
@@ -30,7 +30,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and available else "cpu")
 
 
-def load_model(folder: str, device: torch.device) -> ImageTokenizer:
+def load_model(folder: str, device: torch.device) -> ImageModel:
     """The model of a run folder, of a model folder, or of hf://OWNER/NAME on the Hugging Face Hub.
 
     A name is not looked up on the Hub unasked: a mistyped folder must not go over the network.
@@ -47,6 +47,19 @@ def load_model(folder: str, device: torch.device) -> ImageTokenizer:
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: expected a folder with config.json and model.safetensors, or a run folder")
     return load_pretrained(path).to(device).eval()
+
+
+def load_tokenizer(folder: str, device: torch.device) -> ImageTokenizer:
+    """`load_model`, for what needs codes.
+
+    Raises:
+        FileNotFoundError: no such folder, or no model in it.
+        ValueError: the files there are not those of a model of this package, or it has no codes.
+    """
+    model = load_model(folder, device)
+    if not isinstance(model, ImageTokenizer):
+        raise ValueError(f"{folder}: expected a model with codes, got a {type(model).__name__}, which has none")
+    return model
 
 
 def collect_images(paths: Sequence[str]) -> list[Path]:

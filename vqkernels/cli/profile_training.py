@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from vqkernels.benchmarks.runner import quartiles
-from vqkernels.models import TrainConfig, TrainProgress, load_config
+from vqkernels.models import TrainConfig, TrainProgress, ViTConfig, VQGANConfig, VQVAEConfig, load_config
 from vqkernels.nn import QuantizerOutput, VectorQuantizer
 from vqkernels.profiling.subject import Subject
 from vqkernels.profiling.trace import make_profiler, named_range, start, stop, write_trace
@@ -148,6 +148,8 @@ def _prepare(options: ProfileConfig, device: torch.device, scratch: Path) -> tup
     """The user's training config for a few steps in a scratch folder, and a word about its pictures."""
     assert options.training is not None
     config: TrainConfig = load_config(options.training)
+    if not isinstance(config.model, VQVAEConfig | VQGANConfig | ViTConfig):
+        raise ValueError(f"{options.training}: expected a model with a quantizer to profile, got {config.model.kind}")
     folder = options.images or config.data
     pictures = f"the images in {folder}"
     if folder is None:

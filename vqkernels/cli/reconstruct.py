@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vqkernels.models import ImageTokenizer
+from vqkernels.models import ImageModel, ImageTokenizer
 from vqkernels.models.data import load_image, to_picture
 from vqkernels.models.metrics import SSIM_WINDOW, bits_per_pixel, code_usage, psnr, ssim
-from vqkernels.models.pictures import comparison
+from vqkernels.models.pictures import comparison, pairs
 
 from .loading import choose_device, collect_images, fit_to_factor, load_model, output_names, report_skipped
 from .options import ReconstructConfig
@@ -32,7 +32,7 @@ class Reconstruction:
 
     image: Tensor  # [1, 3, H, W] in [-1, 1], as it was compared: after --fit crop, or as the file holds it
     reconstruction: Tensor  # [1, 3, H, W]
-    codes: Tensor  # [1, h, w]
+    codes: Tensor | None  # [1, h, w]; None of a model without codes
     note: str  # what was done to make its size fit
 
     def score(self) -> Score:
@@ -49,7 +49,7 @@ def _size(image: Tensor) -> str:
 
 @torch.no_grad()
 def reconstruct_image(
-    model: ImageTokenizer,
+    model: ImageModel,
     image: Tensor,  # [3, H, W] in [-1, 1]
     fit: str = "pad",
 ) -> Reconstruction:
@@ -68,28 +68,38 @@ def reconstruct_image(
         note = f"{_size(image)} padded to {_size(fitted)} and cut back"
     else:
         note = f"{_size(image)} cropped to {_size(fitted)}"
-    codes = model.encode(fitted[None].to(device))
-    decoded = model.decode(codes).cpu()
+    batch, codes = fitted[None].to(device), None
+    if isinstance(model, ImageTokenizer):
+        codes = model.encode(batch)
+        decoded = model.decode(codes).cpu()
+    else:
+        decoded = model.reconstruct(batch).cpu()
     kept = image if fit == "pad" else fitted
-    return Reconstruction(kept[None], decoded[:, :, : kept.shape[1], : kept.shape[2]], codes.cpu(), note)
+    cut = decoded[:, :, : kept.shape[1], : kept.shape[2]]
+    return Reconstruction(kept[None], cut, None if codes is None else codes.cpu(), note)
 
 
-def _save(result: Reconstruction, score: Score, model: ImageTokenizer, path: Path) -> None:
-    """NAME.png is the reconstruction; NAME-comparison.png has the input and the code map beside it."""
+def _save(result: Reconstruction, score: Score, model: ImageModel, path: Path) -> None:
+    """NAME.png is the reconstruction; NAME-comparison.png has the input and the code map, if any, beside it."""
     to_picture(result.reconstruction[0]).save(path)
     pair = (result.image[0], result.reconstruction[0])
     image, decoded = (fit_to_factor(part, model.factor, "pad")[None] for part in pair)
-    used = code_usage(result.codes, model.config.quantizer.codebook_size).used
-    codes = f"{result.codes.shape[2]}x{result.codes.shape[1]}, {used} used"
-    details = (_size(result.image), f"{score.psnr:.2f} dB", codes)
-    picture = comparison(image, decoded, result.codes, model.quantizer.codebook, details=details)
+    details = (_size(result.image), f"{score.psnr:.2f} dB")
+    if result.codes is None or not isinstance(model, ImageTokenizer):
+        picture = pairs(image, decoded, details=details)
+    else:
+        used = code_usage(result.codes, model.config.quantizer.codebook_size).used
+        codes = f"{result.codes.shape[2]}x{result.codes.shape[1]}, {used} used"
+        picture = comparison(image, decoded, result.codes, model.quantizer.codebook, details=(*details, codes))
     picture.save(path.with_stem(f"{path.stem}-comparison"))
 
 
-def _row(result: Reconstruction, score: Score, model: ImageTokenizer, name: str) -> tuple[str, ...]:
-    bits = bits_per_pixel(result.codes, model.config.quantizer.codebook_size, model.factor)
+def _row(result: Reconstruction, score: Score, model: ImageModel, name: str) -> tuple[str, ...]:
+    bits = "-"
+    if result.codes is not None:
+        bits = f"{bits_per_pixel(result.codes, model.config.quantizer.codebook_size, model.factor).fixed:.3f}"
     similarity = "-" if score.ssim is None else f"{score.ssim:.4f}"
-    return name, result.note or _size(result.image), f"{score.psnr:.2f}", similarity, f"{bits.fixed:.3f}"
+    return name, result.note or _size(result.image), f"{score.psnr:.2f}", similarity, bits
 
 
 def _mean_row(scores: list[Score]) -> tuple[str, ...]:
@@ -116,6 +126,11 @@ def run(config: ReconstructConfig) -> None:
     """Saves a picture per image and prints the table."""
     console, device = make_console(), choose_device(config.device)
     model, files = load_model(config.model, device), collect_images(config.images)
+    if not model.reconstructs:
+        kind = type(model).__name__
+        raise ValueError(
+            f"{config.model}: expected a model that encodes images, got a {kind}, which only generates them"
+        )
     jobs = list(zip(files, _targets(Path(config.output), files), strict=True))
     scores: list[Score] = []
     rows: list[tuple[str, ...]] = []
@@ -139,5 +154,5 @@ def run(config: ReconstructConfig) -> None:
         rows.append(_mean_row(scores))
     columns = ("image", "size", "PSNR dB", "SSIM", "bits per pixel")
     console.print(make_table("Reconstructions", columns, rows, text_columns=2))
-    beside = "NAME-comparison.png has the input and the codes beside it"
+    beside = "NAME-comparison.png has the input beside it, and the codes where there are some"
     console.print(f"saved in {config.output}/ as NAME.png; {beside}", markup=False)
