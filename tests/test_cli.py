@@ -261,7 +261,7 @@ def test_bench_runs_the_given_shapes(tmp_path, capsys):
         (["train", "--model.quantizer.metric", "l2"], ["--model.quantizer.metric", "'cosine'", "got 'l2'"]),
         (["train", "--image_size", "33"], ["image_size", "factor 4", "got 33"]),
         (["train", "-c", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
-        (["train", "-c", "nowhere"], ["--config", "demo, vqvae-f16, vqvae-f8", "nowhere"]),
+        (["train", "-c", "nowhere"], ["--config", "vqvae-f16, vqvae-f8", "nowhere"]),
         (["train", "--data", "nowhere"], ["nowhere", "does not exist"]),
         (["reconstruct", "nowhere/run", "x.png"], ["nowhere/run", "expected a folder with a model"]),
         (["reconstruct", "nowhere/run"], ["required", "images"]),
