@@ -54,7 +54,7 @@ setup(
     package_data={
         "vqkernels": ["py.typed"],
         "vqkernels.kernels": ["*.json"],
-        "vqkernels.models.configs": ["*.yaml", "vqgan/*.yaml"],
+        "vqkernels.models.configs": ["*.yaml", "*/*.yaml"],
         "vqkernels.csrc": ["*.h", "*.cpp"],
         "vqkernels.csrc.cpu": ["*.h", "*.cpp"],
         "vqkernels.csrc.cuda": ["*.h", "*.cuh", "*.cu"],

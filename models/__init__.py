@@ -1,4 +1,4 @@
-"""Models on top of the quantizers: VQVAE and VQGAN, their data, the training loop and code files.
+"""Models on top of the quantizers and beside them, their data, the training loop and code files.
 
 Names are loaded when they are first used, so that what needs no torch (the configs) stays quick to import.
 """
@@ -12,15 +12,18 @@ if TYPE_CHECKING:
     from .checkpoint import load_checkpoint
     from .code_files import CodesFile, CodesMeta, CodesWriter, open_codes
     from .config import TrainConfig, load_config, save_config
+    from .continuous_config import GANConfig, KLVAEConfig
     from .convert import Converted, load_foreign, save_diffusers
     from .data import ImageFolder, bundled_photographs, held_out_photograph, list_images, load_image
     from .evaluation import evaluate_files
     from .evaluation_report import EvaluationOptions, EvaluationReport
     from .finite_guard import NonFiniteLossError
+    from .gan import GAN, GANOutput
     from .hierarchy import HierarchicalCodes, HierarchicalOutput, HierarchicalVQVAE
     from .image_model import ImageModel, ModelOutput
-    from .model_config import HierarchicalVQVAEConfig, VQGANConfig, VQVAEConfig
-    from .presets import VQGANPreset, load_preset, preset_names
+    from .kl_vae import KLVAE, KLVAEOutput, Posterior
+    from .model_config import HierarchicalVQVAEConfig, ViTConfig, VQGANConfig, VQVAEConfig
+    from .presets import Preset, load_preset, preset_names
     from .pretrained import load_pretrained, make_model
     from .quantizer_config import (
         EntropyConfig,
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from .tokenizer import ImageTokenizer
     from .training import TrainProgress, TrainResult, train
     from .validation import Evaluation, evaluate
+    from .vit import ViTTokenizer
     from .vqgan import VQGAN, VQGANOutput
     from .vqvae import VQVAE, VQVAEOutput
 
@@ -38,12 +42,15 @@ _HOMES = {
     "checkpoint": ("load_checkpoint",),
     "code_files": ("CodesFile", "CodesMeta", "CodesWriter", "open_codes"),
     "config": ("TrainConfig", "load_config", "save_config"),
+    "continuous_config": ("GANConfig", "KLVAEConfig"),
     "convert": ("Converted", "load_foreign", "save_diffusers"),
     "data": ("ImageFolder", "bundled_photographs", "held_out_photograph", "list_images", "load_image"),
+    "gan": ("GAN", "GANOutput"),
     "hierarchy": ("HierarchicalCodes", "HierarchicalOutput", "HierarchicalVQVAE"),
     "image_model": ("ImageModel", "ModelOutput"),
-    "model_config": ("HierarchicalVQVAEConfig", "VQGANConfig", "VQVAEConfig"),
-    "presets": ("VQGANPreset", "load_preset", "preset_names"),
+    "kl_vae": ("KLVAE", "KLVAEOutput", "Posterior"),
+    "model_config": ("HierarchicalVQVAEConfig", "ViTConfig", "VQGANConfig", "VQVAEConfig"),
+    "presets": ("Preset", "load_preset", "preset_names"),
     "quantizer_config": (
         "EntropyConfig",
         "LookupFreeConfig",
@@ -57,12 +64,15 @@ _HOMES = {
     "finite_guard": ("NonFiniteLossError",),
     "training": ("TrainProgress", "TrainResult", "train"),
     "validation": ("Evaluation", "evaluate"),
+    "vit": ("ViTTokenizer",),
     "vqgan": ("VQGAN", "VQGANOutput"),
     "vqvae": ("VQVAE", "VQVAEOutput"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "GAN",
+    "KLVAE",
     "VQGAN",
     "VQVAE",
     "CodesFile",
@@ -73,6 +83,8 @@ __all__ = [
     "Evaluation",
     "EvaluationOptions",
     "EvaluationReport",
+    "GANConfig",
+    "GANOutput",
     "HierarchicalCodes",
     "HierarchicalOutput",
     "HierarchicalVQVAE",
@@ -80,19 +92,24 @@ __all__ = [
     "ImageFolder",
     "ImageModel",
     "ImageTokenizer",
+    "KLVAEConfig",
+    "KLVAEOutput",
     "LookupFreeConfig",
     "ModelOutput",
     "NonFiniteLossError",
+    "Posterior",
+    "Preset",
     "QuantizerConfig",
     "TrainConfig",
     "TrainProgress",
     "TrainResult",
     "VQGANConfig",
     "VQGANOutput",
-    "VQGANPreset",
     "VQVAEConfig",
     "VQVAEOutput",
     "VectorQuantizerConfig",
+    "ViTConfig",
+    "ViTTokenizer",
     "bundled_photographs",
     "evaluate",
     "evaluate_files",

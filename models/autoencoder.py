@@ -9,24 +9,23 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .model_config import VQGANConfig
+from .decoder_config import AutoencoderConfig, DecoderConfig
+from .layers import run_part
 
 EPSILON = 1e-6  # of every GroupNorm
 
 
-def _norm(channels: int, config: VQGANConfig) -> nn.GroupNorm:
+def _norm(channels: int, config: DecoderConfig) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_groups, channels, eps=EPSILON)
 
 
 class ResnetBlock(nn.Module):
     """x + conv(dropout(swish(norm(conv(swish(norm(x))))))), with a 1x1 convolution of x where the channels change."""
 
-    def __init__(self, in_channels: int, out_channels: int, config: VQGANConfig) -> None:
+    def __init__(self, in_channels: int, out_channels: int, config: DecoderConfig) -> None:
         super().__init__()
         self.norm1 = _norm(in_channels, config)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -48,7 +47,7 @@ class ResnetBlock(nn.Module):
 class Attention(nn.Module):
     """Self-attention of one head over all pixels, added to its input; memory grows with their number alone."""
 
-    def __init__(self, channels: int, config: VQGANConfig) -> None:
+    def __init__(self, channels: int, config: DecoderConfig) -> None:
         super().__init__()
         self.norm = _norm(channels, config)
         self.q = nn.Conv2d(channels, channels, 1)
@@ -98,7 +97,7 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, with attention after each where asked for."""
 
-    def __init__(self, channels: list[int], attention: bool, config: VQGANConfig) -> None:  # before and after blocks
+    def __init__(self, channels: list[int], attention: bool, config: DecoderConfig) -> None:  # before and after blocks
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(before, after, config) for before, after in pairwise(channels))
         self.attn = nn.ModuleList(Attention(after, config) for after in channels[1:] if attention)
@@ -117,7 +116,7 @@ class Level(nn.Module):
 class DownLevel(Level):
     """A level of the encoder; every one but the last halves the size at its end."""
 
-    def __init__(self, channels: list[int], attention: bool, last: bool, config: VQGANConfig) -> None:
+    def __init__(self, channels: list[int], attention: bool, last: bool, config: DecoderConfig) -> None:
         super().__init__(channels, attention, config)
         self.downsample = nn.Identity() if last else Downsample(channels[-1])
 
@@ -131,7 +130,7 @@ class DownLevel(Level):
 class UpLevel(Level):
     """A level of the decoder; every one but the finest doubles the size at its end."""
 
-    def __init__(self, channels: list[int], attention: bool, finest: bool, config: VQGANConfig) -> None:
+    def __init__(self, channels: list[int], attention: bool, finest: bool, config: DecoderConfig) -> None:
         super().__init__(channels, attention, config)
         self.upsample = nn.Identity() if finest else Upsample(channels[-1])
 
@@ -145,7 +144,7 @@ class UpLevel(Level):
 class Middle(nn.Module):
     """Block, attention, block at the lowest resolution."""
 
-    def __init__(self, channels: int, config: VQGANConfig) -> None:
+    def __init__(self, channels: int, config: DecoderConfig) -> None:
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, config)
         self.attn_1 = Attention(channels, config) if config.mid_attention else nn.Identity()
@@ -158,22 +157,10 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-def _run(
-    part: nn.Module,
-    x: Tensor,  # [B, C, H, W]
-    again: bool,
-) -> Tensor:  # what the part makes of it
-    """The part of x; its insides are computed again in the backward pass where `again`."""
-    if again and torch.is_grad_enabled():
-        out: Tensor = checkpoint(part, x, use_reentrant=False)
-        return out
-    return part(x)
-
-
 class Encoder(nn.Module):
     """Images to latents: a convolution, the levels from fine to coarse, the middle, a convolution."""
 
-    def __init__(self, config: VQGANConfig) -> None:
+    def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.again = config.gradient_checkpointing
         widths = config.widths
@@ -184,16 +171,16 @@ class Encoder(nn.Module):
             self.down.append(DownLevel(channels, config.attention[level], level == len(widths) - 1, config))
         self.mid = Middle(widths[-1], config)
         self.norm_out = _norm(widths[-1], config)
-        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], config.encoded_channels, 3, padding=1)
 
     def forward(
         self,
         images: Tensor,  # [B, in_channels, H, W]
-    ) -> Tensor:  # [B, latent_channels, H / factor, W / factor]
+    ) -> Tensor:  # [B, encoded_channels, H / factor, W / factor]
         x = self.conv_in(images)
         for level in self.down:
-            x = _run(level, x, self.again)
-        x = _run(self.mid, x, self.again)
+            x = run_part(level, x, self.again)
+        x = run_part(self.mid, x, self.again)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -203,7 +190,7 @@ class Decoder(nn.Module):
     `up[0]` is the finest level, which comes last.
     """
 
-    def __init__(self, config: VQGANConfig) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.again = config.gradient_checkpointing
         widths = config.widths
@@ -220,7 +207,7 @@ class Decoder(nn.Module):
         self,
         latents: Tensor,  # [B, latent_channels, h, w]
     ) -> Tensor:  # [B, out_channels, h * factor, w * factor]
-        x = _run(self.mid, self.conv_in(latents), self.again)
+        x = run_part(self.mid, self.conv_in(latents), self.again)
         for level in reversed(self.up):
-            x = _run(level, x, self.again)
+            x = run_part(level, x, self.again)
         return self.conv_out(F.silu(self.norm_out(x)))

@@ -11,7 +11,7 @@ from typing import Literal
 import yaml
 
 from .config_reader import Config, convert, from_dict, save_config, to_dict
-from .model_config import HierarchicalVQVAEConfig, ModelConfig, QuantizerConfig, VQGANConfig, VQVAEConfig
+from .model_config import HierarchicalVQVAEConfig, ModelConfig, QuantizerConfig, ViTConfig, VQGANConfig, VQVAEConfig
 
 __all__ = [
     "CONFIG_FOLDER",
@@ -22,6 +22,7 @@ __all__ = [
     "TrainConfig",
     "VQGANConfig",
     "VQVAEConfig",
+    "ViTConfig",
     "from_dict",
     "load_config",
     "save_config",
@@ -219,6 +220,8 @@ class TrainConfig:
             raise ValueError("mixed_precision must be bf16 or no with a discriminator, got fp16")
         if self.sharding == "full" and self.mixed_precision == "fp16":
             raise ValueError("mixed_precision must be bf16 or no with sharding: full, got fp16")
+        if self.model.kind == "gan":
+            self._check_generator()
         for name in ("perceptual_weight", "logit_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or greater, got {getattr(self, name)}")
@@ -250,6 +253,19 @@ class TrainConfig:
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(self, name)}")
+
+    def _check_generator(self) -> None:
+        """A GAN reconstructs nothing: all that it learns from is the discriminator, from the first step on."""
+        for name in ("l1_weight", "l2_weight", "perceptual_weight"):
+            if getattr(self, name) != 0:
+                raise ValueError(f"{name} must be 0 with model.kind: gan, got {getattr(self, name)}")
+        found = self.discriminator
+        if found.kind == "none":
+            raise ValueError("discriminator.kind must be patch or style with model.kind: gan, got none")
+        if found.adaptive:
+            raise ValueError("discriminator.adaptive must be false with model.kind: gan, got true")
+        if found.start_step:
+            raise ValueError(f"discriminator.start_step must be 0 with model.kind: gan, got {found.start_step}")
 
 
 def load_config(path: str | Path, kind: type[Config] | None = None) -> Config:

@@ -1,4 +1,4 @@
-"""VQGAN checkpoints of other projects in, and out again to diffusers."""
+"""VQGAN and KL-VAE checkpoints of other projects in, and out again to diffusers."""
 
 from __future__ import annotations
 
@@ -17,17 +17,21 @@ from torch import Tensor
 from vqkernels.nn import Codebook
 
 from .checkpoint import write_text_atomically
+from .continuous_config import KLVAEConfig
 from .image_model import CONFIG_FILE
+from .kl_vae import KLVAE
 from .layouts import (
+    FOREIGN_CODEBOOK,
     check_weights,
     infer_config,
     layout_of,
     listed,
+    make_network,
     network_weights,
     to_diffusers,
     to_ours,
 )
-from .model_config import EntropyConfig, QuantizerConfig
+from .model_config import EntropyConfig, QuantizerConfig, VQGANConfig
 from .vqgan import VQGAN
 from .weight_files import read_weights
 
@@ -57,7 +61,7 @@ CHOICES = ("auto", "raw", "ema")
 class Converted:
     """A model made from a file, and what was found there."""
 
-    model: VQGAN
+    model: VQGAN | KLVAE
     layout: str
     """Whose file it is: taming (also latent diffusion), ibq, llamagen or diffusers."""
     weights: str
@@ -130,13 +134,13 @@ def _sorted_out(data: Any, which: str) -> _Parts:
     return _Parts(network, found, dict(Counter(name.split(".")[0] for name in skipped)))
 
 
-def _diffusers_groups(file: Path) -> int:
-    """norm_num_groups of the config beside a file of diffusers' weights; 32 where there is no config."""
+def _diffusers_groups(file: Path, kind: str) -> int:
+    """norm_num_groups of the config beside a file of diffusers' weights of a class; 32 where there is no config."""
     path = file.with_name(CONFIG_FILE)
     if not path.is_file():
         return 32
     config = json.loads(path.read_text(encoding="utf-8"))
-    fixed = (("_class_name", ("VQModel",)), ("act_fn", ("silu", "swish")), ("norm_type", ("group",)))
+    fixed = (("_class_name", (kind,)), ("act_fn", ("silu", "swish")), ("norm_type", ("group",)))
     for name, allowed in fixed:
         if config.get(name, allowed[0]) not in allowed:
             raise ValueError(f"{path}: {name}: expected {' or '.join(allowed)}, got {config[name]!r}")
@@ -153,16 +157,17 @@ def _weight_file(path: Path) -> Path:
     raise FileNotFoundError(f"{path}: expected a file, or a folder with {DIFFUSERS_FILES[0]}")
 
 
-def _assembled(network: dict[str, Tensor], layout: str, resolution: int, groups: int) -> VQGAN:
+def _assembled(network: dict[str, Tensor], layout: str, resolution: int, groups: int) -> VQGAN | KLVAE:
     weights = to_ours(network, layout)
     config = infer_config(weights, resolution=resolution, norm_groups=groups, quantizer=QUANTIZERS[layout])
     check_weights(weights, config)
-    model = VQGAN(config)
-    assert isinstance(model.quantizer, Codebook)
+    model = make_network(config)
     with torch.no_grad():
         for name, target in network_weights(model).items():
             target.copy_(weights[name])
-        model.quantizer.initialized.fill_(True)
+        if isinstance(model, VQGAN):
+            assert isinstance(model.quantizer, Codebook)
+            model.quantizer.initialized.fill_(True)
     return model.eval()
 
 
@@ -173,7 +178,7 @@ def load_foreign(
     weights: str = "auto",
     resolution: int = 256,
 ) -> Converted:
-    """Makes a VQGAN of a checkpoint of taming-transformers, latent diffusion, LlamaGen, IBQ or diffusers' VQModel.
+    """Makes a VQGAN or KLVAE of a checkpoint of taming-transformers, latent diffusion, LlamaGen, IBQ or diffusers.
 
     Whose it is, and the shape of the network, are read off the names and shapes of its tensors. The weights are
     copied as float32; nothing of the file is run.
@@ -199,27 +204,37 @@ def load_foreign(
     try:
         parts = _sorted_out(data, weights)
         layout = layout_of(parts.network, layout)
-        groups = _diffusers_groups(file) if layout == "diffusers" else 32
+        kind = "VQModel" if FOREIGN_CODEBOOK in parts.network else "AutoencoderKL"
+        groups = _diffusers_groups(file, kind) if layout == "diffusers" else 32
         return Converted(_assembled(parts.network, layout, resolution, groups), layout, parts.weights, parts.skipped)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
 
-def diffusers_config(model: VQGAN) -> dict[str, Any]:
-    """The config.json of diffusers' VQModel for the same network.
-
-    Raises:
-        ValueError: VQModel cannot be told to compute the same; names the option.
-    """
-    config = model.config
+def _diffusers_bottleneck(config: VQGANConfig | KLVAEConfig) -> dict[str, Any]:
+    if isinstance(config, KLVAEConfig):
+        return {"_class_name": "AutoencoderKL"}
     if config.quantizer.kind != "vq":
         raise ValueError(f"quantizer.kind: diffusers' VQModel has vq alone, got {config.quantizer.kind}")
     if config.quantizer.metric != "euclidean":
         raise ValueError(f"quantizer.metric: diffusers' VQModel has euclidean alone, got {config.quantizer.metric}")
+    sizes = {"num_vq_embeddings": config.quantizer.codebook_size, "vq_embed_dim": config.codebook_dim}
+    return {"_class_name": "VQModel", "norm_type": "group", **sizes}
+
+
+def diffusers_config(model: VQGAN | KLVAE) -> dict[str, Any]:
+    """The config.json of diffusers' VQModel, or AutoencoderKL, for the same network.
+
+    Raises:
+        ValueError: that class cannot be told to compute the same; names the option.
+    """
+    config = model.config
+    found = _diffusers_bottleneck(config)
     if config.channel_multipliers[0] != 1:
-        raise ValueError(f"channel_multipliers: diffusers' VQModel starts with 1, got {config.channel_multipliers}")
+        theirs = found["_class_name"]
+        raise ValueError(f"channel_multipliers: diffusers' {theirs} starts with 1, got {config.channel_multipliers}")
     return {
-        "_class_name": "VQModel",
+        **found,
         "act_fn": "silu",
         "block_out_channels": config.widths,
         "down_block_types": [("Attn" if each else "") + "DownEncoderBlock2D" for each in config.attention],
@@ -228,20 +243,17 @@ def diffusers_config(model: VQGAN) -> dict[str, Any]:
         "layers_per_block": config.blocks,
         "mid_block_add_attention": config.mid_attention,
         "norm_num_groups": config.norm_groups,
-        "norm_type": "group",
-        "num_vq_embeddings": config.quantizer.codebook_size,
         "out_channels": config.out_channels,
         "sample_size": config.resolution,
         "up_block_types": [("Attn" if each else "") + "UpDecoderBlock2D" for each in reversed(config.attention)],
-        "vq_embed_dim": config.codebook_dim,
     }
 
 
-def save_diffusers(model: VQGAN, folder: str | Path) -> None:
-    """Writes a folder that diffusers.VQModel.from_pretrained loads: config.json and the weights.
+def save_diffusers(model: VQGAN | KLVAE, folder: str | Path) -> None:
+    """Writes a folder that diffusers' VQModel or AutoencoderKL loads by from_pretrained: config.json and the weights.
 
     Raises:
-        ValueError: VQModel cannot compute the same as this model; names the option.
+        ValueError: that class cannot compute the same as this model; names the option.
     """
     text = json.dumps(diffusers_config(model), indent=2)
     tensors = {name: tensor.contiguous().cpu() for name, tensor in to_diffusers(network_weights(model)).items()}

@@ -10,9 +10,10 @@ import hashlib
 import heapq
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from .evaluation_report import (
     set_kind,
 )
 from .frechet import FeatureGaussian, frechet_distance
+from .hierarchy import HierarchicalVQVAE
 from .image_model import ImageModel
 from .inception import FEATURES, InceptionFeatures
 from .perceptual import SMALLEST_SIDE, PerceptualDistance
@@ -66,23 +68,16 @@ def pair_figures(
     }
 
 
-def has_codes(model: ImageModel) -> bool:
-    """Whether `encode` and `decode` speak of codes: every ImageTokenizer, and what names its `codebook_sizes`."""
-    return isinstance(model, ImageTokenizer) or hasattr(model, "codebook_sizes")
-
-
-def codebook_sizes(model: ImageModel, maps: int) -> tuple[int, ...]:
-    """Codes that each map can hold."""
-    sizes = getattr(model, "codebook_sizes", None)
-    return tuple(sizes) if sizes is not None else (int(model.config.quantizer.codebook_size),) * maps
+def has_codes(model: ImageModel) -> TypeGuard[ImageTokenizer | HierarchicalVQVAE]:
+    """Whether `encode` and `decode` speak of codes."""
+    return isinstance(model, ImageTokenizer | HierarchicalVQVAE)
 
 
 class _CodeCounter:
     """How often every code of every map occurred."""
 
-    def __init__(self, model: ImageModel) -> None:
-        self.model = model
-        self.sizes: tuple[int, ...] = ()
+    def __init__(self, model: ImageTokenizer | HierarchicalVQVAE) -> None:
+        self.sizes = [each.quantizer.codebook_size for each in model.maps.values()]
         self.counts: list[tuple[Tensor, Tensor]] = []  # codes that occurred and how often, int64 [used] each
         self.grids: list[tuple[int, int]] = []
 
@@ -91,7 +86,6 @@ class _CodeCounter:
         maps: tuple[Tensor, ...],  # int64 [B, h, w] each
     ) -> None:
         if not self.counts:
-            self.sizes = codebook_sizes(self.model, len(maps))
             self.grids = [(codes.shape[-2], codes.shape[-1]) for codes in maps]
             self.counts = [(torch.zeros(0, dtype=torch.int64),) * 2 for _ in maps]
         for place, codes in enumerate(maps):  # not an array of all codes: a quantizer of signs may have 2^62
@@ -154,9 +148,8 @@ class _Evaluator:
         """Reconstructions, and the codes of a model that has them."""
         if not has_codes(self.model):
             return self.model.reconstruct(images), ()
-        codes = self.model.encode(images)  # type: ignore[operator]
-        decode: Callable[[object], Tensor] = self.model.decode  # type: ignore[assignment]
-        return decode(codes), (codes,) if isinstance(codes, Tensor) else tuple(codes)
+        codes: Any = self.model.encode(images)
+        return self.model.decode(codes), (codes,) if isinstance(codes, Tensor) else tuple(codes)
 
     @torch.no_grad()
     def add(
@@ -337,7 +330,7 @@ def evaluate_files(
     """Evaluates a model on the centre crops of pictures; changes nothing in the model.
 
     Figures of pairs (PSNR, SSIM, MS-SSIM, L1, LPIPS) are measured on every picture and its reconstruction and averaged;
-    rFID compares the two sets; code use counts the codes of all pictures of an ImageTokenizer together. A model that
+    rFID compares the two sets; code use counts the codes of all pictures together, map by map. A model that
     generates and does not reconstruct gets the FID of `generate(count, seed)` alone, of as many samples as pictures.
     Nothing is downloaded: LPIPS and FID need the files that the options name.
 

@@ -60,6 +60,7 @@ class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipe
     """
 
     config_type: ClassVar[type]
+    reconstructs: ClassVar[bool] = True  # False where model(images) makes other images of that size, as a GAN does
     config: Any
 
     @property
@@ -88,6 +89,14 @@ class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipe
     ) -> tuple[Tensor, ...]:  # [] each
         """What the training log tells of the bottleneck, as `figure_names`: device scalars of one forward's output."""
         raise NotImplementedError
+
+    def decays(
+        self,
+        name: str,
+        weight: Tensor,  # [...]
+    ) -> bool:
+        """Whether weight decay takes this parameter: kernels of convolutions, not norms, biases and codebooks."""
+        return weight.dim() == 4
 
     def reconstruct(
         self,

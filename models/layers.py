@@ -1,11 +1,13 @@
-"""Building blocks of the autoencoders: residual blocks, and the changes of resolution."""
+"""Building blocks of the autoencoders: residual blocks, the changes of resolution, parts that are computed again."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vqkernels._dtypes import HALF
 
@@ -17,6 +19,18 @@ def widened(
 ) -> Tensor:  # [...]
     """``x``, half precision as float32."""
     return x.float() if x.dtype in HALF else x
+
+
+def run_part(
+    part: nn.Module,
+    x: Tensor,  # [B, ...]
+    again: bool,
+) -> Tensor:  # what the part makes of it
+    """The part of x; its insides are computed again in the backward pass where `again`."""
+    if again and torch.is_grad_enabled():
+        out: Tensor = checkpoint(part, x, use_reentrant=False)
+        return out
+    return part(x)
 
 
 def _norm(

@@ -1,4 +1,4 @@
-"""The names that VQGAN weights go by: ours (taming's, but for the codebook), LlamaGen's and diffusers'.
+"""The names that weights of VQGAN and KLVAE go by: ours (taming's, but for the codebook), LlamaGen's and diffusers'.
 
 taming, latent diffusion and SEED-Voken's IBQ share one set of names, `encoder.down.0.block.1.conv1.weight`, which
 `models.autoencoder` uses as well. LlamaGen and diffusers number the decoder's levels from coarse to fine.
@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vqkernels.nn import Codebook
 
+from .continuous_config import KLVAEConfig
+from .kl_vae import KLVAE
 from .model_config import QuantizerConfig, VQGANConfig
 from .vqgan import VQGAN
 
@@ -100,7 +103,7 @@ def layout_of(names: Mapping[str, object], layout: str = "auto") -> str:
     if len(found) != 1:
         shown = listed(sorted(names))
         what = f"names of {' and '.join(found)}" if found else f"none; it has {shown}"
-        raise ValueError(f"expected the weights of a VQGAN in one layout of {', '.join(MARKS)}, found {what}")
+        raise ValueError(f"expected the weights of a VQGAN or KL-VAE in one layout of {', '.join(MARKS)}, found {what}")
     if layout == "ibq" and found[0] == "taming":
         return layout
     if layout not in ("auto", found[0]):
@@ -149,15 +152,27 @@ def to_diffusers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def network_weights(model: VQGAN) -> dict[str, Tensor]:
-    """All that decides what a model with a codebook computes: its parameters and the codebook, without statistics."""
-    assert isinstance(model.quantizer, Codebook)
-    return {**{name: tensor.detach() for name, tensor in model.named_parameters()}, CODEBOOK: model.quantizer.codebook}
+def network_weights(model: VQGAN | KLVAE) -> dict[str, Tensor]:
+    """All that decides what a model computes: the parameters and the codebook, without statistics."""
+    weights = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    if isinstance(model, VQGAN):
+        assert isinstance(model.quantizer, Codebook)
+        weights[CODEBOOK] = model.quantizer.codebook
+    return weights
+
+
+def is_continuous(
+    weights: Mapping[str, Tensor],
+) -> bool:
+    """Whether weights by this package's names are those of a KLVAE: no codebook, and twice the latents encoded."""
+    if CODEBOOK in weights:
+        return False
+    return _shape(weights, "encoder.conv_out.weight", 0) == 2 * _shape(weights, "decoder.conv_in.weight", 1)
 
 
 def _shape(weights: Mapping[str, Tensor], name: str, axis: int) -> int:
     if name not in weights or weights[name].dim() <= axis:
-        raise ValueError(f"expected the weights of a VQGAN, but {name} is missing")
+        raise ValueError(f"expected the weights of a VQGAN or KL-VAE, but {name} is missing")
     return int(weights[name].shape[axis])
 
 
@@ -167,7 +182,7 @@ def infer_config(
     resolution: int = 256,
     norm_groups: int = 32,
     quantizer: QuantizerConfig | None = None,
-) -> VQGANConfig:
+) -> VQGANConfig | KLVAEConfig:
     """The config whose network has these weights, from their names and shapes.
 
     Args:
@@ -185,34 +200,42 @@ def infer_config(
     if any(width % channels for width in widths):
         raise ValueError(f"expected levels of multiples of {channels} channels, got {widths}")
     blocks = len({name for name in weights if re.match(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", name)})
+    continuous = is_continuous(weights)
+    encoded = _shape(weights, "encoder.conv_out.weight", 0)
     attended = [level for level in range(levels) if f"encoder.down.{level}.attn.0.q.weight" in weights]
+    shape: dict[str, Any] = {
+        "in_channels": _shape(weights, "encoder.conv_in.weight", 1),
+        "out_channels": _shape(weights, "decoder.conv_out.weight", 0),
+        "channels": channels,
+        "channel_multipliers": [width // channels for width in widths],
+        "blocks": blocks,
+        "resolution": resolution,
+        "attention_resolutions": [resolution >> level for level in attended],
+        "mid_attention": "encoder.mid.attn_1.q.weight" in weights,
+        "norm_groups": norm_groups,
+        "latent_channels": encoded // 2 if continuous else encoded,
+    }
+    if continuous:
+        return KLVAEConfig(**shape)
     size, dim = _shape(weights, CODEBOOK, 0), _shape(weights, CODEBOOK, 1)
-    latent_channels = _shape(weights, "encoder.conv_out.weight", 0)
     options = vars(quantizer or QuantizerConfig(update="gradient", kmeans_init=False)).copy()
-    options.update(codebook_size=size, codebook_dim=None if dim == latent_channels else dim)
-    return VQGANConfig(
-        in_channels=_shape(weights, "encoder.conv_in.weight", 1),
-        out_channels=_shape(weights, "decoder.conv_out.weight", 0),
-        channels=channels,
-        channel_multipliers=[width // channels for width in widths],
-        blocks=blocks,
-        resolution=resolution,
-        attention_resolutions=[resolution >> level for level in attended],
-        mid_attention="encoder.mid.attn_1.q.weight" in weights,
-        norm_groups=norm_groups,
-        latent_channels=latent_channels,
-        quantizer=QuantizerConfig(**options),
-    )
+    options.update(codebook_size=size, codebook_dim=None if dim == encoded else dim)
+    return VQGANConfig(**shape, quantizer=QuantizerConfig(**options))
 
 
-def check_weights(weights: Mapping[str, Tensor], config: VQGANConfig) -> None:
+def make_network(config: VQGANConfig | KLVAEConfig) -> VQGAN | KLVAE:
+    """A new model of the config."""
+    return VQGAN(config) if isinstance(config, VQGANConfig) else KLVAE(config)
+
+
+def check_weights(weights: Mapping[str, Tensor], config: VQGANConfig | KLVAEConfig) -> None:
     """Compares names and shapes with those of the config's network, without making it.
 
     Raises:
         ValueError: names what is missing, what is not expected and what has another shape.
     """
     with torch.device("meta"):
-        expected = network_weights(VQGAN(config))
+        expected = network_weights(make_network(config))
     missing = sorted(expected.keys() - weights.keys())
     unexpected = sorted(weights.keys() - expected.keys())
     wrong = [
@@ -223,4 +246,5 @@ def check_weights(weights: Mapping[str, Tensor], config: VQGANConfig) -> None:
     found = {"missing": missing, "unexpected": unexpected, "of another shape": wrong}
     problems = [f"{what} {listed(names)}" for what, names in found.items() if names]
     if problems:
-        raise ValueError(f"the weights are not those of one VQGAN: {'; '.join(problems)}")
+        kind = type(config).__name__.removesuffix("Config")
+        raise ValueError(f"the weights are not those of one {kind}: {'; '.join(problems)}")

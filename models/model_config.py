@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from .config_reader import LATER, convert
+from .continuous_config import GANConfig, KLVAEConfig
+from .decoder_config import AutoencoderConfig
 from .quantizer_config import (
     AnyQuantizerConfig,
     EntropyConfig,
@@ -28,7 +30,7 @@ __all__ = [
 
 
 @dataclass
-class VQGANConfig:
+class VQGANConfig(AutoencoderConfig):
     """Shape of a VQGAN (Esser et al. 2021); one token stands for 2**(levels - 1) image pixels each way.
 
     As the published ones, encoder and decoder have the same levels, and the decoder one more block in each.
@@ -36,30 +38,6 @@ class VQGANConfig:
 
     kind: Literal["vqgan"] = "vqgan"
     """Tells this config from that of another model."""
-    in_channels: int = 3
-    """Channels of an image."""
-    out_channels: int = 3
-    """Channels of a reconstruction."""
-    channels: int = 128
-    """Channels after the first convolution (ch)."""
-    channel_multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
-    """Channels of every level as a multiple of `channels` (ch_mult); every level after the first halves the size."""
-    blocks: int = 2
-    """Residual blocks per level of the encoder (num_res_blocks)."""
-    resolution: int = 256
-    """Side of the images that attention_resolutions is counted for; images of other sizes work just as well."""
-    attention_resolutions: list[int] | None = field(default_factory=lambda: [16])
-    """Sides of the maps with attention after every block (attn_resolutions); null: the last level's, as in LlamaGen."""
-    mid_attention: bool = True
-    """Attention between the two blocks at the lowest resolution."""
-    norm_groups: int = 32
-    """Groups of every GroupNorm; divides the channels of every level."""
-    latent_channels: int = 256
-    """Channels that the encoder puts out and the decoder takes (z_channels)."""
-    dropout: float = 0.0
-    """Share of the channels' values that a residual block drops in training."""
-    gradient_checkpointing: bool = False
-    """Compute every level again in the backward pass instead of keeping its insides: slower, and far less memory."""
     quantizer: AnyQuantizerConfig = field(default_factory=VectorQuantizerConfig)
     """The quantizer; its kind says which. Its codebook_dim (embed_dim) is that of the 1x1 convolutions around it; null
     is latent_channels."""
@@ -67,55 +45,12 @@ class VQGANConfig:
     def __post_init__(self) -> None:
         if isinstance(self.quantizer, dict):  # huggingface_hub restores nested dataclasses as plain dicts
             self.quantizer = convert(self.quantizer, AnyQuantizerConfig, "quantizer")
-        positive = ("in_channels", "out_channels", "channels", "blocks", "resolution", "norm_groups", "latent_channels")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise ValueError(f"channel_multipliers must be positive integers, got {self.channel_multipliers}")
-        for width in (self.channels, *self.widths):
-            if width % self.norm_groups:
-                raise ValueError(
-                    f"norm_groups must divide channels and channels * channel_multipliers, "
-                    f"got {self.norm_groups} for {width} channels"
-                )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        self._check_resolutions()
-
-    def _check_resolutions(self) -> None:
-        if self.resolution % self.factor:
-            raise ValueError(f"resolution must be divisible by the model's factor {self.factor}, got {self.resolution}")
-        sides = [self.resolution >> level for level in range(len(self.channel_multipliers))]
-        for side in self.attention_resolutions or []:
-            if side not in sides:
-                raise ValueError(
-                    f"attention_resolutions must be sides of the maps ({', '.join(map(str, sides))} for resolution "
-                    f"{self.resolution}), got {side}"
-                )
-
-    @property
-    def factor(self) -> int:
-        """Image pixels per token, each way."""
-        return int(2 ** (len(self.channel_multipliers) - 1))
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of every level."""
-        return [self.channels * multiplier for multiplier in self.channel_multipliers]
+        super().__post_init__()
 
     @property
     def codebook_dim(self) -> int:
         """Channels of a token."""
         return self.quantizer.codebook_dim or self.latent_channels
-
-    @property
-    def attention(self) -> list[bool]:
-        """Whether the blocks of a level are followed by attention, level by level."""
-        levels = range(len(self.channel_multipliers))
-        if self.attention_resolutions is None:
-            return [level == levels[-1] for level in levels]
-        return [self.resolution >> level in self.attention_resolutions for level in levels]
 
 
 @dataclass
@@ -206,5 +141,56 @@ class HierarchicalVQVAEConfig:
         return [self.channels * multiplier for multiplier in self.channel_multipliers]
 
 
+def factorised_codes() -> VectorQuantizerConfig:
+    """The quantizer of ViT-VQGAN: unit vectors of 32 dimensions, which learn by the gradient."""
+    return VectorQuantizerConfig(
+        codebook_size=8192, codebook_dim=32, metric="cosine", update="gradient", kmeans_init=False
+    )
+
+
+@dataclass
+class ViTConfig:
+    """Shape of a ViTTokenizer (Yu et al. 2021, ViT-VQGAN): encoder and decoder alike; a token is a patch of pixels."""
+
+    kind: Literal["vit"] = "vit"
+    """Tells this config from that of another model."""
+    patch_size: int = 8
+    """Image pixels per token, each way."""
+    channels: int = 512
+    """Channels of a token between the layers; divisible by heads and by 4."""
+    layers: int = 8
+    """Transformer blocks of the encoder, and of the decoder."""
+    heads: int = 8
+    """Heads of every attention."""
+    mlp_ratio: float = 4.0
+    """Channels inside every feed-forward layer, as a multiple of `channels`."""
+    gradient_checkpointing: bool = False
+    """Compute every block again in the backward pass instead of keeping its insides: slower, and far less memory."""
+    quantizer: AnyQuantizerConfig = field(default_factory=factorised_codes)
+    """The quantizer; its kind says which. Its codebook_dim is what tokens are projected to for the search (factorised
+    codes)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.quantizer, dict):  # huggingface_hub restores nested dataclasses as plain dicts
+            self.quantizer = convert(self.quantizer, AnyQuantizerConfig, "quantizer")
+        for name in ("patch_size", "channels", "layers", "heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.channels % self.heads or self.channels % 4:
+            raise ValueError(f"channels must be divisible by heads ({self.heads}) and by 4, got {self.channels}")
+        if not self.hidden_channels >= 1:
+            raise ValueError(f"mlp_ratio must give at least one channel, got {self.mlp_ratio}")
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per token, each way."""
+        return self.patch_size
+
+    @property
+    def hidden_channels(self) -> int:
+        """Channels inside a feed-forward layer."""
+        return round(self.mlp_ratio * self.channels)
+
+
 # told apart by `kind`; the first is meant where that is left out
-ModelConfig: TypeAlias = VQVAEConfig | VQGANConfig | HierarchicalVQVAEConfig
+ModelConfig: TypeAlias = VQVAEConfig | VQGANConfig | HierarchicalVQVAEConfig | ViTConfig | KLVAEConfig | GANConfig

@@ -36,7 +36,8 @@ from .logit_distance import LogitDistance, make_logit_distance
 from .perceptual import PerceptualDistance
 
 # of every run, in this order, then the model's `figure_names`, then those of a discriminator
-PARTS = ("loss", "l1", "mse", "perceptual", "logit_distance")
+RECONSTRUCTION_PARTS = ("l1", "mse", "perceptual", "logit_distance")
+PARTS = ("loss", *RECONSTRUCTION_PARTS)
 ADVERSARIAL_PARTS = ("adversarial_loss", "adaptive_weight", "discriminator_loss", "real_logit", "fake_logit")
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
 
 from .config import TrainConfig
+from .image_model import ImageModel
 
 
 def learning_rate_at(
@@ -21,10 +21,10 @@ def learning_rate_at(
     return config.learning_rate * warmup * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay for convolution kernels only, not for norms, biases and codebooks."""
-    kernels = [weight for weight in model.parameters() if weight.dim() == 4]
-    others = [weight for weight in model.parameters() if weight.dim() != 4]
+def make_optimizer(model: ImageModel, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; weight decay for kernels only, as the model says, not for norms, biases and codebooks."""
+    kernels = [weight for name, weight in model.named_parameters() if model.decays(name, weight)]
+    others = [weight for name, weight in model.named_parameters() if not model.decays(name, weight)]
     groups = [{"params": kernels, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     first, second = config.betas
     foreach = False if config.sharding == "full" else None  # torch takes no list of sharded and whole weights

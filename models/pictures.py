@@ -1,4 +1,4 @@
-"""Pictures of what a model does: input | reconstruction | map of the codes."""
+"""Pictures of what a model does: input | reconstruction | map of the codes; or images that it generated."""
 
 from __future__ import annotations
 
@@ -135,6 +135,34 @@ def comparison_of_maps(
         columns.append([code_map(code, colours, factor) for code in codes])
     titles = ("input", "reconstruction", *(title for title, _, _ in maps))
     return _lay_out(list(zip(*columns, strict=True)), list(zip(titles, details, strict=True)))
+
+
+def pairs(
+    images: Tensor,  # [B, 3, H, W] in [-1, 1]
+    reconstructions: Tensor,  # [B, 3, H, W]
+    *,
+    details: Sequence[str] = ("", ""),
+) -> Image.Image:
+    """`comparison` for a model without codes: input and reconstruction."""
+    if images.shape != reconstructions.shape:
+        shapes = f"{list(images.shape)} and {list(reconstructions.shape)}"
+        raise ValueError(f"images and reconstructions must belong together, got {shapes}")
+    rows = [tuple(map(to_picture, pair)) for pair in zip(images, reconstructions, strict=True)]
+    return _lay_out(rows, list(zip(("input", "reconstruction"), details, strict=True)))
+
+
+def grid(
+    images: Tensor,  # [B, 3, H, W] in [-1, 1]
+    *,
+    columns: int = 4,
+    detail: str = "",
+) -> Image.Image:
+    """Generated images, row by row, as many as fill the rows."""
+    pictures = [to_picture(image) for image in images]
+    columns = min(columns, len(pictures))
+    starts = range(0, len(pictures) - columns + 1, columns)
+    rows = [tuple(pictures[start : start + columns]) for start in starts]
+    return _lay_out(rows, [("generated", detail), *[("", "")] * (columns - 1)])
 
 
 def _lay_out(

@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from .gan import GAN
 from .hierarchy import HierarchicalVQVAE
 from .image_model import CONFIG_FILE, ImageModel
+from .kl_vae import KLVAE
 from .model_config import ModelConfig
+from .vit import ViTTokenizer
 from .vqgan import VQGAN
 from .vqvae import VQVAE
 
-MODELS: dict[str, type[ImageModel]] = {"vqvae": VQVAE, "vqgan": VQGAN, "vqvae2": HierarchicalVQVAE}
+MODELS: dict[str, type[ImageModel]] = {
+    "vqvae": VQVAE,
+    "vqgan": VQGAN,
+    "vqvae2": HierarchicalVQVAE,
+    "vit": ViTTokenizer,
+    "klvae": KLVAE,
+    "gan": GAN,
+}
 
 
 def make_model(config: ModelConfig) -> ImageModel:

@@ -32,7 +32,7 @@ from .data import EndlessBatches, ImageFolder
 from .finite_guard import FiniteGuard, NonFiniteLossError
 from .image_model import ImageModel
 from .model_config import ModelConfig
-from .objective import Objective
+from .objective import RECONSTRUCTION_PARTS, Objective
 from .optimization import learning_rate_at, make_optimizer
 from .pretrained import load_pretrained, make_model
 from .process import broadcast_object_list, gather_object, make_accelerator, peak_memory, process_settings
@@ -210,8 +210,9 @@ class Trainer:
 
     def _warm_up(self) -> None:
         """Compiles the kernels on their first use, before the clock starts; changes no state."""
-        side = self.average.model.factor
-        self.average.model.reconstruct(torch.zeros(1, self.average.model.in_channels, side, side, device=self.device))
+        model = self.average.model
+        if model.reconstructs:
+            model.reconstruct(torch.zeros(1, model.in_channels, model.factor, model.factor, device=self.device))
 
     # Checkpoints
 
@@ -351,7 +352,10 @@ class Trainer:
         images = self.window_steps * self.config.gradient_accumulation * self.config.batch_size
         images *= self.accelerator.num_processes
         values = {"learning_rate": self.rate, **dict(zip(self.names, means, strict=True))}
-        values["psnr"] = 10 * math.log10(4 / max(values["mse"], 1e-12))
+        if self.raw_model.reconstructs:
+            values["psnr"] = 10 * math.log10(4 / max(values["mse"], 1e-12))
+        else:  # what a GAN makes is no attempt at the images of the batch
+            values = {name: value for name, value in values.items() if name not in RECONSTRUCTION_PARTS}
         values |= {name: value.item() for name, value in self.raw_model.health().items()}
         values["images_per_second"] = images / max(seconds - self.window_started, 1e-9)
         values["peak_memory_mib"] = peak_memory(self.device)

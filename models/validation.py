@@ -13,11 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from .data import ImageFolder, held_out_photograph, load_image
+from .gan import GAN
 from .hierarchy import HierarchicalVQVAE
 from .image_model import ImageModel
 from .levels import CodeLevel, total_bits
 from .metrics import SSIM_WINDOW, BitsPerPixel, CodeUsage, psnr, ssim
-from .pictures import comparison_of_maps
+from .pictures import comparison_of_maps, grid, pairs
 from .tokenizer import ImageTokenizer
 
 MAX_PICTURES = 16  # held-out pictures per validation: enough for a trend, and short beside the training
@@ -88,6 +89,15 @@ class Evaluation:
         return comparison_of_maps(images, reconstructions, maps, details=details)
 
 
+def quality(
+    images: Tensor,  # [B, 3, H, W] in [-1, 1]
+    reconstructions: Tensor,  # [B, 3, H, W]
+) -> tuple[float, float]:  # PSNR in dB, SSIM
+    """Means over the images; SSIM is NaN where they are smaller than its window."""
+    similarity = ssim(images, reconstructions).mean().item() if min(images.shape[2:]) >= SSIM_WINDOW else math.nan
+    return psnr(images, reconstructions).mean().item(), similarity
+
+
 @torch.no_grad()
 def evaluate(
     model: ImageTokenizer | HierarchicalVQVAE,
@@ -97,12 +107,13 @@ def evaluate(
     device = next(model.parameters()).device
     codes: Any = model.encode(images.to(device))
     reconstructions, images = model.decode(codes).cpu(), images.cpu()
+    fidelity, similarity = quality(images, reconstructions)
     return Evaluation(
         images=images,
         reconstructions=reconstructions,
         levels=model.levels(codes),
-        psnr=psnr(images, reconstructions).mean().item(),
-        ssim=ssim(images, reconstructions).mean().item() if min(images.shape[2:]) >= SSIM_WINDOW else float("nan"),
+        psnr=fidelity,
+        ssim=similarity,
     )
 
 
@@ -120,7 +131,7 @@ class HeldOut:
         factor: int,
         shown_instead: Sequence[Path],
     ) -> None:
-        self.judges = validation is not None or data is None
+        self.judges, self.image_size = validation is not None or data is None, image_size
         if validation is None and data is None:
             self.images = crop_to_multiple(load_image(held_out_photograph()), factor)[None]
             return
@@ -129,7 +140,21 @@ class HeldOut:
         self.images = torch.stack([folder[index] for index in range(min(len(folder), MAX_PICTURES))])
 
     def evaluate(self, model: ImageModel) -> tuple[dict[str, float], Image.Image]:
-        """Figures by name (none where nothing is held out), and the sample picture."""
-        assert isinstance(model, ImageTokenizer | HierarchicalVQVAE)
+        """Figures by name (none where nothing is held out, or of a GAN), and the sample picture."""
+        if isinstance(model, GAN):
+            size = self.image_size
+            samples = model.generate(MAX_PICTURES, height=size, width=size)
+            return {}, grid(samples.cpu(), detail=f"{size} x {size}")
+        if not isinstance(model, ImageTokenizer | HierarchicalVQVAE):
+            return self._without_codes(model)
         found = evaluate(model, self.images)
         return found.figures() if self.judges else {}, found.picture()
+
+    def _without_codes(self, model: ImageModel) -> tuple[dict[str, float], Image.Image]:
+        reconstructions = model.reconstruct(self.images.to(next(model.parameters()).device)).cpu()
+        fidelity, similarity = quality(self.images, reconstructions)
+        height, width = self.images.shape[2:]
+        shown = self.images[:MAX_SHOWN], reconstructions[:MAX_SHOWN]
+        picture = pairs(*shown, details=(f"{width} x {height}", f"{fidelity:.2f} dB"))
+        figures = {"held_out_psnr": fidelity, "held_out_ssim": similarity} if self.judges else {}
+        return {name: value for name, value in figures.items() if math.isfinite(value)}, picture

@@ -375,7 +375,10 @@ def test_convert_to_diffusers_and_its_mistakes(tmp_path, capsys):
     for words, said in (
         ([str(path), "-o", str(tmp_path / "own")], "--output: expected a new or an empty folder"),
         ([str(tmp_path / "nowhere.ckpt")], "nowhere.ckpt"),
-        ([str(tmp_path / "vqvae"), "-o", str(tmp_path / "x"), "--to", "diffusers"], "expected a VQGAN, got a VQVAE"),
+        (
+            [str(tmp_path / "vqvae"), "-o", str(tmp_path / "x"), "--to", "diffusers"],
+            "expected a VQGAN or KLVAE, got a VQVAE",
+        ),
         ([str(path), "-o", str(tmp_path / "x"), "--to", "taming"], "--to: expected one of"),
     ):
         assert main(["convert", *words]) == 2

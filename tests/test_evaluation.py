@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from vqkernels.models import (
     VQVAE,
     EvaluationOptions,
+    HierarchicalVQVAE,
+    HierarchicalVQVAEConfig,
     ImageModel,
-    ImageTokenizer,
     VQVAEConfig,
     crops,
     evaluate_files,
@@ -400,19 +401,6 @@ class _Neither(ImageModel):
         self.config, self.weight = _Config(), nn.Parameter(torch.ones(1))
 
 
-class _TwoLevels(VQVAE):
-    """The same codes twice, on two grids."""
-
-    codebook_sizes = (24, 24)
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        codes = super().encode(images)
-        return codes[:, ::2, ::2], codes
-
-    def decode(self, codes: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
-        return super().decode(codes[1])
-
-
 def test_a_model_without_codes_has_no_code_use(folder):
     found = evaluate_files(_Smoother(), _files(folder), EvaluationOptions(image_size=SIZE))
     assert found.codes is None
@@ -443,16 +431,18 @@ def test_a_codebook_too_large_for_an_array_is_counted():
     assert use.perplexity == pytest.approx(code_map_use(counts, 3, (2, 4)).perplexity)
 
 
-def test_codes_on_two_maps_add_up(model, folder):
-    two = _TwoLevels(model.config)
-    two.load_state_dict(model.state_dict())
-    assert isinstance(two, ImageTokenizer)
-    found = evaluate_files(two, _files(folder), EvaluationOptions(image_size=SIZE))
+def test_codes_on_two_maps_add_up(folder):
+    torch.manual_seed(0)
+    quantizers = {f"{name}_quantizer": {"codebook_size": size} for name, size in (("top", 8), ("bottom", 24))}
+    shape = {"patch_size": 2, "channels": 8, "channel_multipliers": [1, 1], "blocks": 1, "latent_channels": 4}
+    model = HierarchicalVQVAE(HierarchicalVQVAEConfig(**shape, **quantizers)).eval()
+    found = evaluate_files(model, _files(folder), EvaluationOptions(image_size=SIZE))
     first, second = found.codes.maps
-    assert (first.rows, second.rows) == (4, 8)
+    assert (first.rows * 2, first.codebook_size) == (second.rows, 8)
     assert first.tokens * 4 == second.tokens
-    assert found.codes.bits_per_pixel == pytest.approx(math.log2(24) * (16 + 64) / SIZE**2)
-    entropy = (16 * first.entropy_bits + 64 * second.entropy_bits) / SIZE**2
+    counts = first.rows**2, second.rows**2
+    assert found.codes.bits_per_pixel == pytest.approx((3 * counts[0] + math.log2(24) * counts[1]) / SIZE**2)
+    entropy = (counts[0] * first.entropy_bits + counts[1] * second.entropy_bits) / SIZE**2
     assert found.codes.entropy_bits_per_pixel == pytest.approx(entropy)
     assert len(found.worst[0].codes) == 2
 

@@ -279,7 +279,7 @@ def test_an_unknown_option_is_named():
         load_preset("f15")
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", preset_names("vqgan"))
 def test_presets(name, tmp_path):
     preset = load_preset(name)
     save_config(preset, tmp_path / "copy.yaml")

@@ -62,7 +62,7 @@ def encoder_program(
     """``model.encode`` as a graph: x -> codes int64.
 
     Args:
-        model: a ``VectorQuantizer``, or a model of ``vqkernels.models`` (VQVAE, VQGAN), in eval mode.
+        model: a ``VectorQuantizer``, or a model of ``vqkernels.models`` that encodes images, in eval mode.
         x: an example; all axes but the channels are free afterwards. Images have sides that are multiples of the
             model's ``factor`` and at least two of them.
         plain: standard ops only, see ``vqkernels.plain_ops``. Otherwise one node of ``vqkernels::nearest``: exact,
@@ -81,7 +81,7 @@ def encoder_program(
 
 def decoder_program(
     model: nn.Module,
-    codes: Tensor,  # int64 [B, h, w] for a model, as ``lookup`` takes them for a VectorQuantizer
+    codes: Tensor,  # int64 [B, h, w] (KLVAE: latents [B, C, h, w]), as ``lookup`` takes them for a VectorQuantizer
     *,
     plain: bool = False,
 ) -> ExportedProgram:
@@ -89,13 +89,14 @@ def decoder_program(
 
     Args:
         model, plain: as for ``encoder_program``; the result does not depend on ``plain``, there is no search in it.
-        codes: an example; all axes are free afterwards.
+        codes: an example; all axes are free afterwards, but for the channels of latents.
 
     Raises:
         TypeError: the model has neither decode nor lookup.
         ValueError: it is in training mode.
     """
-    return _export(_Decoder(model), codes, dict.fromkeys(range(codes.dim()), Dim.DYNAMIC), plain)
+    free = [axis for axis in range(codes.dim()) if axis != 1 or not codes.is_floating_point()]
+    return _export(_Decoder(model), codes, dict.fromkeys(free, Dim.DYNAMIC), plain)
 
 
 def _export(wrapper: _Encoder | _Decoder, example: Tensor, shape: dict[int, object], plain: bool) -> ExportedProgram:

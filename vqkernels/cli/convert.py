@@ -1,4 +1,4 @@
-"""`vqkernels convert`: everyone's VQGAN checkpoints in, a model folder of vqkernels or of diffusers out."""
+"""`vqkernels convert`: everyone's VQGAN and KL-VAE checkpoints in, a model folder of vqkernels or of diffusers out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from vqkernels.models import VQGAN, Converted, VQGANConfig, load_foreign, load_pretrained, save_diffusers
-from vqkernels.models.model_config import AnyQuantizerConfig, VectorQuantizerConfig
+from vqkernels.models import (
+    KLVAE,
+    VQGAN,
+    Converted,
+    KLVAEConfig,
+    VQGANConfig,
+    load_foreign,
+    load_pretrained,
+    save_diffusers,
+)
+from vqkernels.models.model_config import VectorQuantizerConfig
 
 from .options import ConvertConfig
 from .terminal import make_console, make_table, quiet_libraries
@@ -36,19 +45,24 @@ def _load(config: ConvertConfig) -> Converted:
     if not _is_own(source):
         return load_foreign(source, layout=config.layout, weights=config.weights, resolution=config.resolution)
     model = load_pretrained(source)
-    if not isinstance(model, VQGAN):
-        raise ValueError(f"{source}: expected a VQGAN, got a {type(model).__name__}, which no other project can read")
+    if not isinstance(model, VQGAN | KLVAE):
+        raise ValueError(
+            f"{source}: expected a VQGAN or KLVAE, got a {type(model).__name__}, which no other project can read"
+        )
     return Converted(model, "vqkernels", "raw", {})
 
 
-def _attended(config: VQGANConfig) -> list[int]:
+def _attended(config: VQGANConfig | KLVAEConfig) -> list[int]:
     """Sides of the maps with attention, for images of the config's resolution."""
     return [config.resolution >> level for level, attends in enumerate(config.attention) if attends]
 
 
-def _search(config: AnyQuantizerConfig) -> str:
-    """How codes are found, in a word."""
-    return config.metric if isinstance(config, VectorQuantizerConfig) else "lookup-free"
+def _bottleneck(config: VQGANConfig | KLVAEConfig) -> tuple[str, str]:
+    if isinstance(config, KLVAEConfig):
+        return "latents", f"{config.latent_channels} channels, continuous"
+    quantizer = config.quantizer
+    search = quantizer.metric if isinstance(quantizer, VectorQuantizerConfig) else "lookup-free"
+    return "codes", f"{quantizer.codebook_size} of {config.codebook_dim} numbers, {search}"
 
 
 def _print(console: Console, found: Converted) -> None:
@@ -56,8 +70,11 @@ def _print(console: Console, found: Converted) -> None:
     rows = [
         ("layout", found.layout),
         ("weights", found.weights),
-        ("codes", f"{config.quantizer.codebook_size} of {config.codebook_dim} numbers, {_search(config.quantizer)}"),
-        ("pixels per code", f"{config.factor} x {config.factor}"),
+        _bottleneck(config),
+        (
+            "pixels per code" if isinstance(config, VQGANConfig) else "pixels per latent",
+            f"{config.factor} x {config.factor}",
+        ),
         ("channels", f"{config.channels} x {config.channel_multipliers}, {config.blocks} blocks"),
         ("attention after every block", ", ".join(map(str, _attended(config))) or "nowhere"),
         ("parameters", f"{sum(each.numel() for each in found.model.parameters()) / 1e6:.1f} million"),
@@ -80,5 +97,7 @@ def run(config: ConvertConfig) -> None:
         else:
             found.model.save_pretrained(folder)
     _print(console, found)
-    reader = "diffusers.VQModel" if config.to == "diffusers" else "vqkernels.models.VQGAN"
+    reader = f"vqkernels.models.{type(found.model).__name__}"
+    if config.to == "diffusers":
+        reader = "diffusers.VQModel" if isinstance(found.model, VQGAN) else "diffusers.AutoencoderKL"
     console.print(f"saved in {config.output}/, for {reader}.from_pretrained", markup=False)

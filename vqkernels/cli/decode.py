@@ -12,7 +12,7 @@ from vqkernels.models import CodesFile, open_codes
 from vqkernels.models.code_files import level_folders
 from vqkernels.models.data import to_picture
 
-from .loading import CodedModel, choose_device, load_model
+from .loading import CodedModel, choose_device, load_coded
 from .options import DecodeConfig
 from .terminal import make_console, quiet_libraries, tracked
 
@@ -57,7 +57,7 @@ def run(config: DecodeConfig) -> None:
     if config.batch_size < 1:
         raise ValueError(f"--batch_size: expected at least 1, got {config.batch_size}")
     console, device = make_console(), choose_device(config.device)
-    model, folder = load_model(config.model, device), Path(config.output)
+    model, folder = load_coded(config.model, device), Path(config.output)
     opened = _open_levels(config.codes, model)
     taken: set[Path] = set()
     targets = [_target(folder, name, taken) for name in opened[0].meta.files]

@@ -18,7 +18,7 @@ from vqkernels.models.data import open_image, to_tensor
 from vqkernels.models.metrics import bits_per_pixel, code_usage
 from vqkernels.models.validation import crop_to_multiple
 
-from .loading import CodedModel, choose_device, load_model, report_skipped
+from .loading import CodedModel, choose_device, load_coded, report_skipped
 from .options import EncodeConfig
 from .terminal import make_console, make_table, quiet_libraries, tracked
 
@@ -104,7 +104,7 @@ def _print_summary(console: Console, output: Path) -> None:
 def run(config: EncodeConfig) -> None:
     """Writes the codes and prints what they amount to."""
     console, device = make_console(), choose_device(config.device)
-    model = load_model(config.model, device)
+    model = load_coded(config.model, device)
     _check(config, model)
     reader = _Reader(config, model.factor)
     folders = level_folders(config.output, model)

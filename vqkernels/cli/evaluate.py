@@ -13,6 +13,7 @@ from torch import Tensor
 from vqkernels._version import __version__
 from vqkernels.models import EvaluationOptions, EvaluationReport, ImageModel, evaluate_files
 from vqkernels.models.checkpoint import write_text_atomically
+from vqkernels.models.evaluation import has_codes
 from vqkernels.models.pictures import code_colours
 
 from .evaluate_page import render
@@ -37,14 +38,12 @@ def _bits(codebook_size: int) -> Tensor:  # [K, bits]
 
 def palettes(model: ImageModel, report: EvaluationReport) -> list[Tensor]:  # uint8 [K, 3] each
     """Colours of the codes of every map, from the codebook where there is one for it."""
-    if report.codes is None:
+    if report.codes is None or not has_codes(model):
         return []
-    codebook = getattr(getattr(model, "quantizer", None), "codebook", None)
     found = []
-    for use in report.codes.maps:
-        places = _bits(min(use.codebook_size, MOST_COLOURS))
-        if isinstance(codebook, Tensor) and codebook.dim() == 2 and len(codebook) == use.codebook_size:
-            places = codebook.detach().float().cpu()
+    for use, each in zip(report.codes.maps, model.maps.values(), strict=True):
+        codebook = getattr(each.quantizer, "codebook", None)
+        places = _bits(min(use.codebook_size, MOST_COLOURS)) if codebook is None else codebook.detach().float().cpu()
         found.append(code_colours(places))
     return found
 

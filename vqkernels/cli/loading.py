@@ -33,19 +33,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and available else "cpu")
 
 
-def load_tokenizer(folder: str, device: torch.device) -> ImageTokenizer:
-    """`load_model` for commands that need a model with one map of codes.
-
-    Raises:
-        ValueError: it has several.
-    """
-    model = load_model(folder, device)
-    if not isinstance(model, ImageTokenizer):
-        raise ValueError(f"{folder}: expected a model with one map of codes, got a {type(model).__name__}")
-    return model
-
-
-def load_model(folder: str, device: torch.device) -> CodedModel:
+def load_model(folder: str, device: torch.device) -> ImageModel:
     """The model of a run folder, of a model folder, or of hf://OWNER/NAME on the Hugging Face Hub.
 
     A name is not looked up on the Hub unasked: a mistyped folder must not go over the network.
@@ -55,18 +43,37 @@ def load_model(folder: str, device: torch.device) -> CodedModel:
         ValueError: the files there are not those of a model of this package.
     """
     if folder.startswith(HUB):
-        return _with_codes(folder, load_pretrained(folder.removeprefix(HUB))).to(device).eval()
+        return load_pretrained(folder.removeprefix(HUB)).to(device).eval()
     path = Path(folder, "model") if Path(folder, "model").is_dir() else Path(folder)
     if not path.is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder with a model, found none of that name")
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: expected a folder with config.json and model.safetensors, or a run folder")
-    return _with_codes(folder, load_pretrained(path)).to(device).eval()
+    return load_pretrained(path).to(device).eval()
 
 
-def _with_codes(folder: str, model: ImageModel) -> CodedModel:
+def load_coded(folder: str, device: torch.device) -> CodedModel:
+    """`load_model`, for what needs codes.
+
+    Raises:
+        FileNotFoundError: no such folder, or no model in it.
+        ValueError: the files there are not those of a model of this package, or it has no codes.
+    """
+    model = load_model(folder, device)
     if not isinstance(model, ImageTokenizer | HierarchicalVQVAE):
-        raise ValueError(f"{folder}: expected a model with codes, got a {type(model).__name__}")
+        raise ValueError(f"{folder}: expected a model with codes, got a {type(model).__name__}, which has none")
+    return model
+
+
+def load_tokenizer(folder: str, device: torch.device) -> ImageTokenizer:
+    """`load_coded`, for what needs one map of codes.
+
+    Raises:
+        ValueError: it has several.
+    """
+    model = load_coded(folder, device)
+    if not isinstance(model, ImageTokenizer):
+        raise ValueError(f"{folder}: expected a model with one map of codes, got a {type(model).__name__}")
     return model
 
 

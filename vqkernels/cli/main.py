@@ -36,7 +36,7 @@ COMMANDS = {
         "cli.options:DemoConfig",
     ),
     "train": Command(
-        "train a VQ-VAE on a folder of images", "models.config:TrainConfig", bundled="models.config:CONFIG_FOLDER"
+        "train a model on a folder of images", "models.config:TrainConfig", bundled="models.config:CONFIG_FOLDER"
     ),
     "reconstruct": Command(
         "send images through a model and save input | reconstruction | code map", "cli.options:ReconstructConfig"
@@ -52,7 +52,7 @@ COMMANDS = {
         "cli.options:ExportConfig",
     ),
     "convert": Command(
-        "turn a VQGAN checkpoint of taming, latent diffusion, LlamaGen, IBQ or diffusers into a model folder",
+        "turn a VQGAN or KL-VAE checkpoint of taming, latent diffusion, LlamaGen, IBQ or diffusers into a model folder",
         "cli.options:ConvertConfig",
     ),
     "bench": Command("time the operators of this package beside others", "benchmarks.config:BenchConfig"),

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from vqkernels.models import HierarchicalVQVAE, ImageModel, ImageTokenizer
 from vqkernels.models.data import load_image, to_picture
 from vqkernels.models.levels import CodeLevel, total_bits
 from vqkernels.models.metrics import SSIM_WINDOW, psnr, ssim
-from vqkernels.models.pictures import comparison_of_maps
+from vqkernels.models.pictures import comparison_of_maps, pairs
 
 from .loading import (
-    CodedModel,
     choose_device,
     collect_images,
     fit_to_factor,
@@ -40,7 +40,7 @@ class Reconstruction:
 
     image: Tensor  # [1, 3, H, W] in [-1, 1], as it was compared: after --fit crop, or as the file holds it
     reconstruction: Tensor  # [1, 3, H, W]
-    levels: list[CodeLevel]  # its codes, [1, h, w] each
+    levels: list[CodeLevel]  # its codes, [1, h, w] each; none of a model without codes
     note: str  # what was done to make its size fit
 
     def score(self) -> Score:
@@ -57,7 +57,7 @@ def _size(image: Tensor) -> str:
 
 @torch.no_grad()
 def reconstruct_image(
-    model: CodedModel,
+    model: ImageModel,
     image: Tensor,  # [3, H, W] in [-1, 1]
     fit: str = "pad",
 ) -> Reconstruction:
@@ -76,27 +76,34 @@ def reconstruct_image(
         note = f"{_size(image)} padded to {_size(fitted)} and cut back"
     else:
         note = f"{_size(image)} cropped to {_size(fitted)}"
-    codes: Any = model.encode(fitted[None].to(device))
-    decoded = model.decode(codes).cpu()
+    batch, levels = fitted[None].to(device), []
+    if isinstance(model, ImageTokenizer | HierarchicalVQVAE):
+        codes: Any = model.encode(batch)
+        decoded, levels = model.decode(codes).cpu(), model.levels(codes)
+    else:
+        decoded = model.reconstruct(batch).cpu()
     kept = image if fit == "pad" else fitted
-    return Reconstruction(kept[None], decoded[:, :, : kept.shape[1], : kept.shape[2]], model.levels(codes), note)
+    return Reconstruction(kept[None], decoded[:, :, : kept.shape[1], : kept.shape[2]], levels, note)
 
 
-def _save(result: Reconstruction, score: Score, model: CodedModel, path: Path) -> None:
-    """NAME.png is the reconstruction; NAME-comparison.png has the input and the code map beside it."""
+def _save(result: Reconstruction, score: Score, model: ImageModel, path: Path) -> None:
+    """NAME.png is the reconstruction; NAME-comparison.png has the input and the code maps, if any, beside it."""
     to_picture(result.reconstruction[0]).save(path)
     pair = (result.image[0], result.reconstruction[0])
     image, decoded = (fit_to_factor(part, model.factor, "pad")[None] for part in pair)
     details = (_size(result.image), f"{score.psnr:.2f} dB", *(level.described() for level in result.levels))
-    maps = [(level.name, level.places, level.table) for level in result.levels]
-    picture = comparison_of_maps(image, decoded, maps, details=details)
+    if result.levels:
+        maps = [(level.name, level.places, level.table) for level in result.levels]
+        picture = comparison_of_maps(image, decoded, maps, details=details)
+    else:
+        picture = pairs(image, decoded, details=details)
     picture.save(path.with_stem(f"{path.stem}-comparison"))
 
 
 def _row(result: Reconstruction, score: Score, name: str) -> tuple[str, ...]:
-    bits = total_bits(result.levels)
+    bits = f"{total_bits(result.levels).fixed:.3f}" if result.levels else "-"
     similarity = "-" if score.ssim is None else f"{score.ssim:.4f}"
-    return name, result.note or _size(result.image), f"{score.psnr:.2f}", similarity, f"{bits.fixed:.3f}"
+    return name, result.note or _size(result.image), f"{score.psnr:.2f}", similarity, bits
 
 
 def _mean_row(scores: list[Score]) -> tuple[str, ...]:
@@ -123,6 +130,11 @@ def run(config: ReconstructConfig) -> None:
     """Saves a picture per image and prints the table."""
     console, device = make_console(), choose_device(config.device)
     model, files = load_model(config.model, device), collect_images(config.images)
+    if not model.reconstructs:
+        kind = type(model).__name__
+        raise ValueError(
+            f"{config.model}: expected a model that encodes images, got a {kind}, which only generates them"
+        )
     jobs = list(zip(files, _targets(Path(config.output), files), strict=True))
     scores: list[Score] = []
     rows: list[tuple[str, ...]] = []
@@ -146,5 +158,5 @@ def run(config: ReconstructConfig) -> None:
         rows.append(_mean_row(scores))
     columns = ("image", "size", "PSNR dB", "SSIM", "bits per pixel")
     console.print(make_table("Reconstructions", columns, rows, text_columns=2))
-    beside = "NAME-comparison.png has the input and the codes beside it"
+    beside = "NAME-comparison.png has the input beside it, and the codes where there are some"
     console.print(f"saved in {config.output}/ as NAME.png; {beside}", markup=False)
