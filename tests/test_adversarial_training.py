@@ -335,11 +335,11 @@ def test_bfloat16_trains(pictures, tmp_path):
 
 def _broken_at(step: int):
     """A reconstruction loss that is NaN in one step."""
-    real = Objective.backward
+    real, steps = Objective.backward, itertools.cycle(range(5))  # those of a run, each with one backward
 
-    def backward(self, images, out, at):
-        out = out._replace(reconstruction=out.reconstruction * float("nan")) if at == step else out
-        return real(self, images, out, at)
+    def backward(self, images, out):
+        out = out._replace(reconstruction=out.reconstruction * float("nan")) if next(steps) == step else out
+        return real(self, images, out)
 
     return backward
 
@@ -362,17 +362,19 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(pictures, tmp_path, m
 def _overflow_at(step: int, backward):
     """Finite losses whose gradients are infinite in one step, as float16 has them when the scale is too large."""
 
-    def overflowing(self, images, out, at):
-        if at == step:
+    steps = itertools.count()
+
+    def overflowing(self, images, out):
+        if next(steps) == step:
             out.reconstruction.register_hook(lambda gradient: gradient * float("inf"))
-        return backward(self, images, out, at)
+        return backward(self, images, out)
 
     return overflowing
 
 
 def test_with_a_gradient_scaler_only_a_loss_that_is_not_finite_counts_as_skipped(pictures, tmp_path, monkeypatch):
     """fp16 itself needs a GPU: here its scaler works on float32 gradients, in the places where accelerate calls it."""
-    make = training._make_accelerator
+    make = training.make_accelerator
 
     def scaled(config):
         accelerator = make(config)
@@ -380,7 +382,7 @@ def test_with_a_gradient_scaler_only_a_loss_that_is_not_finite_counts_as_skipped
         accelerator.unscale_gradients = lambda: scaler.unscale_(accelerator._optimizers[0].optimizer)
         return accelerator
 
-    monkeypatch.setattr(training, "_make_accelerator", scaled)
+    monkeypatch.setattr(training, "make_accelerator", scaled)
     monkeypatch.setattr(Objective, "backward", _overflow_at(1, _broken_at(3)))
     options = {"steps": 6, "max_skipped_steps": 1, "discriminator": DiscriminatorConfig()}
     with pytest.warns(UserWarning, match="step 4 was left out.* 1 of at most 1"):
