@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .nn.kmeans import KMeansResult, kmeans
     from .ops import (
         EntropyLoss,
+        PreparedCodebook,
         Quantized,
         SoftAssignment,
         code_cross_entropy,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         nearest,
         nearest_k,
         nearest_tokens,
+        prepare_codebook,
         quantize,
         sample_codes,
         sign_assignment,
@@ -59,6 +61,7 @@ _HOMES = {
         *("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "nearest_k", "nearest_tokens", "quantize"),
         *("EntropyLoss", "SoftAssignment", "code_cross_entropy", "entropy_loss", "index_propagation", "sample_codes"),
         *("sign_assignment", "sign_codes", "sign_entropy_loss", "sign_rows", "soft_assignment"),
+        *("PreparedCodebook", "prepare_codebook"),
     ),
     "ops.plain": ("plain_ops",),
 }
@@ -72,6 +75,7 @@ __all__ = [
     "IndexPropagationQuantizer",
     "KMeansResult",
     "LookupFreeQuantizer",
+    "PreparedCodebook",
     "Quantized",
     "QuantizerOutput",
     "ReplaceReport",
@@ -92,6 +96,7 @@ __all__ = [
     "nearest_k",
     "nearest_tokens",
     "plain_ops",
+    "prepare_codebook",
     "quantize",
     "replace_quantizers",
     "sample_codes",
