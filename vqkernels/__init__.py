@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         SamplingOptions,
         VectorQuantizer,
         defer_codebook_update,
+        frozen_codebook,
     )
     from .nn.kmeans import KMeansResult, kmeans
     from .ops import (
@@ -54,7 +55,7 @@ _HOMES = {
     "compat": ("ReplaceReport", "replace_quantizers"),
     "nn": (
         *("EntropyOptions", "EntropyQuantizerOutput", "IndexPropagationQuantizer", "LookupFreeQuantizer"),
-        *("QuantizerOutput", "SamplingOptions", "VectorQuantizer", "defer_codebook_update"),
+        *("QuantizerOutput", "SamplingOptions", "VectorQuantizer", "defer_codebook_update", "frozen_codebook"),
     ),
     "nn.kmeans": ("KMeansResult", "kmeans"),
     "ops": (
@@ -89,6 +90,7 @@ __all__ = [
     "ema_update_",
     "entropy_loss",
     "explain",
+    "frozen_codebook",
     "index_propagation",
     "kmeans",
     "lookup",

@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "../checks.h"
-#include "codebook_rows.h"
 #include "coarse_search.h"
+#include "codebook_rows.h"
 #include "ops.h"
 #include "snapshot.h"
 

@@ -15,6 +15,7 @@ from vqkernels.models import CodesWriter, ImageTokenizer, list_images, open_code
 from vqkernels.models.data import open_image, to_tensor
 from vqkernels.models.metrics import bits_per_pixel, code_usage
 from vqkernels.models.validation import crop_to_multiple
+from vqkernels.nn import frozen_codebook
 
 from .loading import choose_device, load_model, report_skipped
 from .options import EncodeConfig
@@ -105,7 +106,7 @@ def run(config: EncodeConfig) -> None:
     model = load_model(config.model, device)
     _check(config, model)
     reader = _Reader(config, model.factor)
-    with quiet_libraries(), CodesWriter(config.output, model) as writer:
+    with quiet_libraries(), frozen_codebook(model), CodesWriter(config.output, model) as writer:
         for names, images in _batches(reader.images(console), config.batch_size):
             writer.append(model.encode(images.to(device)), names)
         if reader.size is None:

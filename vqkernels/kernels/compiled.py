@@ -34,7 +34,7 @@ def nearest(
 
 @contextlib.contextmanager
 def value_errors() -> Iterator[None]:
-    """Turns what is wrong with a value into a ValueError: RuntimeError is the only type that the stable ABI can throw."""
+    """ValueError for what is wrong with a value: RuntimeError is the only type that the stable ABI can throw."""
     try:
         yield
     except RuntimeError as error:
@@ -237,6 +237,7 @@ def supports(first: Tensor, *_rest: object) -> str | None:
 
 
 def supports_on_cpu(first: Tensor, *rest: object) -> str | None:
+    """None, or why the C++ kernels cannot take a tensor like ``first``."""
     return supports(first, *rest) if first.device.type == "cpu" else f"runs on cpu, not on {first.device.type}"
 
 

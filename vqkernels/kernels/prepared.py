@@ -1,7 +1,7 @@
 """A codebook that was prepared once: a snapshot of its numbers, and what each backend has made of them.
 
-``vqkernels.prepare_codebook`` makes one. A backend keeps its packed form here under a key of its own, made when a search
-first needs it, and never looks at the caller's codebook again.
+``vqkernels.prepare_codebook`` makes one. A backend keeps its packed form here under a key of its own, made when a
+search first needs it, and never looks at the caller's codebook again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """prepare_codebook: a codebook that is searched often and does not change, made ready once.
 
-    prepared = prepare_codebook(codebook)         # snapshot, packed for the backend of its device
-    codes, distance = nearest(x, prepared)        # the same codes as nearest(x, codebook) then had, without preparing
+prepared = prepare_codebook(codebook)
+codes, distance = nearest(x, prepared)     what nearest(x, codebook) gave at that moment, without preparing anything
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def prepare_codebook(
             it (or in half precision for float32), as in ``nearest``.
 
     Returns:
-        A ``PreparedCodebook``: a snapshot, which no later write to ``codebook`` reaches, whoever makes it, and the packed
-        forms that searches need, made at once for the backend that ``nearest`` would now choose on its device, for
-        any other where it is first used. It may be shared by threads, is there in forked processes, and can be copied
-        and pickled. Codes are exactly those of ``nearest`` with the tensor.
+        A ``PreparedCodebook``: a snapshot, which no later write to ``codebook`` reaches, whoever makes it, and the
+        packed forms that searches need, made at once for the backend that ``nearest`` would now choose on its
+        device, for any other where it is first used. It may be shared by threads, is there in forked processes, and
+        can be copied and pickled. Codes are exactly those of ``nearest`` with the tensor.
 
     Raises:
         TypeError, ValueError: a bad argument, named. A codebook with NaN or Inf raises on CPU; on CUDA, where looking
@@ -52,14 +52,14 @@ def prepare_codebook(
     * on CPU 2 Kp (D + 2) for the int16 pass (D rounded up to even), 4 Kp (D + 1) for the float32 pass; 4 K D more for
       16-bit types, 8 K for cosine. 8 Kp more where the norms of codes differ by factors of eight and more.
       float64: nothing more, 8 K (D + 1) for cosine;
-    * in Triton 2 Kp C for C columns of fp16 (D, or three times D where D <= 9, up to the next power of two, from 16; for
-      D > 256 the next multiple of 64), 16 bytes for each 8 or 16 codes, 4 Kp more where the columns are full and
+    * in Triton 2 Kp C for C columns of fp16 (D, or three times D where D <= 9, up to the next power of two, from 16;
+      for D > 256 the next multiple of 64), 16 bytes for each 8 or 16 codes, 4 Kp more where the columns are full and
       8 K for cosine; twice that if small and large batches take different tiles;
     * in CUDA C++ 2 Kp C with C the next multiple of 16 above 3 D + 2 (D <= 48) or from D on (then 4 Kp more); float64:
       8 K, and 8 K D more for cosine.
 
-    It works on eager tensors. Inside ``torch.compile`` and ``torch.export`` a search with it is one with the snapshot. On
-    CUDA, like with any tensor, work on another stream than the one it was prepared on has to wait for it.
+    It works on eager tensors. Inside ``torch.compile`` and ``torch.export`` a search with it is one with the snapshot.
+    On CUDA, as with any tensor, work on another stream than the one it was prepared on has to wait for it.
     """
     check_choice("metric", metric, METRICS)
     _check(codebook, dtype)

@@ -18,8 +18,8 @@ from .._dtypes import accumulation_dtype
 from ..kernels.prepared import PreparedCodebook
 from . import plain
 from ._library import as_tokens, check_choice, check_codes, check_mask, check_tokens, define, promoted, run
-from ._prepared import opened, prepared_search
 from ._once import once_differentiable
+from ._prepared import opened, prepared_search
 from .nearest import METRICS, PRECISIONS
 
 GRADIENTS = ("straight_through", "rotation")
