@@ -12,6 +12,11 @@ STABLE_TORCH_LIBRARY(vqkernels_C, m) {
   m.def("take_snapshot(Tensor codebook, bool cosine, bool exact) -> int");
   m.def("nearest_of_snapshot(Tensor x, int snapshot) -> (Tensor, Tensor)");
   m.def("nearest_k_of_snapshot(Tensor x, int snapshot, int k) -> (Tensor, Tensor)");
+  m.def("prepare_operands(Tensor codebook, bool cosine) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "nearest_of_operands(Tensor x, Tensor codebook, Tensor operand, Tensor bias, Tensor bound, Tensor "
+      "centre,"
+      " bool cosine, bool exact) -> (Tensor, Tensor)");
   m.def("gather(Tensor x, Tensor codebook, Tensor codes) -> (Tensor, Tensor)");
   m.def(
       "quantize(Tensor x, Tensor codebook, Tensor? mask, bool cosine, bool exact) -> (Tensor, Tensor, "

@@ -49,7 +49,11 @@ def nearest_prepared(
     precision: str,
 ) -> tuple[Tensor, Tensor]:  # codes int64 [B, T], distance float32 [B, T]
     """See ``vqkernels.nearest``."""
-    return torch.ops.vqkernels_C.nearest_of_snapshot(x, _snapshot(prepared, precision).number)
+    if not x.is_cuda:
+        return torch.ops.vqkernels_C.nearest_of_snapshot(x, _snapshot(prepared, precision).number)
+    cosine, exact = prepared.metric == "cosine", precision == "exact"
+    kept = prepared.form(("cuda",), lambda rows: torch.ops.vqkernels_C.prepare_operands(rows, cosine))
+    return torch.ops.vqkernels_C.nearest_of_operands(x, prepared.rows, *kept, cosine, exact)
 
 
 def nearest_k_prepared(
@@ -63,6 +67,9 @@ def nearest_k_prepared(
 
 def _details(x: Tensor, prepared: PreparedCodebook, precision: str) -> str | None:
     """The pass that it was packed for, or will be."""
+    if x.device.type == "cuda":
+        words = nearest_details(x, prepared.rows, prepared.metric, precision)
+        return f"prepared codebook, its operand and bounds are kept: no kernel works on codes before the pass; {words}"
     known = prepared.known_form(("cpu", precision))
     words = nearest_details(x, prepared.rows, prepared.metric, precision) if known is None else known.details
     return f"prepared codebook, no fingerprint and no packing; {words}"

@@ -393,7 +393,7 @@ class Codebook(Freezable):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles."""
         self._land()
-        return {name: value for name, value in self.__dict__.items() if name != "_frozen"}
+        return super().__getstate__()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
         """Moves and casts as asked, except that half precision is no place for a codebook."""

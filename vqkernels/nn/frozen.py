@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,10 @@ class Freezable(nn.Module):
     def _codes_to_freeze(self) -> tuple[Tensor, str]:
         """The codes as they are searched [K, D], and the metric."""
         raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which are modules of their own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_frozen"}
 
     def _before_freezing(self) -> None:
         """Bring the codebook up to date."""
