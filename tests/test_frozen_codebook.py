@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import vqkernels as vq
 from vqkernels.nn.frozen import Freezable
+from vqkernels.ops._library import run
 
 
 def _randn(*shape: int, seed: int) -> Tensor:
@@ -47,15 +49,14 @@ def test_results_are_the_same(name: str, dtype: torch.dtype):
 
 def test_searches_go_to_the_prepared_codebook(monkeypatch):
     layer, calls = vq.VectorQuantizer(6, 40).eval(), []
-    monkeypatch.setattr("vqkernels.ops.nearest.run", lambda op, *args: calls.append(op) or real(op, *args))
-    monkeypatch.setattr("vqkernels.ops.quantize.run", lambda op, *args: calls.append(op) or real(op, *args))
-    from vqkernels.ops._library import run as real
-
+    for name in ("nearest", "quantize"):
+        module = importlib.import_module(f"vqkernels.ops.{name}")
+        monkeypatch.setattr(module, "run", lambda op, *args: calls.append(op) or run(op, *args))
     with vq.frozen_codebook(nn.Sequential(layer)):
         layer.encode(_randn(5, 6, seed=3))
         layer(_randn(5, 6, seed=3))
     layer.encode(_randn(5, 6, seed=3))
-    assert calls[:2] == ["nearest_prepared"] * 2
+    assert calls[:2] == ["nearest_prepared", "nearest_prepared"]
     assert calls[-1] == "nearest"
 
 

@@ -55,8 +55,8 @@ def prepare_codebook(
     * in Triton 2 Kp C for C columns of fp16 (D, or three times D where D <= 9, up to the next power of two, from 16;
       for D > 256 the next multiple of 64), 16 bytes for each 8 or 16 codes, 4 Kp more where the columns are full and
       8 K for cosine; twice that if small and large batches take different tiles;
-    * in CUDA C++ 2 Kp C with C the next multiple of 16 from 3 D + 3 (D <= 48) or from D on (then 4 Kp more), and 4 D for
-      each of some hundred blocks; float64: 8 K, and 8 K D more for cosine.
+    * in CUDA C++ 2 Kp C with C the next multiple of 16 from 3 D + 3 (D <= 48) or from D on (then 4 Kp more), and 4 D
+      for each of some hundred blocks; float64: 8 K, and 8 K D more for cosine.
 
     It works on eager tensors. Inside ``torch.compile`` and ``torch.export`` a search with it is one with the snapshot.
     On CUDA, as with any tensor, work on another stream than the one it was prepared on has to wait for it.
