@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqkernels.backends import use_backend
 from vqkernels.kernels import compiled
-from vqkernels.ops import nearest
+from vqkernels.ops import nearest, prepare_codebook
 
 from .machine import environment
 from .plain import blocked_argmin
@@ -51,6 +51,20 @@ def search_with(
             raise
 
     return run_switched
+
+
+def search_prepared(problem: Problem) -> Call:
+    """``vqkernels.nearest`` on the compiled backend with a codebook that was prepared before, outside the timing."""
+    if problem.changing:
+        raise Unavailable("the codebook changes from call to call: there is nothing to prepare")
+    with use_backend("compiled"):
+        prepared = prepare_codebook(problem.codebook)
+
+    def run() -> Tensor:
+        with use_backend("compiled"):
+            return nearest(problem.x, prepared)[0]
+
+    return run
 
 
 def plain_kernel(problem: Problem) -> Call:
@@ -191,6 +205,17 @@ def _register_ours() -> None:
         explain = compiled_report if backend == "compiled" else None
         prepare = partial(search_with, backend)
         register(Provider(f"vqkernels-{backend}", "search", prepare, ours=True, explain=explain))
+    register(
+        Provider(
+            "vqkernels-compiled-prepared",
+            "search",
+            search_prepared,
+            ours=True,
+            optional=True,
+            note="the codebook prepared once, by prepare_codebook",
+            explain=compiled_report,
+        )
+    )
     automatic = "the backend that vqkernels picks by itself"
     register(Provider("vqkernels", "search", partial(search_with, None), ours=True, optional=True, note=automatic))
 

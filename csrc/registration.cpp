@@ -3,11 +3,20 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/ops.h"
+#include "cpu/snapshot.h"
 
 STABLE_TORCH_LIBRARY(vqkernels_C, m) {
   m.def("nearest(Tensor x, Tensor codebook, bool cosine, bool exact) -> (Tensor, Tensor)");
   m.def("nearest_report(Tensor x, Tensor codebook, bool cosine, bool exact) -> (Tensor, Tensor, Tensor)");
   m.def("nearest_k(Tensor x, Tensor codebook, int k, bool cosine) -> (Tensor, Tensor)");
+  m.def("take_snapshot(Tensor codebook, bool cosine, bool exact) -> int");
+  m.def("nearest_of_snapshot(Tensor x, int snapshot) -> (Tensor, Tensor)");
+  m.def("nearest_k_of_snapshot(Tensor x, int snapshot, int k) -> (Tensor, Tensor)");
+  m.def("prepare_operands(Tensor codebook, bool cosine) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "nearest_of_operands(Tensor x, Tensor codebook, Tensor operand, Tensor bias, Tensor bound, Tensor "
+      "centre,"
+      " bool cosine, bool exact) -> (Tensor, Tensor)");
   m.def("gather(Tensor x, Tensor codebook, Tensor codes) -> (Tensor, Tensor)");
   m.def(
       "quantize(Tensor x, Tensor codebook, Tensor? mask, bool cosine, bool exact) -> (Tensor, Tensor, "
@@ -41,6 +50,9 @@ STABLE_TORCH_LIBRARY_IMPL(vqkernels_C, CPU, m) {
   m.impl("nearest", TORCH_BOX(&vqkernels::cpu::nearest));
   m.impl("nearest_report", TORCH_BOX(&vqkernels::cpu::nearest_report));
   m.impl("nearest_k", TORCH_BOX(&vqkernels::cpu::nearest_k));
+  m.impl("take_snapshot", TORCH_BOX(&vqkernels::cpu::take_snapshot));
+  m.impl("nearest_of_snapshot", TORCH_BOX(&vqkernels::cpu::nearest_of_snapshot));
+  m.impl("nearest_k_of_snapshot", TORCH_BOX(&vqkernels::cpu::nearest_k_of_snapshot));
   m.impl("gather", TORCH_BOX(&vqkernels::cpu::gather));
   m.impl("quantize", TORCH_BOX(&vqkernels::cpu::quantize));
   m.impl("quantize_backward", TORCH_BOX(&vqkernels::cpu::quantize_backward));
@@ -68,6 +80,11 @@ PyMODINIT_FUNC PyInit__C() {
 // For `vqkernels info`.
 extern "C" __attribute__((visibility("default"))) const char* vqkernels_instruction_set() {
   return vqkernels::cpu::instruction_set();
+}
+
+// When the last Python object that knows the number is gone.
+extern "C" __attribute__((visibility("default"))) void vqkernels_release_snapshot(int64_t number) {
+  vqkernels::cpu::release_snapshot(number);
 }
 
 // For `explain`.

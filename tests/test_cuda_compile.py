@@ -28,7 +28,7 @@ TURING_SHARED_BYTES = 32 * 1024  # two blocks on a multiprocessor
 # The exact road's fixed-point sums are indexed at run time: 24 or, for float64 inputs, 136 digits of 8 bytes each.
 STACK_BYTES = {"decide_kernel<double>": 136 * 8 + 16, "decide_kernel": 24 * 8 + 16}
 FAMILIES = {"prepare_kernel", "mma_kernel", "double_kernel", "finish_kernel", "decide_kernel", "gather_kernel"}
-FAMILIES |= {"sum_chunks_kernel", "update_rows_kernel"}
+FAMILIES |= {"sum_chunks_kernel", "update_rows_kernel", "prepare_tokens_kernel"}
 
 
 def _whole_file(stem: str):

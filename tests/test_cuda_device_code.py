@@ -62,6 +62,15 @@ def test_nearest_is_the_true_nearest(metric: str, case: Case):
         torch.testing.assert_close(distance, true_distance, rtol=2.0**-22, atol=absolute, equal_nan=True)
 
 
+@pytest.mark.parametrize(("metric", "case"), ALL, ids=lambda value: str(value))
+def test_a_prepared_codebook_gives_the_same_answers(metric: str, case: Case):
+    x, codebook = case.x[None].contiguous(), case.codebook.contiguous()
+    seed = SEEDS[len(case.name) % 2]
+    plain, prepared = (search(x, codebook, metric, "exact", seed) for search in (host.nearest, host.nearest_prepared))
+    assert torch.equal(prepared[0][0], true_nearest(case.x, case.codebook, metric)[0])
+    assert torch.equal(prepared[1].nan_to_num(), plain[1].nan_to_num())
+
+
 @pytest.mark.parametrize("scale", [1e-44, 1e-38, 1e18])
 def test_ties_are_exact_at_every_scale(scale: float):
     """Codes that are permutations of each other, seen from constant tokens: equally far over the real numbers."""

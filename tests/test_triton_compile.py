@@ -189,6 +189,8 @@ def launch_search(arch: int) -> None:
         codebook = torch.zeros(37, dim)
         for cosine in (False, True):
             triton_nearest.search(torch.zeros(1, 300, dim), codebook, cosine, config)
+            kept = triton_nearest.prepare_codes(codebook, cosine, config)
+            triton_nearest.search(torch.zeros(1, 300, dim), codebook, cosine, config, kept)
     for dtype in (torch.float16, torch.bfloat16):
         triton_nearest.search(torch.zeros(1, 300, 64, dtype=dtype), torch.zeros(37, 64, dtype=dtype), False, deep)
     maps = torch.zeros(2, 64, 100).transpose(1, 2)  # channels first
@@ -208,6 +210,7 @@ def launch_other_sizes(arch: int) -> None:
     for batch, tokens, k in ((1, 1, 1), (3, 77, 4096), (2, 1024, 1000)):
         x, codebook = torch.zeros(batch, tokens, 256), torch.zeros(k, 256)
         triton_nearest.search(x, codebook, False, config)
+        triton_nearest.search(x, codebook, False, config, triton_nearest.prepare_codes(codebook, False, config))
         triton_nearest.coarse(triton_nearest.prepare(x, codebook, False, config), shape, config, 1000)
 
 

@@ -47,6 +47,26 @@ def _searchable(metric: str) -> list[Case]:
     return [c for c in cases(metric) if any(kind in c.name for kind in kinds)]
 
 
+@pytest.mark.parametrize("config", triton_configs.CONFIGS, ids=str)
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_codes_prepared_alone_have_the_same_bits(metric: str, config: triton_configs.SearchConfig):
+    """For every configuration with the same tiles of codes, and so have the tokens beside them."""
+    for case in [c for c in cases(metric) if c.x.dtype == torch.float32][::9]:
+        x, codebook, cosine = case.x[None].to(DEVICE), case.codebook.to(DEVICE), metric == "cosine"
+        if config not in triton_configs.usable(
+            codebook.shape[1], triton_configs.Gpu(shared_memory=1 << 20, capability=90)
+        ):
+            continue
+        whole = triton_nearest.prepare(x, codebook, cosine, config)
+        kept = triton_nearest.prepare_codes(codebook, cosine, config)
+        parts = triton_nearest.prepare(x, codebook, cosine, config, kept)
+        assert parts.codes is kept.codes
+        for name in ("codes", "limits", "tokens", "stats", *(["unit"] if cosine else [])):
+            assert torch.equal(*(getattr(each, name).nan_to_num(nan=7.0) for each in (whole, parts))), (case, name)
+        if triton_configs.operand_of(config, codebook.shape[1], cosine).bias == 2:
+            assert torch.equal(whole.bias, parts.bias)
+
+
 def _lower(operands: triton_nearest.Operands, state: triton_nearest.State, granule: int) -> Tensor:  # [N]
     """The highest G - E of the granules kept, as the finishing kernel has it."""
     upper, code = state.upper.cpu().double().flatten(1), state.code.cpu().flatten(1).long()  # [N, slots]

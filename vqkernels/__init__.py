@@ -22,10 +22,12 @@ if TYPE_CHECKING:
         SamplingOptions,
         VectorQuantizer,
         defer_codebook_update,
+        frozen_codebook,
     )
     from .nn.kmeans import KMeansResult, kmeans
     from .ops import (
         EntropyLoss,
+        PreparedCodebook,
         Quantized,
         SoftAssignment,
         code_cross_entropy,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
         nearest,
         nearest_k,
         nearest_tokens,
+        prepare_codebook,
         quantize,
         sample_codes,
         sign_assignment,
@@ -52,13 +55,14 @@ _HOMES = {
     "compat": ("ReplaceReport", "replace_quantizers"),
     "nn": (
         *("EntropyOptions", "EntropyQuantizerOutput", "IndexPropagationQuantizer", "LookupFreeQuantizer"),
-        *("QuantizerOutput", "SamplingOptions", "VectorQuantizer", "defer_codebook_update"),
+        *("QuantizerOutput", "SamplingOptions", "VectorQuantizer", "defer_codebook_update", "frozen_codebook"),
     ),
     "nn.kmeans": ("KMeansResult", "kmeans"),
     "ops": (
         *("Quantized", "codebook_stats", "ema_update_", "lookup", "nearest", "nearest_k", "nearest_tokens", "quantize"),
         *("EntropyLoss", "SoftAssignment", "code_cross_entropy", "entropy_loss", "index_propagation", "sample_codes"),
         *("sign_assignment", "sign_codes", "sign_entropy_loss", "sign_rows", "soft_assignment"),
+        *("PreparedCodebook", "prepare_codebook"),
     ),
     "ops.plain": ("plain_ops",),
 }
@@ -72,6 +76,7 @@ __all__ = [
     "IndexPropagationQuantizer",
     "KMeansResult",
     "LookupFreeQuantizer",
+    "PreparedCodebook",
     "Quantized",
     "QuantizerOutput",
     "ReplaceReport",
@@ -85,6 +90,7 @@ __all__ = [
     "ema_update_",
     "entropy_loss",
     "explain",
+    "frozen_codebook",
     "index_propagation",
     "kmeans",
     "lookup",
@@ -92,6 +98,7 @@ __all__ = [
     "nearest_k",
     "nearest_tokens",
     "plain_ops",
+    "prepare_codebook",
     "quantize",
     "replace_quantizers",
     "sample_codes",

@@ -19,16 +19,26 @@ from typing import Any
 
 from torch import Tensor
 
+from .kernels.prepared import PreparedCodebook
 from .kernels.registry import OPS, lookup_kernel
 
 BACKENDS = ("compiled", "triton", "reference")
 ORDER = {"cpu": ("compiled", "reference"), "cuda": ("triton", "compiled", "reference")}
-DEFAULTS: dict[str, tuple[Any, ...]] = {"nearest": ("euclidean", "exact")}  # completes explain's arguments
+DEFAULTS: dict[str, tuple[Any, ...]] = {  # completes explain's arguments
+    "nearest": ("euclidean", "exact"),
+    "nearest_prepared": ("exact",),
+}
 
 _MODULES = {
-    "compiled": ("compiled", "compiled_softmax"),
-    "triton": ("triton_nearest", "triton_training", "triton_codebook", "triton_softmax", "triton_softmax_backward"),
-    "reference": ("reference_nearest", "reference_nearest_k", "reference_training", "reference_softmax"),
+    "compiled": ("compiled", "compiled_prepared", "compiled_softmax"),
+    "triton": (
+        *("triton_nearest", "triton_training", "triton_codebook"),
+        *("triton_softmax", "triton_softmax_backward"),
+    ),
+    "reference": (
+        *("reference_nearest", "reference_nearest_k", "reference_prepared"),
+        *("reference_training", "reference_softmax"),
+    ),
 }
 _requested: str | None = None
 
@@ -118,12 +128,18 @@ def explain(op: str, *args: Any) -> str:
 
     Args:
         op: one of ``kernels.registry.OPS``.
-        args: the op's arguments; what is left out at the end of ``nearest`` takes its default.
+        args: the op's arguments; what is left out at the end of ``nearest`` takes its default. A prepared codebook may
+            stand in the codebook's place, without the metric, which is its own.
     """
     if op not in OPS:
         raise ValueError(f"op: expected one of {OPS}, got {op!r}")
     if not args or not isinstance(args[0], Tensor):
         raise TypeError(f"args: expected {op}'s tensors, got {type(args[0]).__name__ if args else 'none'}")
+    title = op
+    if len(args) > 1 and isinstance(args[1], PreparedCodebook):
+        title, op = f"{op} of a prepared codebook", op if op.endswith("_prepared") else f"{op}_prepared"
+        if op not in OPS:
+            raise TypeError(f"args: expected tensors, {title} is not among {OPS}")
     defaults = DEFAULTS.get(op, ())
     args = args + defaults[max(0, len(args) - 2) :]
     rows = candidates(op, *args)
@@ -133,7 +149,7 @@ def explain(op: str, *args: Any) -> str:
     cause = f"requested: {wanted}" if wanted else "automatic: the first in this order that can"
     kernel = lookup_kernel(op, able[0]) if able else None
     details = kernel.details(*args) if kernel is not None else None
-    return f"{op} ({cause})\n{_listing(rows, able[0] if able else None, details)}"
+    return f"{title} ({cause})\n{_listing(rows, able[0] if able else None, details)}"
 
 
 class use_backend:

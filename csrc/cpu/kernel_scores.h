@@ -188,9 +188,16 @@ struct Scores {
     return number;
   }
 
+  // Another value to the compiler, which would multiply the same ones only once.
+  static inline void renew(Vector& vector) {
+#if defined(__x86_64__)
+    __asm__ volatile("" : "+x"(vector));
+#endif
+  }
+
   static double run_peak(int64_t rounds) {
     volatile Word nothing = 0;  // which the compiler may not know: all sums are different to it
-    const Vector token = P::broadcast(nothing);
+    Vector token = P::broadcast(nothing);
     Vector sums[P::ROWS][P::VECTORS];
 #pragma GCC unroll 16
     for (int row = 0; row < P::ROWS; ++row) {
@@ -201,7 +208,10 @@ struct Scores {
 #pragma GCC unroll 16
       for (int row = 0; row < P::ROWS; ++row) {
 #pragma GCC unroll 4
-        for (int v = 0; v < P::VECTORS; ++v) P::accumulate(sums[row][v], token, token);
+        for (int v = 0; v < P::VECTORS; ++v) {
+          renew(token);
+          P::accumulate(sums[row][v], token, token);
+        }
       }
     }
     Word out[P::LANES];

@@ -26,33 +26,36 @@ void measure_rows(const float* rows,  // [count, D]
 // "UMAC: Fast and Secure Message Authentication", CRYPTO 1999), twice, the second time with the keys of the
 // words after (its Toeplitz construction), in eight lanes. Keys must be unrelated to each other: on evenly
 // spaced ones, sign flips in a column cancel.
-typedef uint64_t Words __attribute__((vector_size(64)));
-
-inline Words product_of_halves(Words word) { return (word & 0xffffffff) * (word >> 32); }
-
+//
+// U::Words is a vector of uint64_t that is a register of the unit's, and U::product_of_halves multiplies the
+// two 32-bit halves of each. On wider vectors, and left to multiply all 64 bits, GCC 12 makes 1.5 GB/s of it
+// for AVX2.
+template <class U>
 void hash_words(const uint64_t* words,  // [count]
                 int64_t count,
                 const uint64_t* keys,  // [count rounded up to 8, and 8]
                 uint64_t* sums) {      // [16]
-  Words first{}, second{};
-  Words key = load_vector<Words>(keys);
+  using Words = typename U::Words;
+  constexpr int LANES = sizeof(Words) / sizeof(uint64_t), PARTS = 8 / LANES;
+  Words first[PARTS] = {}, second[PARTS] = {};
+  const auto add = [&](const uint64_t* eight, int64_t i) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int part = 0; part < PARTS; ++part) {
+      const uint64_t* key = keys + i + part * LANES;
+      const Words word = load_vector<Words>(eight + part * LANES);
+      first[part] += U::product_of_halves(word + load_vector<Words>(key));
+      second[part] += U::product_of_halves(word + load_vector<Words>(key + 8));
+    }
+  };
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    const Words next = load_vector<Words>(keys + i + 8);
-    const Words word = load_vector<Words>(words + i);
-    first += product_of_halves(word + key);
-    second += product_of_halves(word + next);
-    key = next;
-  }
+  for (; i + 8 <= count; i += 8) add(words + i, i);
   if (i < count) {
-    Words word{};
-    __builtin_memcpy(&word, words + i,
-                     sizeof(uint64_t) * (count - i));  // words may lie at any float's address
-    first += product_of_halves(word + key);
-    second += product_of_halves(word + load_vector<Words>(keys + i + 8));
+    uint64_t last[8] = {};
+    __builtin_memcpy(last, words + i, sizeof(uint64_t) * (count - i));  // may lie at any float's address
+    add(last, i);
   }
-  __builtin_memcpy(sums, &first, sizeof(first));
-  __builtin_memcpy(sums + 8, &second, sizeof(second));
+  __builtin_memcpy(sums, first, sizeof(first));
+  __builtin_memcpy(sums + 8, second, sizeof(second));
 }
 
 template <class Word>
@@ -223,6 +226,7 @@ constexpr CoarsePass make_wide_pass(const char* name, double largest_score) {
   return Scores<P>::make_pass(name, largest_score, pack_wide_panel<P>, pack_wide_token<P>);
 }
 
+template <class U>
 constexpr KernelTable make_table(const char* name, const CoarsePass* float32, const CoarsePass* float64,
                                  const CoarsePass* int16) {
   return {name,
@@ -230,7 +234,7 @@ constexpr KernelTable make_table(const char* name, const CoarsePass* float32, co
           float64,
           int16,
           measure_rows,
-          hash_words,
+          hash_words<U>,
           reduce_rows<float, true>,
           reduce_rows<double, true>,
           reduce_rows<float, false>,

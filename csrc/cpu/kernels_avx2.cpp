@@ -86,6 +86,7 @@ struct Int16 {
   }
   static void accumulate(Vector& sum, Vector a, Vector b) {
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+    __asm__("" : "+x"(sum));  // in this order: GCC 12 would add up products first, and spill half of them
   }
   static int32_t limit_of(double limit) {
     return limit >= 2147483647.0 ? 2147483647 : static_cast<int32_t>(__builtin_floor(limit));
@@ -93,6 +94,13 @@ struct Int16 {
   static unsigned below(Vector v, int32_t limit) {
     const Vector above = _mm256_cmpgt_epi32(v, _mm256_set1_epi32(limit));
     return ~static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(above))) & 0xffu;
+  }
+};
+
+struct Unit {
+  typedef uint64_t Words __attribute__((vector_size(32)));
+  static Words product_of_halves(Words word) {
+    return (Words)_mm256_mul_epu32((__m256i)word, _mm256_srli_epi64((__m256i)word, 32));
   }
 };
 
@@ -109,7 +117,7 @@ namespace {
 constexpr CoarsePass FLOAT32 = make_wide_pass<Float32>("float32", 0x1p120);
 constexpr CoarsePass FLOAT64 = make_wide_pass<Float64>("float64", __builtin_inf());
 constexpr CoarsePass INT16 = make_int16_pass<Int16>();
-constexpr KernelTable TABLE = make_table("avx2", &FLOAT32, &FLOAT64, &INT16);
+constexpr KernelTable TABLE = make_table<Unit>("avx2", &FLOAT32, &FLOAT64, &INT16);
 }  // namespace
 }  // namespace cpu
 }  // namespace vqkernels

@@ -54,6 +54,13 @@ struct Float64 {
   }
 };
 
+struct Unit {
+  typedef uint64_t Words __attribute__((vector_size(64)));
+  static Words product_of_halves(Words word) {
+    return (Words)_mm512_mul_epu32((__m512i)word, _mm512_srli_epi64((__m512i)word, 32));
+  }
+};
+
 }  // namespace
 }  // namespace cpu
 }  // namespace vqkernels
@@ -66,7 +73,7 @@ namespace {
 constexpr CoarsePass FLOAT32 = make_wide_pass<Float32>("float32", 0x1p120);
 constexpr CoarsePass FLOAT64 = make_wide_pass<Float64>("float64", __builtin_inf());
 constexpr KernelTable TABLE =
-    make_table("avx512", &FLOAT32, &FLOAT64, nullptr);  // kernels_avx512_vnni.cpp has int16
+    make_table<Unit>("avx512", &FLOAT32, &FLOAT64, nullptr);  // kernels_avx512_vnni.cpp has int16
 }  // namespace
 }  // namespace cpu
 }  // namespace vqkernels

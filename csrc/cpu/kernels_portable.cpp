@@ -37,6 +37,11 @@ struct Portable {
   }
 };
 
+struct Unit {
+  typedef uint64_t Words __attribute__((vector_size(16)));
+  static Words product_of_halves(Words word) { return (word & 0xffffffff) * (word >> 32); }
+};
+
 }  // namespace
 }  // namespace cpu
 }  // namespace vqkernels
@@ -48,7 +53,7 @@ namespace cpu {
 namespace {
 constexpr CoarsePass FLOAT32 = make_wide_pass<Portable<float>>("float32", 0x1p120);
 constexpr CoarsePass FLOAT64 = make_wide_pass<Portable<double>>("float64", __builtin_inf());
-constexpr KernelTable TABLE = make_table("portable", &FLOAT32, &FLOAT64, nullptr);
+constexpr KernelTable TABLE = make_table<Unit>("portable", &FLOAT32, &FLOAT64, nullptr);
 }  // namespace
 const KernelTable* portable_kernels() { return &TABLE; }
 }  // namespace cpu

@@ -12,7 +12,9 @@
 
 #include "../checks.h"
 #include "coarse_search.h"
+#include "codebook_rows.h"
 #include "ops.h"
+#include "snapshot.h"
 
 namespace vqkernels {
 namespace cpu {
@@ -20,63 +22,13 @@ namespace {
 
 constexpr int64_t LARGEST_INT16_DIM = 8192;  // its error grows like the root of D, and so do the candidates
 
-// Power of two that brings the largest entry of a float64 row to [1, 2): directions survive any scale.
-void scale_direction(double* row, int64_t dim) {
-  const exact::ScaledVector scale = exact::scale_vector(row, 1, dim);
-  for (int64_t d = 0; d < dim; ++d) row[d] = row[d] * scale.factor * scale.factor2;
-}
-
-// The codebook as dense rows of float or double.
-template <class Element>
-struct DenseCodebook {
-  using Row = Wide<Element>;
-  Buffer<Row> copy;
-  const Row* rows;  // [K, D]
-  int64_t size;
-  int64_t dim;
-
-  DenseCodebook(const Tensor& codebook, bool cosine)
-      : copy(0), size(codebook.size(0)), dim(codebook.size(1)) {
-    const Tokens<const Element> view{static_cast<const Element*>(codebook.const_data_ptr()),
-                                     1,
-                                     size,
-                                     dim,
-                                     0,
-                                     codebook.stride(0),
-                                     codebook.stride(1)};
-    const bool scaled = cosine && std::is_same_v<Row, double>;
-    if constexpr (std::is_same_v<Row, Element>) rows = view.data;
-    if (std::is_same_v<Row, Element> && codebook.is_contiguous() && !scaled) return;
-    copy = Buffer<Row>(size * dim);
-    rows = copy.get();
-    for_each_range(size, 1024, 4.0 * size * dim, [&](int64_t begin, int64_t end) {
-      load_rows(view, begin, end, &copy[begin * dim]);
-      if constexpr (std::is_same_v<Row, double>) {
-        for (int64_t k = begin; k < end && scaled; ++k) scale_direction(&copy[k * dim], dim);
-      }
-    });
-  }
-
-  std::vector<double> inverse_norms(const KernelTable& table) const {
-    std::vector<double> inverse(size);
-    for_each_range(size, 256, 8.0 * size * dim, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) inverse[k] = inverse_norm_of(table, rows + k * dim, dim);
-    });
-    return inverse;
-  }
-};
-
-void search_double(const KernelTable& table, const DenseCodebook<double>& dense, bool cosine, bool exact,
-                   const Tokens<const double>& tokens, const Outputs& out, SearchReport* report) {
+void search_double(const Book<double>& book, const Tokens<const double>& tokens, const Outputs& out,
+                   SearchReport* report) {
   struct Scratch {
     Buffer<double> row;
     DecideScratch<double> decide;
     Stopwatch watch;
   };
-  check_codebook_finite(all_finite(dense.rows, dense.size * dense.dim));
-  const std::vector<double> inverse = cosine ? dense.inverse_norms(table) : std::vector<double>();
-  const Book<double> book{&table, dense.rows, cosine ? inverse.data() : nullptr, dense.size, dense.dim,
-                          cosine, exact};
   for_each_item<Scratch>(
       tokens.count(), 4.0 * tokens.count() * book.size * book.dim,
       [&] { return Scratch{Buffer<double>(book.dim), DecideScratch<double>(), Stopwatch(report)}; },
@@ -104,15 +56,28 @@ const CoarsePass& choose_pass(const KernelTable& table, int64_t dim, bool exact)
                                                                                : *table.float32;
 }
 
-template <class Element>
-std::shared_ptr<PreparedCodebook> prepare(const KernelTable& table, const CoarsePass& pass,
-                                          const DenseCodebook<Element>& dense, bool cosine, Panels spare) {
-  std::vector<double> inverse = cosine ? dense.inverse_norms(table) : std::vector<double>();
-  const CodeRows codes{dense.rows, cosine ? inverse.data() : nullptr, dense.size, dense.dim};
-  auto prepared = std::make_shared<PreparedCodebook>();
-  prepared->coarse = pack_coarse(table, pass, codes, std::move(spare));
-  prepared->inverse_norm = std::move(inverse);
-  return prepared;
+void prepare(const KernelTable& table, const CoarsePass& pass, const CodebookRows<float>& dense, bool cosine,
+             Panels spare, PreparedCodebook& prepared) {
+  if (cosine) prepared.inverse_norm = dense.inverse_norms(table);
+  const CodeRows codes{dense.rows, cosine ? prepared.inverse_norm.data() : nullptr, dense.size, dense.dim};
+  prepared.coarse = pack_coarse(table, pass, codes, std::move(spare));
+}
+
+// The codebook as it is now: kept from an earlier call, or prepared and kept.
+std::shared_ptr<const PreparedCodebook> current(const KernelTable& table, const CoarsePass& pass,
+                                                const CodebookRows<float>& dense, const Tensor& codebook,
+                                                bool cosine, SearchReport* report) {
+  const auto fingerprint = [&] { return fingerprint_of(table, dense.rows, dense.size * dense.dim); };
+  const PreparedKey key{fingerprint(), &pass, dense.size, dense.dim, cosine};
+  const std::shared_ptr<const PreparedCodebook> kept = find_prepared(key);
+  if (report != nullptr) report->from_cache = kept != nullptr;
+  if (kept != nullptr) return kept;
+  const void* tensor = codebook.const_data_ptr();
+  const auto made = std::make_shared<PreparedCodebook>();
+  prepare(table, pass, dense, cosine, take_outdated(key, tensor), *made);
+  // not where somebody has written meanwhile: these panels would not be those of the fingerprint
+  if (fingerprint() == key.fingerprint) keep_prepared(key, tensor, made);
+  return made;
 }
 
 template <class Element>
@@ -120,29 +85,23 @@ void search(const Tensor& x, const Tensor& codebook, bool cosine, bool exact, co
             SearchReport* report) {
   const KernelTable& table = kernels();
   const Tokens<const Element> tokens = tokens_of<Element>(x);
-  const DenseCodebook<Element> dense(codebook, cosine);
+  const auto dense = read_codebook<Element>(codebook, cosine);
   if constexpr (std::is_same_v<Element, double>) {
     if (report != nullptr) report->pass = "float64";
-    search_double(table, dense, cosine, exact, tokens, out, report);
+    check_codebook_finite(dense.finite());
+    const std::vector<double> inverse = cosine ? dense.inverse_norms(table) : std::vector<double>();
+    const double* norms = cosine ? inverse.data() : nullptr;
+    const Book<double> book{&table, dense.rows, norms, dense.size, dense.dim, cosine, exact};
+    search_double(book, tokens, out, report);
   } else {
-    if (tokens.count() == 0) return check_codebook_finite(all_finite(dense.rows, dense.size * dense.dim));
+    if (tokens.count() == 0) return check_codebook_finite(dense.finite());
     const CoarsePass& pass = choose_pass(table, dense.dim, exact);
     std::shared_ptr<const PreparedCodebook> prepared;
-    Stopwatch(report).time(Stage::PREPARE, [&] {
-      const auto fingerprint = [&] { return fingerprint_of(table, dense.rows, dense.size * dense.dim); };
-      const PreparedKey key{fingerprint(), &pass, dense.size, dense.dim, cosine};
-      prepared = find_prepared(key);
-      if (report != nullptr) report->from_cache = prepared != nullptr;
-      if (prepared != nullptr) return;
-      const void* tensor = codebook.const_data_ptr();
-      const auto made = prepare(table, pass, dense, cosine, take_outdated(key, tensor));
-      prepared = made;
-      // not where somebody has written meanwhile: these panels would not be those of the fingerprint
-      if (fingerprint() == key.fingerprint) keep_prepared(key, tensor, made);
-    });
+    Stopwatch(report).time(Stage::PREPARE,
+                           [&] { prepared = current(table, pass, dense, codebook, cosine, report); });
     if (report != nullptr) report->pass = pass.name;
-    const double* inverse = cosine ? prepared->inverse_norm.data() : nullptr;
-    const Book<float> book{&table, dense.rows, inverse, dense.size, dense.dim, cosine, exact};
+    const double* norms = cosine ? prepared->inverse_norm.data() : nullptr;
+    const Book<float> book{&table, dense.rows, norms, dense.size, dense.dim, cosine, exact};
     CoarseSearch<Element>(book, *prepared, tokens, out, report).run();
   }
 }
@@ -152,13 +111,21 @@ struct Result {
   Tensor distance;  // [B, T]
 };
 
+Result new_result(const Tensor& x) {
+  return {torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long),
+          torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float)};
+}
+
+Outputs outputs_of(Result& result) {
+  return {static_cast<int64_t*>(result.codes.mutable_data_ptr()),
+          static_cast<float*>(result.distance.mutable_data_ptr())};
+}
+
 Result run(const Tensor& x, const Tensor& codebook, bool cosine, bool exact, SearchReport* report) {
   check_tokens(x, "x");
   check_codebook(codebook, x);
-  Result result{torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long),
-                torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Float)};
-  const Outputs out{static_cast<int64_t*>(result.codes.mutable_data_ptr()),
-                    static_cast<float*>(result.distance.mutable_data_ptr())};
+  Result result = new_result(x);
+  const Outputs out = outputs_of(result);
   dispatch_floating(x.scalar_type(), [&](auto element) {
     search<decltype(element)>(x, codebook, cosine, exact, out, report);
   });
@@ -190,6 +157,45 @@ std::tuple<Tensor, Tensor, Tensor> nearest_report(Tensor x, Tensor codebook, boo
     if (std::strcmp(report.pass, names[i]) == 0) out[STAGES + 5] = static_cast<double>(i);
   }
   return {result.codes, result.distance, numbers};
+}
+
+int64_t take_snapshot(Tensor codebook, bool cosine, bool exact) {
+  check_rank(codebook, "codebook", 2, "[K, D]");
+  check_floating(codebook, "codebook");
+  check(codebook.size(0) >= 1 && codebook.size(1) >= 1, "codebook: expected K, D >= 1, got shape ",
+        shape_of(codebook));
+  const KernelTable& table = kernels();
+  const auto snapshot = std::make_shared<Snapshot>(codebook, table, cosine, exact);
+  dispatch_floating(codebook.scalar_type(), [&](auto element) {
+    using Element = decltype(element);
+    if constexpr (std::is_same_v<Element, double>) {
+      const auto& dense = snapshot->doubles.emplace(read_codebook<Element>(codebook, cosine));
+      check_codebook_finite(dense.finite());
+      if (cosine) snapshot->prepared.inverse_norm = dense.inverse_norms(table);
+    } else {
+      const auto& dense = snapshot->floats.emplace(read_codebook<Element>(codebook, cosine));
+      prepare(table, choose_pass(table, dense.dim, exact), dense, cosine, {}, snapshot->prepared);
+    }
+  });
+  return keep_snapshot(snapshot);
+}
+
+std::tuple<Tensor, Tensor> nearest_of_snapshot(Tensor x, int64_t number) {
+  const std::shared_ptr<const Snapshot> snapshot = find_snapshot(number);
+  check_snapshot(*snapshot, x);
+  Result result = new_result(x);
+  const Outputs out = outputs_of(result);
+  dispatch_floating(x.scalar_type(), [&](auto element) {
+    using Element = decltype(element);
+    const Tokens<const Element> tokens = tokens_of<Element>(x);
+    if constexpr (std::is_same_v<Element, double>) {
+      search_double(snapshot->double_book(), tokens, out, nullptr);
+    } else if (tokens.count() > 0) {
+      const Book<float> book = snapshot->float_book();
+      CoarseSearch<Element>(book, snapshot->prepared, tokens, out, nullptr).run();
+    }
+  });
+  return {result.codes, result.distance};
 }
 
 const char* coarse_pass(int64_t dim, bool exact) noexcept {

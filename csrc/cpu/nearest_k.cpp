@@ -16,10 +16,12 @@
 #include "../checks.h"
 #include "../exact.h"
 #include "coarse.h"
+#include "codebook_rows.h"
 #include "decide.h"
 #include "kernel_table.h"
 #include "ops.h"
 #include "parallel.h"
+#include "snapshot.h"
 #include "tokens.h"
 
 namespace vqkernels {
@@ -31,41 +33,6 @@ constexpr int64_t TOKENS = 96;             // that share a block of panels in th
 constexpr float LARGEST_SQUARE = 0x1p80f;  // of a token's norm; beyond it all codes are looked at in float64
 constexpr int64_t FIRST_PIECE = 64;        // granules, a multiple of every pass's lanes
 constexpr int64_t ROOM = 4;                // times k candidates, before those that are beaten are dropped
-
-void scale_direction(double* row, int64_t dim) {
-  const exact::ScaledVector scale = exact::scale_vector(row, 1, dim);
-  for (int64_t d = 0; d < dim; ++d) row[d] = row[d] * scale.factor * scale.factor2;
-}
-
-// Rows as float or double, one after the other.
-template <class Element>
-Buffer<Wide<Element>> dense_rows(const Tensor& codebook, bool cosine) {  // [K, D]
-  const int64_t size = codebook.size(0), dim = codebook.size(1);
-  const Tokens<const Element> view{static_cast<const Element*>(codebook.const_data_ptr()),
-                                   1,
-                                   size,
-                                   dim,
-                                   0,
-                                   codebook.stride(0),
-                                   codebook.stride(1)};
-  Buffer<Wide<Element>> rows(size * dim);
-  for_each_range(size, 1024, 4.0 * size * dim, [&](int64_t begin, int64_t end) {
-    load_rows(view, begin, end, &rows[begin * dim]);
-    if constexpr (std::is_same_v<Element, double>) {
-      for (int64_t k = begin; k < end && cosine; ++k) scale_direction(&rows[k * dim], dim);
-    }
-  });
-  return rows;
-}
-
-template <class Row>
-std::vector<double> inverse_norms(const KernelTable& table, const Row* rows, int64_t size, int64_t dim) {
-  std::vector<double> inverse(size);
-  for_each_range(size, 256, 8.0 * size * dim, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k) inverse[k] = inverse_norm_of(table, rows + k * dim, dim);
-  });
-  return inverse;
-}
 
 // ---------------------------------------------------------------------------------------- order
 
@@ -452,21 +419,35 @@ void search(const Tensor& x, const Tensor& codebook, bool cosine, const KOutputs
   using Row = Wide<Element>;
   const KernelTable& table = kernels();
   const Tokens<const Element> tokens = tokens_of<Element>(x);
-  const int64_t size = codebook.size(0), dim = codebook.size(1);
-  const Buffer<Row> rows = dense_rows<Element>(codebook, cosine);
-  check_codebook_finite(all_finite(rows.get(), size * dim));
-  const std::vector<double> inverse =
-      cosine ? inverse_norms(table, rows.get(), size, dim) : std::vector<double>();
+  const CodebookRows<Row> dense = read_codebook<Element>(codebook, cosine);
+  check_codebook_finite(dense.finite());
+  const std::vector<double> inverse = cosine ? dense.inverse_norms(table) : std::vector<double>();
   const double* norms = cosine ? inverse.data() : nullptr;
-  const Book<Row> book{&table, rows.get(), norms, size, dim, cosine, true};
+  const Book<Row> book{&table, dense.rows, norms, dense.size, dense.dim, cosine, true};
   if constexpr (std::is_same_v<Element, double>) {
     search_double(book, tokens, out);
   } else if (tokens.count() > 0) {
-    const bool integers = table.int16 != nullptr && dim <= LARGEST_INT16_DIM;
+    const bool integers = table.int16 != nullptr && dense.dim <= LARGEST_INT16_DIM;
     const CoarsePass& pass = integers ? *table.int16 : *table.float32;
     const CoarseBook coarse = pack_coarse(table, pass, book.code_rows(), {});
     KSearch<Element>(book, coarse, tokens, out).run();
   }
+}
+
+struct Result {
+  Tensor codes;     // [B, T, k]
+  Tensor distance;  // [B, T, k]
+};
+
+Result new_result(const Tensor& x, const Tensor& codebook, int64_t k) {
+  check(k >= 1 && k <= codebook.size(0), "k: expected 1 to ", codebook.size(0), " (K of codebook), got ", k);
+  return {torch::stable::new_empty(x, {x.size(0), x.size(1), k}, ScalarType::Long),
+          torch::stable::new_empty(x, {x.size(0), x.size(1), k}, ScalarType::Float)};
+}
+
+KOutputs outputs_of(Result& result, int64_t k) {
+  return {static_cast<int64_t*>(result.codes.mutable_data_ptr()),
+          static_cast<float*>(result.distance.mutable_data_ptr()), k};
 }
 
 }  // namespace
@@ -474,14 +455,29 @@ void search(const Tensor& x, const Tensor& codebook, bool cosine, const KOutputs
 std::tuple<Tensor, Tensor> nearest_k(Tensor x, Tensor codebook, int64_t k, bool cosine) {
   check_tokens(x, "x");
   check_codebook(codebook, x);
-  check(k >= 1 && k <= codebook.size(0), "k: expected 1 to ", codebook.size(0), " (K of codebook), got ", k);
-  Tensor codes = torch::stable::new_empty(x, {x.size(0), x.size(1), k}, ScalarType::Long);
-  Tensor distance = torch::stable::new_empty(x, {x.size(0), x.size(1), k}, ScalarType::Float);
-  const KOutputs out{static_cast<int64_t*>(codes.mutable_data_ptr()),
-                     static_cast<float*>(distance.mutable_data_ptr()), k};
+  Result result = new_result(x, codebook, k);
+  const KOutputs out = outputs_of(result, k);
   dispatch_floating(x.scalar_type(),
                     [&](auto element) { search<decltype(element)>(x, codebook, cosine, out); });
-  return {codes, distance};
+  return {result.codes, result.distance};
+}
+
+std::tuple<Tensor, Tensor> nearest_k_of_snapshot(Tensor x, int64_t number, int64_t k) {
+  const std::shared_ptr<const Snapshot> snapshot = find_snapshot(number);
+  check_snapshot(*snapshot, x);
+  Result result = new_result(x, snapshot->codebook, k);
+  const KOutputs out = outputs_of(result, k);
+  dispatch_floating(x.scalar_type(), [&](auto element) {
+    using Element = decltype(element);
+    const Tokens<const Element> tokens = tokens_of<Element>(x);
+    if constexpr (std::is_same_v<Element, double>) {
+      search_double(snapshot->double_book(), tokens, out);
+    } else {
+      const Book<float> book = snapshot->float_book();
+      KSearch<Element>(book, snapshot->prepared.coarse, tokens, out).run();
+    }
+  });
+  return {result.codes, result.distance};
 }
 
 }  // namespace cpu

@@ -27,6 +27,18 @@ std::tuple<Tensor, Tensor> nearest_k(Tensor x,         // [B, T, D]
                                      int64_t k,
                                      bool cosine);  // -> codes [B, T, k], distance [B, T, k]
 
+// A codebook prepared once, by a number; `release_snapshot` of snapshot.h ends it. Nobody may write to the
+// codebook meanwhile. Metric, precision, instruction set and pass are those of now.
+int64_t take_snapshot(Tensor codebook,  // [K, D]
+                      bool cosine, bool exact);
+
+std::tuple<Tensor, Tensor> nearest_of_snapshot(Tensor x,           // [B, T, D]
+                                               int64_t snapshot);  // -> codes [B, T], distance [B, T]
+
+std::tuple<Tensor, Tensor> nearest_k_of_snapshot(Tensor x,  // [B, T, D]
+                                                 int64_t snapshot,
+                                                 int64_t k);  // -> codes [B, T, k], distance [B, T, k]
+
 // "int16" or "float32": the coarse pass that a search in `dim` dimensions takes; "?" where VQKERNELS_CPU_ISA
 // or VQKERNELS_CPU_PASS asks for one that cannot be.
 const char* coarse_pass(int64_t dim, bool exact) noexcept;

@@ -23,9 +23,24 @@ void settle(Launcher& launcher, const Search<T>& search, const States<T>& states
                   states, listed, count, codes, distance);
 }
 
+// A codebook as its kernels left it, for one search or for many.
+struct KeptDoubles {
+  double* unit;            // [K, D] for cosine, else null
+  double* half_norm;       // [K]
+  DoubleSummary* summary;  // zero bytes to begin with
+};
+
+// Where the codes of `search`, which needs no tokens, are prepared.
+template <typename Launcher>
+void prepare_codes(Launcher& launcher, const Search<double>& search, const KeptDoubles& kept) {
+  PreparedDoubles prepared{nullptr, kept.half_norm, kept.summary};
+  int64_t blocks = smaller(team_blocks(search.codebook_size, 32), 4 * launcher.processors());
+  launcher.launch(prepare_doubles_kernel<double>, blocks, kTeamThreads, search, prepared, kept.unit);
+}
+
 template <int LANES, typename Launcher>
-void nearest_of_doubles(Launcher& launcher, const Search<double>& search, bool exact, int64_t* codes,
-                        float* distance) {
+void nearest_of_doubles(Launcher& launcher, const Search<double>& search, const KeptDoubles* given,
+                        bool exact, int64_t* codes, float* distance) {
   int64_t tokens = search.x.count(), codebook_size = search.codebook_size, dim = search.x.dim;
   struct Zeroed {
     DoubleSummary summary;
@@ -33,11 +48,15 @@ void nearest_of_doubles(Launcher& launcher, const Search<double>& search, bool e
   };
   Zeroed* zeroed = launcher.template allocate<Zeroed>(1);
   launcher.zero(zeroed, sizeof(Zeroed));
-  double* unit = launcher.template allocate<double>(search.cosine ? codebook_size * dim : 0);
-  PreparedDoubles prepared{search.cosine ? unit : search.codebook,
-                           launcher.template allocate<double>(codebook_size), &zeroed->summary};
-  int64_t blocks = smaller(team_blocks(codebook_size, 32), 4 * launcher.processors());
-  launcher.launch(prepare_doubles_kernel<double>, blocks, kTeamThreads, search, prepared, unit);
+  KeptDoubles kept{};
+  if (given != nullptr) {
+    kept = *given;
+  } else {
+    kept = {launcher.template allocate<double>(search.cosine ? codebook_size * dim : 0),
+            launcher.template allocate<double>(codebook_size), &zeroed->summary};
+    prepare_codes(launcher, search, kept);
+  }
+  PreparedDoubles prepared{search.cosine ? kept.unit : search.codebook, kept.half_norm, kept.summary};
   double* gaps = launcher.template allocate<double>(tokens);
   launcher.launch(bound_doubles_kernel<double, LANES>, team_blocks(tokens, LANES), kTeamThreads, search,
                   prepared, gaps);
@@ -76,9 +95,74 @@ CoarsePass run_coarse_pass(Launcher& launcher, const Operands& operands) {
   return {states, plan};
 }
 
+// A codebook as its kernel left it, for many searches.
+struct KeptFloats {
+  float16* codes;        // [code_rows, depth]
+  float* bias;           // [code_rows]; of one term only
+  CodebookBound* bound;  // zero bytes to begin with
+  float* centres;        // [code_blocks, D], all the same
+  int64_t code_rows;     // K, rounded up
+  int64_t depth;         // of a row
+  int64_t code_blocks;   // blocks that prepare it
+};
+
+// The sizes of what is kept of `codebook_size` codes.
+template <bool SPLIT>
+KeptFloats plan_codes(int64_t codebook_size, int64_t dim, int64_t processors) {
+  int64_t code_rows = ceil_div(codebook_size, kCodeRows) * kCodeRows;
+  // few, since each of them looks for the centre first
+  int64_t blocks = smaller(team_blocks(code_rows, Terms<SPLIT>::kLanes), 2 * processors);
+  return {nullptr, nullptr, nullptr, nullptr, code_rows, operand_depth<SPLIT>(dim), blocks};
+}
+
+// Where the codes of `search`, which needs no tokens, are prepared.
+template <bool SPLIT, typename T, typename Launcher>
+void prepare_codes(Launcher& launcher, const Search<T>& search, const KeptFloats& kept) {
+  Prepared prepared{{nullptr, nullptr, nullptr, nullptr, 0, kept.code_rows, kept.depth},
+                    nullptr,
+                    kept.codes,
+                    kept.bias,
+                    nullptr,
+                    nullptr,
+                    kept.bound,
+                    kept.centres,
+                    kept.code_blocks};
+  launcher.launch(prepare_kernel<T, SPLIT, 1>, kept.code_blocks, kTeamThreads, search, prepared);
+}
+
+// Operands of the tokens, beside codes that are kept.
 template <bool SPLIT, int LANES, typename T, typename Launcher>
-void nearest_of_floats(Launcher& launcher, const Search<T>& search, bool exact, int64_t* codes,
-                       float* distance) {
+Prepared prepare_tokens_alone(Launcher& launcher, const Search<T>& search, const KeptFloats& kept) {
+  int64_t tokens = search.x.count();
+  Prepared prepared{{nullptr, kept.codes, kept.bias, nullptr, tokens, kept.code_rows, kept.depth},
+                    launcher.template allocate<float16>(tokens * kept.depth),
+                    kept.codes,
+                    kept.bias,
+                    launcher.template allocate<float>(SPLIT ? 0 : tokens),
+                    launcher.template allocate<TokenBound>(tokens),
+                    kept.bound,
+                    kept.centres,
+                    0};
+  prepared.operands.tokens = prepared.tokens, prepared.operands.scale = prepared.scale;
+  int64_t blocks = smaller(team_blocks(tokens, LANES), 4 * launcher.processors());
+  launcher.launch(prepare_tokens_kernel<T, SPLIT, LANES>, blocks, kTeamThreads, search, prepared);
+  return prepared;
+}
+
+// With `kept`, codes that were prepared before.
+template <bool SPLIT, int LANES, typename T, typename Launcher>
+void nearest_of_floats(Launcher& launcher, const Search<T>& search, const KeptFloats* kept, bool exact,
+                       int64_t* codes, float* distance) {
+  if (kept != nullptr) {
+    int64_t* count = launcher.template allocate<int64_t>(1);
+    launcher.zero(count, sizeof(int64_t));
+    Prepared prepared = prepare_tokens_alone<SPLIT, LANES>(launcher, search, *kept);
+    CoarsePass pass = run_coarse_pass<SPLIT>(launcher, prepared.operands);
+    settle<LANES>(launcher, search, States<T>{pass.states, pass.plan, SPLIT ? kGranule : 1},
+                  Certificate<T>{prepared.bounds, prepared.codebook, kept->depth}, count, exact, codes,
+                  distance);
+    return;
+  }
   int64_t tokens = search.x.count(), dim = search.x.dim, depth = operand_depth<SPLIT>(dim);
   int64_t code_rows = ceil_div(search.codebook_size, kCodeRows) * kCodeRows;
   struct Zeroed {
@@ -110,25 +194,30 @@ void nearest_of_floats(Launcher& launcher, const Search<T>& search, bool exact, 
                 distance);
 }
 
+template <typename T>
+using Kept = std::conditional_t<std::is_same_v<T, double>, KeptDoubles, KeptFloats>;
+
 // codes and distance of every token; -1 and NaN where the token, or anything in the codebook, is not finite.
+// `kept`: what was prepared of the same codebook before, or null.
 template <typename T, typename Launcher>
 void nearest(Launcher& launcher, Tokens<const T> x,  // [B, T, D]
              const T* codebook,                      // [K, D]
              int64_t codebook_size, bool cosine, bool exact,
-             int64_t* codes,     // [B * T]
-             float* distance) {  // [B * T]
+             int64_t* codes,   // [B * T]
+             float* distance,  // [B * T]
+             const Kept<T>* kept = nullptr) {
   if (x.count() == 0) return;
   Search<T> search{x, codebook, codebook_size, cosine};
   bool one = x.tokens_adjacent();  // then neighbouring lanes take neighbouring tokens, each its own
   if constexpr (std::is_same<T, double>::value) {
-    one ? nearest_of_doubles<1>(launcher, search, exact, codes, distance)
-        : nearest_of_doubles<32>(launcher, search, exact, codes, distance);
+    one ? nearest_of_doubles<1>(launcher, search, kept, exact, codes, distance)
+        : nearest_of_doubles<32>(launcher, search, kept, exact, codes, distance);
   } else if (splits_terms(x.dim)) {
-    one ? nearest_of_floats<true, 1>(launcher, search, exact, codes, distance)
-        : nearest_of_floats<true, 8>(launcher, search, exact, codes, distance);
+    one ? nearest_of_floats<true, 1>(launcher, search, kept, exact, codes, distance)
+        : nearest_of_floats<true, 8>(launcher, search, kept, exact, codes, distance);
   } else {
-    one ? nearest_of_floats<false, 1>(launcher, search, exact, codes, distance)
-        : nearest_of_floats<false, 32>(launcher, search, exact, codes, distance);
+    one ? nearest_of_floats<false, 1>(launcher, search, kept, exact, codes, distance)
+        : nearest_of_floats<false, 32>(launcher, search, kept, exact, codes, distance);
   }
 }
 

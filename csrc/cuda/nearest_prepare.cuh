@@ -328,6 +328,15 @@ prepare_kernel(Search<T> search, Prepared prepared) {
   }
 }
 
+// Tokens alone, in the frame of codes that were prepared before.
+template <typename T, bool SPLIT, int LANES>
+VQ_KERNEL(kTeamThreads, kTeamBlocks)
+prepare_tokens_kernel(Search<T> search, Prepared prepared) {
+  const CodebookBound& bound = *prepared.codebook;
+  int exponent = exponent_of(bound.unit) + exponent_of(bound.unit2);
+  prepare_tokens<T, SPLIT, LANES>(search, prepared, prepared.centres, exponent);
+}
+
 // Twice the most that the score of a code within `reach` of mu (code units) can be off, in token units;
 // infinity where nothing can be said, NaN for a token without an answer. With xh + xl + dx = x' and the same
 // for c',

@@ -26,7 +26,16 @@ struct Launcher {
 template <typename T>
 void name_kernels_of(Launcher& launcher) {
   Tokens<const T> x{};
+  Kept<T> kept{};
+  Search<T> codes{x, nullptr, 1, false};
   nearest<T>(launcher, x, nullptr, 1, false, true, nullptr, nullptr);
+  nearest<T>(launcher, x, nullptr, 1, false, true, nullptr, nullptr, &kept);
+  if constexpr (std::is_same_v<T, double>) {
+    prepare_codes(launcher, codes, kept);
+  } else {
+    prepare_codes<true>(launcher, codes, kept);
+    prepare_codes<false>(launcher, codes, kept);
+  }
   gather<T>(launcher, x, nullptr, 1, nullptr, Tokens<T>{}, nullptr);
   quantize_backward<T>(launcher, x, x, nullptr, x, nullptr, true, Tokens<T>{});
   codebook_stats<T>(launcher, x, nullptr, 1, nullptr, nullptr);

@@ -123,6 +123,40 @@ int64_t host_nearest(uint64_t seed, int type, const View* x, const void* codeboo
   return exact_road;
 }
 
+// Codes prepared first, by a launcher of its own, then two searches with them: the second one's answers.
+void host_nearest_prepared(uint64_t seed, int type, const View* x, const void* codebook,
+                           int64_t codebook_size, bool cosine, bool exact, int64_t* codes, float* distance) {
+  dispatch(type, [&](auto zero) {
+    using T = decltype(zero);
+    const T* rows = static_cast<const T*>(codebook);
+    Tokens<const T> tokens = x->as<const T>();
+    Tokens<const T> none{nullptr, 0, 0, tokens.dim, 0, 0, 1};
+    Launcher keeper(seed);
+    Kept<T> kept{};
+    if constexpr (std::is_same_v<T, double>) {
+      kept = {keeper.allocate<double>(cosine ? codebook_size * tokens.dim : 0),
+              keeper.allocate<double>(codebook_size), keeper.allocate<DoubleSummary>(1)};
+      keeper.zero(kept.summary, sizeof(DoubleSummary));
+      prepare_codes(keeper, Search<T>{none, rows, codebook_size, cosine}, kept);
+    } else {
+      bool split = splits_terms(tokens.dim);
+      kept = split ? plan_codes<true>(codebook_size, tokens.dim, keeper.processors())
+                   : plan_codes<false>(codebook_size, tokens.dim, keeper.processors());
+      kept.codes = keeper.allocate<float16>(kept.code_rows * kept.depth);
+      kept.bias = keeper.allocate<float>(split ? 0 : kept.code_rows);
+      kept.bound = keeper.allocate<CodebookBound>(1);
+      kept.centres = keeper.allocate<float>(kept.code_blocks * tokens.dim);
+      keeper.zero(kept.bound, sizeof(CodebookBound));
+      Search<T> search{none, rows, codebook_size, cosine};
+      split ? prepare_codes<true>(keeper, search, kept) : prepare_codes<false>(keeper, search, kept);
+    }
+    for (int call = 0; call < 2; ++call) {
+      Launcher launcher(seed);
+      nearest(launcher, tokens, rows, codebook_size, cosine, exact, codes, distance, &kept);
+    }
+  });
+}
+
 void host_gather(uint64_t seed, int type, const View* x, const void* codebook, int64_t codebook_size,
                  const int64_t* codes, const View* quantized, void* error) {
   dispatch(type, [&](auto zero) {

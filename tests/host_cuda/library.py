@@ -119,6 +119,22 @@ def nearest_and_count(
     return codes, distance, exact_road
 
 
+def nearest_prepared(
+    x: Tensor,  # [B, T, D]
+    codebook: Tensor,  # [K, D]
+    metric: str,
+    precision: str,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:  # codes int64 [B, T], distance float32 [B, T]
+    codes = torch.full(x.shape[:2], -7, dtype=torch.int64)
+    distance = torch.full(x.shape[:2], -7.0)
+    size = ctypes.c_int64(codebook.shape[0])
+    flags = ctypes.c_bool(metric == "cosine"), ctypes.c_bool(precision == "exact")
+    tail = _data(codebook), size, *flags, _data(codes), _data(distance)
+    library().host_nearest_prepared(*_begin(x, seed), _view(x), *tail)
+    return codes, distance
+
+
 def coarse_pass(
     tokens: Tensor,  # float16 [N, depth]
     codes: Tensor,  # float16 [rows, depth]

@@ -44,8 +44,12 @@ void search(const Shape& shape, int type, uint64_t seed, bool cosine, bool exact
   std::vector<float> distance(static_cast<size_t>(n), -1.0f);
   codes.assign(static_cast<size_t>(n), -2);
   View view = view_of(x.data(), shape);
+  std::vector<int64_t> again(codes.size(), -2);
+  host_nearest_prepared(seed, type, &view, codebook.data(), shape.codebook_size, cosine, exact, again.data(),
+                        distance.data());
   host_nearest(seed, type, &view, codebook.data(), shape.codebook_size, cosine, exact, codes.data(),
                distance.data());
+  expect(codes == again, "a prepared codebook with other codes");
   for (int64_t i = 0; i < n; ++i) {
     expect(codes[i] >= 0 && codes[i] < shape.codebook_size, "a code out of range");
     expect(distance[i] >= 0, "a distance not written");

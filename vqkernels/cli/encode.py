@@ -17,6 +17,7 @@ from vqkernels.models.code_files import level_folders
 from vqkernels.models.data import open_image, to_tensor
 from vqkernels.models.metrics import bits_per_pixel, code_usage
 from vqkernels.models.validation import crop_to_multiple
+from vqkernels.nn import frozen_codebook
 
 from .loading import CodedModel, choose_device, load_coded, report_skipped
 from .options import EncodeConfig
@@ -108,7 +109,7 @@ def run(config: EncodeConfig) -> None:
     _check(config, model)
     reader = _Reader(config, model.factor)
     folders = level_folders(config.output, model)
-    with quiet_libraries(), ExitStack() as stack:
+    with quiet_libraries(), frozen_codebook(model), ExitStack() as stack:
         writers = [stack.enter_context(CodesWriter(folder, model, name)) for name, folder in folders.items()]
         for names, images in _batches(reader.images(console), config.batch_size):
             codes = model.encode(images.to(device))

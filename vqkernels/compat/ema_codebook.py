@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from .._dtypes import accumulation_dtype
 from ..nn.distributed import all_reduce_packed
+from ..nn.frozen import Freezable
 from ..nn.kmeans import kmeans_
 from ..nn.sampling import sample_tokens
 from ..nn.statistics import recomputing
-from ..ops import codebook_stats, ema_update_, nearest
+from ..ops import PreparedCodebook, codebook_stats, ema_update_, nearest
 from ..ops._library import define
 
 NORM_EPS = 1e-6  # below this length the peer's normalisation no longer divides by it
@@ -42,7 +43,7 @@ class EmaOptions:
     use_ddp: bool | None = None  # None: over the ranks of the process group, whenever there is one
 
 
-class EmaCodebook(nn.Module):
+class EmaCodebook(Freezable):
     """State and keys as the peer's ``_codebook``: ``initted``, ``cluster_size``, ``embed_avg``, ``embed``."""
 
     initted: Tensor  # bool [] whether k-means has run, or was not asked for
@@ -79,6 +80,18 @@ class EmaCodebook(nn.Module):
         """The codes as they are searched, in float32 or float64."""
         embed = self.embed if self.learnable_codebook else self.embed.detach()
         return embed[0].to(accumulation_dtype(embed.dtype))
+
+    def searched(self, rows: Tensor) -> Tensor | PreparedCodebook:  # [K, D] of ``rows()``
+        """``rows``, or inside ``frozen_codebook`` their snapshot."""
+        if self.training:
+            self._refuse_frozen("training forward")
+        return self._snapshot() or rows
+
+    def _frozen_source(self) -> Tensor | None:
+        return self.embed
+
+    def _codes_to_freeze(self) -> tuple[Tensor, str]:
+        return self.rows(), "cosine" if self.options.use_cosine_sim else "euclidean"
 
     @torch.no_grad()
     def init_embed_(

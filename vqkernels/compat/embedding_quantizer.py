@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from ..nn.frozen import Freezable
 from ..ops import quantize
 from .peer import attribute_refusals, tampered
 
@@ -20,7 +21,7 @@ REMAPPED = frozenset({"used", "unknown_index"})
 Result = tuple[Tensor, Tensor, tuple[None, None, Tensor]]  # z_q [B, D, H, W], loss [], (None, None, indices)
 
 
-class EmbeddingQuantizer(nn.Module):
+class EmbeddingQuantizer(Freezable):
     """Base of the two drop-ins; see there."""
 
     used: Tensor  # int64 [U] the codes that have a place in the remapped vocabulary
@@ -57,13 +58,22 @@ class EmbeddingQuantizer(nn.Module):
         weight = self.embedding.weight
         if z.dim() != 4 or z.shape[1] != weight.shape[1]:
             raise ValueError(f"z: expected [B, {weight.shape[1]}, H, W], got {list(z.shape)}")
+        if self.training:
+            self._refuse_frozen("training forward")
         wide = torch.promote_types(z.dtype, weight.dtype)  # under autocast z may be narrower than the codebook
         tokens = z.flatten(2).transpose(1, 2).to(wide)  # [B, H W, D], no copy
-        found = quantize(tokens, weight.to(wide))
+        frozen = self._snapshot()
+        found = quantize(tokens, frozen if frozen is not None and frozen.dtype == wide else weight.to(wide))
         to_encoder, to_codebook = (1.0, self.beta) if self.legacy else (self.beta, 1.0)
         loss = to_encoder * found.commitment_error.sum() + to_codebook * found.codebook_error.sum()
         z_q = found.quantized.transpose(1, 2).reshape(z.shape).contiguous()
         return z_q, (loss / max(z.numel(), 1)).to(wide), (None, None, self._indices(found.codes, z))
+
+    def _frozen_source(self) -> Tensor | None:
+        return self.embedding.weight
+
+    def _codes_to_freeze(self) -> tuple[Tensor, str]:
+        return self.embedding.weight, "euclidean"
 
     def _indices(self, codes: Tensor, z: Tensor) -> Tensor:  # [B, H W] -> [B H W] | [B H W, 1] | [B, H, W]
         if self.remap is not None:

@@ -217,7 +217,7 @@ class VectorQuantize(nn.Module):
         rows = self._codebook.rows()
         found = quantize(
             tokens,
-            rows,
+            self._codebook.searched(rows),
             metric="cosine" if self.use_cosine_sim else "euclidean",
             gradient="rotation" if self.rotation_trick else "straight_through",
             mask=mask,

@@ -28,13 +28,13 @@ def nearest(
     precision: str,
 ) -> tuple[Tensor, Tensor]:  # codes int64 [B, T], distance float32 [B, T]
     """See ``vqkernels.nearest``."""
-    with _value_errors():
+    with value_errors():
         return torch.ops.vqkernels_C.nearest(x, codebook, metric == "cosine", precision == "exact")
 
 
 @contextlib.contextmanager
-def _value_errors() -> Iterator[None]:
-    """RuntimeError is the only type that the stable ABI can throw."""
+def value_errors() -> Iterator[None]:
+    """ValueError for what is wrong with a value: RuntimeError is the only type that the stable ABI can throw."""
     try:
         yield
     except RuntimeError as error:
@@ -51,7 +51,7 @@ def nearest_k(
     metric: str,
 ) -> tuple[Tensor, Tensor]:  # codes int64 [B, T, k], distance float32 [B, T, k]
     """See ``vqkernels.nearest_k``."""
-    with _value_errors():
+    with value_errors():
         return torch.ops.vqkernels_C.nearest_k(x, codebook, k, metric == "cosine")
 
 
@@ -136,7 +136,7 @@ def quantize(
     """Search, lookup and squared errors: one call on CPU."""
     if x.is_cuda:
         return _quantize_in_steps(x, codebook, mask, metric, precision)
-    with _value_errors():
+    with value_errors():
         return torch.ops.vqkernels_C.quantize(x, codebook, mask, metric == "cosine", precision == "exact")
 
 
@@ -181,7 +181,7 @@ def codebook_stats(
     codebook_size: int,
 ) -> tuple[Tensor, Tensor]:  # counts [K], sums [K, D]
     """How many tokens have each code, and their sum; bitwise the same for any number of threads."""
-    with _value_errors():
+    with value_errors():
         return torch.ops.vqkernels_C.codebook_stats(x, codes, codebook_size)
 
 
@@ -194,7 +194,7 @@ def add_statistics_(
     """Adds them to what is there; on CPU only the rows of codes with a token are visited."""
     if x.is_cuda:
         return _add_in_steps(x, codes, counts, sums)
-    with _value_errors():
+    with value_errors():
         torch.ops.vqkernels_C.add_statistics_(x, codes, counts, sums)
 
 
@@ -225,7 +225,7 @@ def ema_update_(
     clear_consumed(consume and not in_kernel, *statistics)
 
 
-def _supports(first: Tensor, *_rest: object) -> str | None:
+def supports(first: Tensor, *_rest: object) -> str | None:
     """None, or why the compiled kernels cannot take a tensor like ``first``."""
     if first.dtype not in DTYPES:
         return f"takes float32, float16, bfloat16 and float64, not {first.dtype}"
@@ -236,11 +236,12 @@ def _supports(first: Tensor, *_rest: object) -> str | None:
     return f"runs on cpu and cuda, not on {first.device.type}"
 
 
-def _supports_on_cpu(first: Tensor, *rest: object) -> str | None:
-    return _supports(first, *rest) if first.device.type == "cpu" else f"runs on cpu, not on {first.device.type}"
+def supports_on_cpu(first: Tensor, *rest: object) -> str | None:
+    """None, or why the C++ kernels cannot take a tensor like ``first``."""
+    return supports(first, *rest) if first.device.type == "cpu" else f"runs on cpu, not on {first.device.type}"
 
 
-def _nearest_details(x: Tensor, _codebook: Tensor, _metric: str, precision: str) -> str | None:
+def nearest_details(x: Tensor, _codebook: Tensor, _metric: str, precision: str) -> str | None:
     """Which coarse pass runs, and why."""
     if x.device.type == "cuda":
         return _cuda_details(x)
@@ -275,7 +276,7 @@ def _coarse_pass(dim: int, exact: bool) -> str:
     return function(dim, exact).decode()
 
 
-register("nearest", "compiled", nearest, supports=_supports, details=_nearest_details)
-register("nearest_k", "compiled", nearest_k, supports=_supports_on_cpu)
+register("nearest", "compiled", nearest, supports=supports, details=nearest_details)
+register("nearest_k", "compiled", nearest_k, supports=supports_on_cpu)
 for _op in (gather, quantize, quantize_backward, codebook_gradient, codebook_stats, add_statistics_, ema_update_):
-    register(_op.__name__, "compiled", _op, supports=_supports)
+    register(_op.__name__, "compiled", _op, supports=supports)

@@ -12,6 +12,8 @@ from typing import Any
 OPS = (
     "nearest",
     "nearest_k",
+    "nearest_prepared",
+    "nearest_k_prepared",
     "gather",
     "quantize",
     "quantize_backward",

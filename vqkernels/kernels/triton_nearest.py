@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from . import triton_configs
+from .prepared import PreparedCodebook
 from .registry import register
 from .triton_coarse import coarse_kernel
 from .triton_common import MAX_CODES, MAX_DIM, on_device, readable, unsupported
@@ -33,15 +34,21 @@ FINISH_TILES = {True: (256, 32), False: (128, 16)}  # by pack: tokens times GRAN
 
 
 @dataclass(frozen=True)
-class Operands:
-    """What the product reads, all on the device."""
+class Codes:
+    """The codebook as the product reads it, all on the device."""
 
-    tokens: Tensor  # [tokens, depth] float16, whole tiles
-    stats: Tensor  # [N, 4] float32: of each token a, b, m and its largest |x|
     codes: Tensor  # [codes, depth] float16, whole tiles
     bias: Tensor  # [codes] float32; where it is no part of the product
     limits: Tensor  # [granules, 4] float32: p, q, r and the scale of its scores
     unit: Tensor  # [K] float64, 1 / |c|; cosine only
+
+
+@dataclass(frozen=True)
+class Operands(Codes):
+    """The tokens as well."""
+
+    tokens: Tensor  # [tokens, depth] float16, whole tiles
+    stats: Tensor  # [N, 4] float32: of each token a, b, m and its largest |x|
 
 
 @dataclass(frozen=True)
@@ -60,30 +67,77 @@ def prepare(
     codebook: Tensor,  # [K, D]
     cosine: bool,
     config: SearchConfig,
+    kept: Codes | None = None,
 ) -> Operands:
-    """One launch; O((N + K) D) work and memory."""
-    n, (k, dim), device = x.shape[0] * x.shape[1], codebook.shape, x.device
+    """One launch; O((N + K) D) work and memory, O(N D) where the codes are kept from an earlier one."""
+    n, device = x.shape[0] * x.shape[1], x.device
+    depth = operand_of(config, codebook.shape[1], cosine).depth
+    codes = kept or _empty_codes(codebook, cosine, config)
+    out = Operands(
+        codes.codes,
+        codes.bias,
+        codes.limits,
+        codes.unit,
+        tokens=torch.empty(triton.cdiv(n, config.block_n) * config.block_n, depth, dtype=torch.float16, device=device),
+        stats=torch.empty(n, 4, dtype=torch.float32, device=device),
+    )
+    _launch_operands(x, codebook, out, cosine, config, of_codes=kept is None)
+    return out
+
+
+def prepare_codes(
+    codebook: Tensor,  # [K, D]
+    cosine: bool,
+    config: SearchConfig,
+) -> Codes:
+    """What ``prepare`` makes of the codes, the same bits; one launch. It serves every config with the same tiles of
+    codes, see ``codes_key``."""
+    codes, x = _empty_codes(codebook, cosine, config), codebook[None]
+    none = torch.empty(0, codes.codes.shape[1], dtype=torch.float16, device=codebook.device)
+    stats = torch.empty(0, 4, dtype=torch.float32, device=codebook.device)
+    operands = Operands(codes.codes, codes.bias, codes.limits, codes.unit, none, stats)
+    _launch_operands(x, codebook, operands, cosine, config, of_codes=True)
+    return codes
+
+
+def codes_key(config: SearchConfig) -> tuple[int, int, bool]:
+    """What the operand of the codes depends on."""
+    return config.granule, config.terms, config.pack
+
+
+def _empty_codes(codebook: Tensor, cosine: bool, config: SearchConfig) -> Codes:  # [K, D]
+    (k, dim), device = codebook.shape, codebook.device
     shape = operand_of(config, dim, cosine)
     granules = triton.cdiv(k, GROUPS * config.granule) * GROUPS
-    codes, tokens = granules * config.granule, triton.cdiv(n, config.block_n) * config.block_n
-    block_d = min(RESIDENT_DEPTH, triton.next_power_of_2(shape.depth))
-    block_t = min(64, OPERANDS_TILE // block_d)  # every config.block_n is a multiple of 64
-    out = Operands(
-        tokens=torch.empty(tokens, shape.depth, dtype=torch.float16, device=device),
-        stats=torch.empty(n, 4, dtype=torch.float32, device=device),
+    codes = granules * config.granule
+    return Codes(
         codes=torch.empty(codes, shape.depth, dtype=torch.float16, device=device),
         bias=torch.empty(codes if shape.bias == 2 else 1, dtype=torch.float32, device=device),
         limits=torch.empty(granules, 4, dtype=torch.float32, device=device),
         unit=torch.empty(k if cosine else 1, dtype=torch.float64, device=device),
     )
+
+
+def _launch_operands(
+    x: Tensor,  # [B, T, D]
+    codebook: Tensor,  # [K, D]
+    out: Operands,  # written: what there is of tokens, and the codes if asked for
+    cosine: bool,
+    config: SearchConfig,
+    of_codes: bool,
+) -> None:
+    (k, dim), tokens, n = codebook.shape, out.tokens.shape[0], out.stats.shape[0]
+    shape = operand_of(config, dim, cosine)
+    block_d = min(RESIDENT_DEPTH, triton.next_power_of_2(shape.depth))
+    block_t = min(64, OPERANDS_TILE // block_d)  # every config.block_n is a multiple of 64
     block_g = max(1, min(GROUPS, OPERANDS_TILE // 2 // block_d // config.granule))  # float64: half as many numbers
-    operands_kernel[(granules // block_g + tokens // block_t,)](
+    code_programs = out.limits.shape[0] // block_g if of_codes else 0
+    operands_kernel[(code_programs + tokens // block_t,)](
         x, codebook, out.tokens, out.stats, out.codes, out.bias, out.limits, out.unit,
-        x.shape[1], *x.stride(), n, k, dim, shape.depth, granules // block_g, *score_errors(config, dim, cosine),
+        x.shape[1], *x.stride(), n, k, dim, shape.depth, code_programs, *score_errors(config, dim, cosine),
         COSINE=cosine, TERMS=shape.terms, BIAS=shape.bias, GRANULE=config.granule,
         BLOCK_G=block_g, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=OPERANDS_WARPS,
     )  # fmt: skip
-    return out
 
 
 def coarse(
@@ -135,7 +189,7 @@ def finish(
     )  # fmt: skip
 
 
-def _supports(x: Tensor, codebook: Tensor, metric: str, precision: str) -> str | None:
+def _supports(x: Tensor, codebook: Tensor | PreparedCodebook, *_rest: object) -> str | None:
     if codebook.shape[0] > MAX_CODES or codebook.shape[1] > MAX_DIM:
         return f"takes up to {MAX_CODES} codes of up to {MAX_DIM} dims, not {list(codebook.shape)}"
     return unsupported(x)
@@ -148,9 +202,31 @@ def nearest(
     precision: str,
 ) -> tuple[Tensor, Tensor]:  # codes int64 [B, T], distance float32 [B, T]
     """See ``vqkernels.nearest``."""
-    if not x.is_cuda and not torch.isfinite(codebook).all():
-        raise ValueError("codebook: expected finite values, got NaN or Inf")
+    _check_finite(codebook)
     return search(x, codebook, metric == "cosine", config_for(x, *codebook.shape))
+
+
+def _check_finite(codebook: Tensor) -> None:  # [K, D]
+    """Where looking does not wait for a device."""
+    if not codebook.is_cuda and not torch.isfinite(codebook).all():
+        raise ValueError("codebook: expected finite values, got NaN or Inf")
+
+
+def nearest_prepared(
+    x: Tensor,  # [B, T, D]
+    prepared: PreparedCodebook,  # [K, D]
+    precision: str,
+) -> tuple[Tensor, Tensor]:  # codes int64 [B, T], distance float32 [B, T]
+    """See ``vqkernels.nearest``. The tokens' half of the first launch, and the other two."""
+    cosine, config = prepared.metric == "cosine", config_for(x, *prepared.shape)
+
+    def make(rows: Tensor) -> Codes:  # [K, D]
+        _check_finite(rows)
+        with on_device(rows):
+            return prepare_codes(readable(rows), cosine, config)
+
+    kept = prepared.form(("triton", *codes_key(config)), make)
+    return search(x, prepared.rows, cosine, config, kept)
 
 
 def search(
@@ -158,14 +234,19 @@ def search(
     codebook: Tensor,  # [K, D]
     cosine: bool,
     config: SearchConfig,
+    kept: Codes | None = None,
 ) -> tuple[Tensor, Tensor]:  # codes int64 [B, T], distance float32 [B, T]
-    """Three launches."""
+    """Three launches; the first one does nothing for the codes where they are kept.
+
+    It stays a launch for the tokens alone: made in the coarse pass, a tile of D = 256 would take 128 registers of every
+    thread in float32, which is what the product's sums already hold.
+    """
     codes = torch.empty(x.shape[:2], dtype=torch.int64, device=x.device)
     distance = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
     if codes.numel() > 0:
         with on_device(x):
             tokens, rows = readable(x), readable(codebook).contiguous()
-            operands = prepare(tokens, rows, cosine, config)
+            operands = prepare(tokens, rows, cosine, config, kept)
             state = coarse(operands, operand_of(config, rows.shape[1], cosine), config, program_slots(x, config))
             finish(tokens, rows, operands, state, codes, distance, cosine, config)
     return codes, distance
@@ -209,4 +290,11 @@ def tune(
     return best
 
 
+def _prepared_details(*_args: object) -> str:
+    return (
+        "prepared codebook: its fp16 operand, biases and bounds are kept, no launch works on codes before the product"
+    )
+
+
 register("nearest", "triton", nearest, supports=_supports)
+register("nearest_prepared", "triton", nearest_prepared, supports=_supports, details=_prepared_details)

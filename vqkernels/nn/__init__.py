@@ -3,6 +3,7 @@
 from .codebook import Codebook, CodebookOptions, defer_codebook_update
 from .draws import SamplingOptions
 from .entropy import EntropyOptions, EntropyQuantizerOutput
+from .frozen import frozen_codebook
 from .health import CodebookHealth, margin_histogram
 from .index_propagation import IndexPropagationQuantizer
 from .lookup_free import LookupFreeQuantizer
@@ -21,5 +22,6 @@ __all__ = [
     "SamplingOptions",
     "VectorQuantizer",
     "defer_codebook_update",
+    "frozen_codebook",
     "margin_histogram",
 ]

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from .._dtypes import HALF
+from ..ops import PreparedCodebook
 from ..ops._library import check_choice
 from ..ops.ema import SMOOTHINGS
 from ..ops.nearest import METRICS, PRECISIONS
 from .distributed import all_reduce_packed, finish_all_reduce, rank_and_world
+from .frozen import Freezable
 from .health import CodebookHealth, mean_length
 from .kmeans import ITERATIONS, initialize_, kmeans_
 from .normalize import l2_normalize
@@ -116,7 +118,7 @@ def undo_half(module: nn.Module, own: dict[str, Tensor | None]) -> None:
             new.data = old.to(new.device)
 
 
-class Codebook(nn.Module):
+class Codebook(Freezable):
     """Base of the quantizer modules: holds the codebook and its statistics.
 
     ``codebook`` is a buffer with update="ema" and a Parameter with update="gradient". Floating point state stays
@@ -193,6 +195,24 @@ class Codebook(nn.Module):
 
     def _rows(self) -> Tensor:  # [K, D]
         """The codes as they are searched and returned."""
+        frozen = self._snapshot()
+        return self._current_rows() if frozen is None else frozen.rows
+
+    def _searched(self) -> Tensor | PreparedCodebook:  # [K, D]
+        """``_rows`` as a search takes them."""
+        return self._snapshot() or self._current_rows()
+
+    def _frozen_source(self) -> Tensor | None:
+        return self.codebook
+
+    def _codes_to_freeze(self) -> tuple[Tensor, str]:
+        return self._current_rows(), self.options.metric
+
+    def _before_freezing(self) -> None:
+        if not self._deferring:
+            self.update_codebook()
+
+    def _current_rows(self) -> Tensor:  # [K, D]
         normalize = self.options.metric == "cosine" and self.options.update == "gradient"
         return l2_normalize(self.codebook) if normalize else self.codebook
 
@@ -200,6 +220,7 @@ class Codebook(nn.Module):
 
     def _before_search(self, tokens: Tensor, mask: Tensor | None) -> None:  # [B, T, D], bool [B, T]
         """First training forward: rank 0's state, and k-means where asked for. Every one: apply what is pending."""
+        self._refuse_frozen("training forward")
         if not self._started and (self.options.kmeans_init or rank_and_world()[1] > 1):
             synchronize_([tensor.detach() for tensor in self._own_tensors()], self._number)
             if self.options.kmeans_init:
@@ -263,8 +284,9 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def update_codebook(self) -> None:
-        """Apply the pending EMA statistics now. Local, no communication; nothing happens where there are none."""
-        if self.options.update == "ema" and not self.codebook.is_meta:
+        """Apply the pending EMA statistics now. Local, no communication; nothing happens where there are none, nor
+        inside ``frozen_codebook``: they stay pending."""
+        if self.options.update == "ema" and not self.codebook.is_meta and self._frozen is None:
             apply_pending(*self._ema_state(), *self._update_arguments())
 
     # ---- initialisation ----
@@ -317,9 +339,11 @@ class Codebook(nn.Module):
 
         Raises:
             ValueError: no finite token at all, or a batch that forward would refuse.
+            RuntimeError: inside ``frozen_codebook``.
         """
         if iterations < 0:
             raise ValueError(f"iterations: expected >= 0, got {iterations}")
+        self._refuse_frozen("init_codebook")
         each = [batches] if isinstance(batches, Tensor) else batches
         tokens = [self._tokens_of(batch).reshape(1, -1, self.codebook_dim) for batch in each]
         none = self.codebook.new_zeros((1, 0, self.codebook_dim))
@@ -360,6 +384,7 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def _load_from_state_dict(self, *args: Any) -> None:
+        self._refuse_frozen("load_state_dict")
         super()._load_from_state_dict(*args)
         if self.options.update == "ema":
             self._drop_pending()
@@ -368,7 +393,7 @@ class Codebook(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles."""
         self._land()
-        return self.__dict__.copy()
+        return super().__getstate__()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Codebook:
         """Moves and casts as asked, except that half precision is no place for a codebook."""

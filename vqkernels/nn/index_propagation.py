@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops import Quantized, entropy_loss, index_propagation, lookup
+from ..ops import Quantized, entropy_loss, index_propagation, lookup, nearest
 from ..ops._library import check_choice
 from ..ops._logits import METRICS, check_temperature
 from .codebook import Codebook, CodebookOptions, check_options, check_positive
@@ -106,9 +106,7 @@ class IndexPropagationQuantizer(Codebook):
             tokens, real = self._tokens(x, mask)
             if self.training:
                 self._before_search(tokens, real)
-            found = index_propagation(
-                tokens, self.codebook, metric=self.metric, temperature=self.temperature, mask=real
-            )
+            found = self._propagated(tokens, real)
             if self.training:
                 self._after_search(tokens.detach(), found.codes)
             return self._output(x, tokens, real, found)
@@ -127,9 +125,7 @@ class IndexPropagationQuantizer(Codebook):
         self._check(x, mask)
         with no_autocast(x):
             tokens, real = self._tokens(x, mask)
-            found = index_propagation(
-                tokens, self.codebook, metric=self.metric, temperature=self.temperature, mask=real
-            )
+            found = self._propagated(tokens, real)
         return found.codes.reshape(self.layout.codes_shape(x))
 
     def lookup(
@@ -157,6 +153,17 @@ class IndexPropagationQuantizer(Codebook):
             tokens = torch.where(real[..., None], tokens, 0)  # else NaN in padding spoils gradients
         tokens = projected(tokens, self.project_in).to(self.codebook.dtype)
         return l2_normalize(tokens) if self.metric == "cosine" else tokens, real
+
+    def _propagated(self, tokens: Tensor, mask: Tensor | None) -> Quantized:  # [B, T, D], bool [B, T]
+        frozen, codes = self._snapshot(), None
+        if frozen is not None:
+            codes, _ = nearest(l2_normalize(tokens) if self.metric == "cosine" else tokens, frozen)
+        return index_propagation(
+            tokens, self.codebook, metric=self.metric, temperature=self.temperature, mask=mask, codes=codes
+        )
+
+    def _frozen_source(self) -> Tensor | None:
+        return None if self.metric == "dot" else self.codebook
 
     def _tokens_of(self, batch: Tensor) -> Tensor:  # [B, T, D]
         self._check(batch, None)

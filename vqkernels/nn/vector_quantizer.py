@@ -173,7 +173,7 @@ class VectorQuantizer(Codebook):
             rows = self._rows()
             found = quantize(
                 tokens,
-                rows,
+                self._snapshot() or rows,
                 metric=self.options.metric,
                 precision=self.options.precision,
                 gradient=self.gradient,
@@ -233,7 +233,7 @@ class VectorQuantizer(Codebook):
         with no_autocast(x):
             tokens, real = self._tokens(x, mask)
             options = self.options
-            codes, _ = nearest(tokens, self._rows(), metric=options.metric, precision=options.precision)
+            codes, _ = nearest(tokens, self._searched(), metric=options.metric, precision=options.precision)
             codes = codes if real is None else torch.where(real, codes, -1)
         return codes.view(self.layout.codes_shape(x))
 

@@ -9,6 +9,7 @@ from .lookup import lookup
 from .nearest import nearest
 from .nearest_k import nearest_k
 from .nearest_tokens import nearest_tokens
+from .prepare_codebook import PreparedCodebook, prepare_codebook
 from .quantize import Quantized, quantize
 from .sample_codes import sample_codes
 from .sign_assignment import sign_assignment
@@ -18,6 +19,7 @@ from .soft_assignment import SoftAssignment, soft_assignment
 
 __all__ = [
     "EntropyLoss",
+    "PreparedCodebook",
     "Quantized",
     "SoftAssignment",
     "code_cross_entropy",
@@ -29,6 +31,7 @@ __all__ = [
     "nearest",
     "nearest_k",
     "nearest_tokens",
+    "prepare_codebook",
     "quantize",
     "sample_codes",
     "sign_assignment",

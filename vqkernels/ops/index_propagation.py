@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._dtypes import accumulation_dtype
 from . import plain
-from ._library import check_mask, define, run
+from ._library import check_codes, check_mask, define, run
 from ._logits import add_rows_, centred, make_logits, per_token
 from ._once import once_differentiable
 from .quantize import Quantized
@@ -86,10 +86,12 @@ class _IndexPropagation(torch.autograd.Function):
         codebook: Tensor,  # [K, D]
         center: Tensor | None,  # [D]
         mask: Tensor | None,  # bool [B, T]
+        chosen: Tensor | None,  # int64 [B, T] codes; searched for where absent
         metric: str,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        codes = (_plain_choose if plain.active() else _choose)(x, codebook, metric)
+        choose = _plain_choose if plain.active() else _choose
+        codes = choose(x, codebook, metric) if chosen is None else chosen.clone()
         if mask is not None:
             codes = torch.where(mask, codes, -1)
         rows = torch.where((codes < 0)[..., None], torch.nan, codebook[codes.clamp(min=0)])
@@ -124,7 +126,7 @@ class _IndexPropagation(torch.autograd.Function):
         if dcodebook is not None:
             rows = direct if dcodebook_error is None else direct - 2 * dcodebook_error[..., None] * pull
             dcodebook = add_rows_(dcodebook, codes, rows)
-        return dx, dcodebook, None, None, None, None
+        return dx, dcodebook, None, None, None, None, None
 
 
 def _through_softmax(
@@ -149,6 +151,7 @@ def index_propagation(
     metric: str = "dot",
     temperature: float = 1.0,
     mask: Tensor | None = None,  # bool [...]
+    codes: Tensor | None = None,  # int64 [...]
 ) -> Quantized:
     """Replace every token by its likeliest code, with the gradient of the soft assignment to all codes.
 
@@ -158,6 +161,8 @@ def index_propagation(
         metric, temperature: of the softmax, see ``soft_assignment``; IBQ's are "dot" and 1. With "cosine", tokens and
             codes have length 1, in the errors and in ``quantized`` too.
         mask: bool [...], False where a token is padding: code -1, quantized 0, errors 0, no gradient.
+        codes: int64 [...] below K, to be taken instead of the likeliest ones; negative ones are treated as those of
+            non-finite tokens.
 
     Returns:
         Quantized(quantized, codes, commitment_error, codebook_error), as ``quantize`` returns it, but ``quantized``
@@ -179,7 +184,10 @@ def index_propagation(
         check_mask(mask, x.shape[:-1], x.device)
     logits = make_logits(x, codebook, metric, temperature, mask)
     real = None if mask is None else per_token(mask, logits.x)
-    found = _IndexPropagation.apply(logits.x, logits.codebook, logits.center, real, metric, logits.scale)
+    if codes is not None:
+        check_codes(codes, x)
+        codes = per_token(codes, logits.x)
+    found = _IndexPropagation.apply(logits.x, logits.codebook, logits.center, real, codes, metric, logits.scale)
     shape = x.shape[:-1]
     errors = (value.reshape(shape).to(accumulation_dtype(x.dtype)) for value in found[2:])
     return Quantized(found[0].to(x.dtype).reshape(x.shape), found[1].reshape(shape), *errors)

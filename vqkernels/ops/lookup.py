@@ -5,24 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.prepared import PreparedCodebook
+
 
 def lookup(
     codes: Tensor,  # integer [...]
-    codebook: Tensor,  # [K, D]
+    codebook: Tensor | PreparedCodebook,  # [K, D]
 ) -> Tensor:  # [..., D]
     """Rows of ``codebook``; differentiable with respect to it.
 
     Args:
         codes: integers in [0, K), any shape.
-        codebook: [K, D].
+        codebook: [K, D], or what ``prepare_codebook`` made of it.
 
     Raises:
         TypeError: codes are not integers.
         IndexError: a code outside [0, K) (looked at on CPU only: on CUDA the look would wait for the device, and
             PyTorch's own device assertion reports it).
     """
-    check_range(codes, codebook.shape[0])
-    return torch.nn.functional.embedding(codes.long(), codebook)
+    rows = codebook.rows if isinstance(codebook, PreparedCodebook) else codebook
+    check_range(codes, rows.shape[0])
+    return torch.nn.functional.embedding(codes.long(), rows)
 
 
 def check_range(codes: Tensor, size: int) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.prepared import PreparedCodebook
 from . import plain
 from ._library import as_tokens, check_choice, check_tokens, define, promoted, run
+from ._prepared import opened, prepared_search
 
 METRICS = ("euclidean", "cosine")
 PRECISIONS = ("exact", "fast")
@@ -30,18 +32,19 @@ _nearest = define("nearest(Tensor x, Tensor codebook, str metric, str precision)
 
 def nearest(
     x: Tensor,  # [..., D]
-    codebook: Tensor,  # [K, D]
+    codebook: Tensor | PreparedCodebook,  # [K, D]
     *,
-    metric: str = "euclidean",
+    metric: str | None = None,
     precision: str = "exact",
 ) -> tuple[Tensor, Tensor]:  # codes [...], distance [...]
     """The nearest code of every token: over the real numbers that the inputs stand for, not over their roundings.
 
     Args:
         x: tokens [..., D]; float32, float16, bfloat16 or float64; any strides.
-        codebook: codes [K, D] in x's dtype (or float32 under a half-precision x); finite.
-        metric: "euclidean", or "cosine" (a zero vector is at cosine 0 to everything; cosines within 2^-90
-            of the largest, give or take their rounding of D 2^-102, tie).
+        codebook: codes [K, D] in x's dtype (or float32 under a half-precision x); finite. Or what ``prepare_codebook``
+            made of them, which spares a call the preparation.
+        metric: "euclidean" (the default), or "cosine" (a zero vector is at cosine 0 to everything; cosines within 2^-90
+            of the largest, give or take their rounding of D 2^-102, tie). A prepared codebook has its own.
         precision: "exact", or "fast": without the exact road, so that a code may come out that is farther by float32's
             rounding.
 
@@ -57,12 +60,15 @@ def nearest(
     Extra memory is O(N + K D) on CPU, where the packed codebook is kept while it does not change, and O((N + K) D) on
     CUDA; no N x K array is ever formed.
     """
+    rows, metric = opened(codebook, metric)
     check_choice("metric", metric, METRICS)
     check_choice("precision", precision, PRECISIONS)
-    check_tokens(x, codebook)
-    tokens = as_tokens(promoted(x.detach(), codebook))  # [B, T, D]
+    check_tokens(x, rows)
+    tokens = as_tokens(promoted(x.detach(), rows))  # [B, T, D]
     if plain.active():
-        codes, distance = plain.nearest(tokens, codebook.detach(), metric)
+        codes, distance = plain.nearest(tokens, rows.detach(), metric)
+    elif prepared_search(codebook):
+        codes, distance = run("nearest_prepared", tokens, codebook, precision)
     else:
-        codes, distance = _nearest(tokens, codebook.detach(), metric, precision)
+        codes, distance = _nearest(tokens, rows.detach(), metric, precision)
     return codes.view(x.shape[:-1]), distance.view(x.shape[:-1])

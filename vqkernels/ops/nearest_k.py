@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.prepared import PreparedCodebook
 from ._library import as_tokens, check_choice, check_tokens, define, promoted, run
+from ._prepared import opened, prepared_search
 from .nearest import METRICS
 
 
@@ -26,19 +28,20 @@ _nearest_k = define("nearest_k(Tensor x, Tensor codebook, int k, str metric) -> 
 
 def nearest_k(
     x: Tensor,  # [..., D]
-    codebook: Tensor,  # [K, D]
+    codebook: Tensor | PreparedCodebook,  # [K, D]
     k: int,
     *,
-    metric: str = "euclidean",
+    metric: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # codes [..., k], distance [..., k]
     """The k nearest codes of every token, in the order of distance and, where that is the same, of the index: over the
     real numbers that the inputs stand for.
 
     Args:
         x: tokens [..., D]; float32, float16, bfloat16 or float64; any strides.
-        codebook: codes [K, D] in x's dtype (or float32 under a half-precision x); finite.
+        codebook: codes [K, D] in x's dtype (or float32 under a half-precision x); finite. Or what ``prepare_codebook``
+            made of them.
         k: how many, 1 to K.
-        metric: "euclidean" or "cosine", with ``nearest``'s ties.
+        metric: "euclidean" (the default) or "cosine", with ``nearest``'s ties. A prepared codebook has its own.
 
     Returns:
         codes: int64 [..., k]; -1 where the token holds NaN or Inf.
@@ -52,10 +55,14 @@ def nearest_k(
     Extra memory is O(N k + K D); no N x K array is ever formed. The C++ kernel runs on CPU; where there is none, plain
     torch takes the tokens by blocks in float64.
     """
+    rows, metric = opened(codebook, metric)
     check_choice("metric", metric, METRICS)
-    check_tokens(x, codebook)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= codebook.shape[0]:
-        raise ValueError(f"k: expected an integer from 1 to {codebook.shape[0]} (K of codebook), got {k!r}")
-    tokens = as_tokens(promoted(x.detach(), codebook))  # [B, T, D]
-    codes, distance = _nearest_k(tokens, codebook.detach(), k, metric)
+    check_tokens(x, rows)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= rows.shape[0]:
+        raise ValueError(f"k: expected an integer from 1 to {rows.shape[0]} (K of codebook), got {k!r}")
+    tokens = as_tokens(promoted(x.detach(), rows))  # [B, T, D]
+    if prepared_search(codebook):
+        codes, distance = run("nearest_k_prepared", tokens, codebook, k)
+    else:
+        codes, distance = _nearest_k(tokens, rows.detach(), k, metric)
     return codes.view(*x.shape[:-1], k), distance.view(*x.shape[:-1], k)

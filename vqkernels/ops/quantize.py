@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
+from ..kernels.prepared import PreparedCodebook
 from . import plain
 from ._library import as_tokens, check_choice, check_codes, check_mask, check_tokens, define, promoted, run
 from ._once import once_differentiable
+from ._prepared import opened, prepared_search
 from .nearest import METRICS, PRECISIONS
 
 GRADIENTS = ("straight_through", "rotation")
@@ -178,9 +180,9 @@ class _Quantize(torch.autograd.Function):
 
 def quantize(
     x: Tensor,  # [..., D]
-    codebook: Tensor,  # [K, D]
+    codebook: Tensor | PreparedCodebook,  # [K, D]
     *,
-    metric: str = "euclidean",
+    metric: str | None = None,
     precision: str = "exact",
     gradient: str = "straight_through",
     mask: Tensor | None = None,  # bool [...]
@@ -190,7 +192,8 @@ def quantize(
 
     Args:
         x: tokens [..., D]; float32, float16, bfloat16 or float64; any strides, kept by ``quantized``.
-        codebook: codes [K, D] in x's dtype (or float32 under a half-precision x); finite.
+        codebook: codes [K, D] in x's dtype (or float32 under a half-precision x); finite. Or what ``prepare_codebook``
+            made of them, which gets no gradient.
         metric, precision: how the code is chosen, see ``nearest``; the errors are squared euclidean either way.
         gradient: "straight_through" or "rotation", the gradient that ``quantized`` passes to x.
         mask: bool [...], False where a token is padding: code -1, quantized 0, errors 0, no gradient.
@@ -205,22 +208,25 @@ def quantize(
     Raises:
         TypeError, ValueError: a bad argument, named; see ``nearest`` for a non-finite codebook.
     """
+    rows, metric = opened(codebook, metric)
     check_choice("metric", metric, METRICS)
     check_choice("precision", precision, PRECISIONS)
     check_choice("gradient", gradient, GRADIENTS)
-    check_tokens(x, codebook)
+    check_tokens(x, rows)
     if mask is not None:
         check_mask(mask, x.shape[:-1], x.device)
         mask = as_tokens(mask[..., None])[..., 0]  # [B, T]
-    tokens = as_tokens(promoted(x, codebook))  # [B, T, D]
+    tokens = as_tokens(promoted(x, rows))  # [B, T, D]
     if codes is not None:
         check_codes(codes, x)
         codes = as_tokens(codes[..., None])[..., 0]  # [B, T]
+    elif prepared_search(codebook) and not plain.active():
+        codes, _ = run("nearest_prepared", tokens.detach(), codebook, precision)
     if plain.active() and codes is None:
-        found = plain.quantize(tokens.detach(), codebook.detach(), mask, metric)
+        found = plain.quantize(tokens.detach(), rows.detach(), mask, metric)
         out = (*found, found[2])
     else:
-        out = _Quantize.apply(tokens, codebook, mask, codes, metric, precision, gradient == "rotation")
+        out = _Quantize.apply(tokens, rows, mask, codes, metric, precision, gradient == "rotation")
     shape = x.shape[:-1]
     quantized = out[0].to(x.dtype).view(x.shape) if x.dim() <= 3 else out[0].to(x.dtype).unflatten(1, x.shape[1:-1])
     error = out[2].view(shape)
