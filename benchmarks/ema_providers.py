@@ -32,8 +32,27 @@ def ours(backend: str, problem: Problem) -> Call:
     return run_step
 
 
+def at_once(backend: str, problem: Problem) -> Call:
+    """What a module does that applies its statistics in the same call, as vector-quantize-pytorch's do."""
+    assert problem.codes is not None
+    state, codes = initial_state(problem.codebook), as_tokens(problem.codes[:, None])[..., 0]
+    x = as_tokens(problem.x)
+
+    def run_step() -> Tensor:
+        with use_backend(backend):
+            run("ema_step_", x, codes, state.codebook, state.cluster_size, state.embed_sum, EMA_DECAY, EMA_EPS, False)
+        return state.codebook
+
+    return run_step
+
+
 def read_and_write(problem: Problem) -> Call:
-    """The least that memory has to do: read x once, write the codebook and its statistics once."""
+    """The least that memory has to do: read x once, write the codebook and its statistics once.
+
+    No update can do without reading the statistics, too. That is in it: ``fill_`` stores into lines that the processor
+    reads first, and takes as long as a multiplication in place, in the caches and beyond them. Like everybody it is
+    called again and again, so what fits into the last cache is found there, by it as by the others.
+    """
     state = initial_state(problem.codebook)
 
     def run() -> None:
@@ -59,6 +78,16 @@ def torch_ema(statistics: Statistics, problem: Problem) -> Call:
 HALF_AND_SINGLE = ("float32", "float16", "bfloat16")
 for _backend in ("compiled", "triton", "reference"):
     register(Provider(f"vqkernels-{_backend}", "ema", partial(ours, _backend), ours=True, dtypes=HALF_AND_SINGLE))
+register(
+    Provider(
+        "vqkernels-at-once",
+        "ema",
+        partial(at_once, "compiled"),
+        ours=True,
+        dtypes=HALF_AND_SINGLE,
+        note="one op, no array of sums: the vector-quantize-pytorch stand-in's update",
+    )
+)
 register(
     Provider(
         "torch-index-add",

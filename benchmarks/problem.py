@@ -54,7 +54,7 @@ class Problem:
         return {
             "search": size * (n * d + k * d) + 12 * n,
             "quantize": size * (2 * n * d + k * d) + 12 * n,
-            "ema": size * n * d + 8 * n + 20 * k * d,
+            "ema": size * n * d + 8 * n + 12 * k * d,
             "train-step": 6 * size * n * d + 24 * n + 24 * k * d,
             "entropy": 3 * size * (n * d + k * d),
             "nearest-k": size * (n * d + k * d) + 12 * n * self.nearest,
@@ -76,7 +76,7 @@ FLOPS_FORMULA = {
 BYTES_FORMULA = {
     "search": "s*(N*D + K*D) + 12*N, s = bytes of a number: read x and codebook, write codes and distance",
     "quantize": "s*(2*N*D + K*D) + 12*N: read x and codebook, write quantized, codes and errors",
-    "ema": "s*N*D + 8*N + 20*K*D: read x and codes; write and read sums, update embed_sum, write the codebook",
+    "ema": "s*N*D + 8*N + 12*K*D: read x and codes, update embed_sum, write the codebook",
     "train-step": "6*s*N*D + 24*N + 24*K*D: read x and write quantized; read x, quantized, dquantized and"
     " write dx; statistics and EMA",
     "nearest-k": "s*(N*D + K*D) + 12*N*k: read x and codebook, write k codes and distances",

@@ -33,6 +33,9 @@ STABLE_TORCH_LIBRARY(vqkernels_C, m) {
       "ema_update_(Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum, Tensor(d!) counts,"
       " Tensor(e!) sums, Tensor(f!) revive, float decay, float eps, float revived_size, bool normalize,"
       " bool plain, bool consume) -> ()");
+  m.def(
+      "ema_step_(Tensor x, Tensor codes, Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum,"
+      " float decay, float eps, bool normalize, bool plain) -> ()");
   m.def("softmax_forward(Tensor x, Tensor codebook, Tensor? bias, float scale) -> (Tensor, Tensor)");
   m.def(
       "softmax_code_sums(Tensor x, Tensor codebook, Tensor? bias, float scale, Tensor lse, Tensor weight)"
@@ -60,6 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(vqkernels_C, CPU, m) {
   m.impl("codebook_stats", TORCH_BOX(&vqkernels::cpu::codebook_stats));
   m.impl("add_statistics_", TORCH_BOX(&vqkernels::cpu::add_statistics_));
   m.impl("ema_update_", TORCH_BOX(&vqkernels::cpu::ema_update_));
+  m.impl("ema_step_", TORCH_BOX(&vqkernels::cpu::ema_step_));
   m.impl("softmax_forward", TORCH_BOX(&vqkernels::cpu::softmax_forward));
   m.impl("softmax_code_sums", TORCH_BOX(&vqkernels::cpu::softmax_code_sums));
   m.impl("softmax_backward", TORCH_BOX(&vqkernels::cpu::softmax_backward));

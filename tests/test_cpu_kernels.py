@@ -365,7 +365,7 @@ def test_ema_update_is_the_formula(dtype: torch.dtype, normalize: bool):
         torch.testing.assert_close(state[name].double(), value, rtol=8 * torch.finfo(dtype).eps, atol=1e-12)
 
 
-@pytest.mark.parametrize("dim", [3, 8, 29])
+@pytest.mark.parametrize("dim", [3, 8, 29, 40])
 def test_the_training_kernels_give_the_same_bits_on_every_instruction_set(
     instruction_set: str, monkeypatch: pytest.MonkeyPatch, dim: int
 ):
@@ -382,6 +382,7 @@ def test_the_training_kernels_give_the_same_bits_on_every_instruction_set(
             wide = book.to(error.dtype)
             state, revive = [wide.clone(), wide[:, 0].abs(), wide.clone()], codes[0, :40] < 3
             compiled.ema_update_(*state, counts, sums, revive, 0.9, 1e-5, 2.0, True)
+            compiled.ema_step_(x, codes, *state, 0.9, 1e-5, False)
             found += state
         return found
 
@@ -389,6 +390,23 @@ def test_the_training_kernels_give_the_same_bits_on_every_instruction_set(
     monkeypatch.setenv("VQKERNELS_CPU_ISA", "portable")
     for mine, portable in zip(here, results(), strict=True):
         assert torch.equal(mine.nan_to_num(), portable.nan_to_num())
+
+
+@pytest.mark.parametrize("crowd", [1, 3000], ids=["even", "crowded"])
+def test_an_ema_step_is_the_same_on_any_number_of_threads(crowd: int):
+    """Also where a code has more tokens than are fetched at a time, and codes are more than a block of sizes."""
+    x, size = _randn(2, 5000, 40, seed=50), 9000
+    codes = _codes(10_000, size, seed=51).view(2, 5000)
+    codes[0, :crowd] = 7
+    first = None
+    for threads in (1, 2, 3, 1):
+        torch.set_num_threads(threads)
+        state = [_randn(size, 40, seed=52), torch.ones(size), _randn(size, 40, seed=53)]
+        compiled.ema_step_(x, codes, *state, 0.9, 1e-5, False)
+        first = state if first is None else first
+        assert all(torch.equal(a, b) for a, b in zip(state, first, strict=True))
+    true = code_sums(x, codes, size) * 0.1 + 0.9 * _randn(size, 40, seed=53).double()
+    torch.testing.assert_close(first[2].double(), true, rtol=1e-6, atol=1e-6)
 
 
 def test_ema_update_without_tokens_leaves_the_codes_alone():
@@ -427,6 +445,14 @@ BAD = {
     "stats range": (
         lambda: compiled.codebook_stats(X, CODES + 7, 7),
         "codes: expected values below codebook_size = 7, got 7",
+    ),
+    "step range": (
+        lambda: compiled.ema_step_(X, CODES + 5, BOOK, BOOK[:, 0].clone(), BOOK.clone(), 0.9, 1e-5, False),
+        "codes: expected values below codebook_size = 5, got 5",
+    ),
+    "step dtype": (
+        lambda: compiled.ema_step_(X.double(), CODES, BOOK, BOOK[:, 0].clone(), BOOK.clone(), 0.9, 1e-5, False),
+        "codebook: expected dtype Double, got Float",
     ),
     "derror": (
         lambda: compiled.quantize_backward(X, X, CODES, X, CODES, False),

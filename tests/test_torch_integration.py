@@ -30,6 +30,10 @@ def _ops():
         "add_statistics_": (ops.add_statistics_.default, (x, codes, size.clone(), codebook.clone())),
         "add_statistics_ counts": (ops.add_statistics_.default, (x, codes, size.clone(), None)),
         "codebook_stats": (ops.codebook_stats.default, (x, codes, 7)),
+        "ema_step_": (
+            ops.ema_step_.default,
+            (x, codes, codebook.clone(), size.clone(), codebook.clone(), 0.9, 1e-5, False),
+        ),
         "ema_update_": (
             ops.ema_update_.default,
             (

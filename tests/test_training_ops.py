@@ -211,6 +211,32 @@ def test_ema_update_in_float64(backend):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("layout", ["rows", "maps", "slice"])
+def test_ema_step_is_statistics_and_update(backend, layout: str, dtype: torch.dtype, normalize: bool):
+    """In one call and in two: the same bits, of the codes with many tokens, with one and with none."""
+    name, device = backend
+    _skip_float64(name, dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(3, 200, 45, generator=generator).to(device, dtype)
+    x = {"rows": x, "maps": x.transpose(1, 2).contiguous().transpose(1, 2), "slice": x[:, :, 1:38]}[layout]
+    few, many = (
+        torch.randint(-1, 3, (3, 100), generator=generator),
+        torch.randint(3, 300, (3, 100), generator=generator),
+    )
+    codes = torch.cat([few, many], dim=1).to(device)
+    codebook, size = torch.randn(300, x.shape[2], generator=generator), torch.rand(300, generator=generator)
+    state = [t.to(device, wide) for t in (codebook, size, codebook * size[:, None])]
+    mine = [t.clone() for t in state]
+    run("ema_step_", x, codes, *mine, 0.9, 1e-5, normalize)
+    vq.ema_update_(*state, *vq.codebook_stats(x, codes, 300), decay=0.9, normalize=normalize)
+    assert all(torch.equal(a, b) for a, b in zip(mine, state, strict=True))
+    run("ema_step_", x, torch.full_like(codes, -1), *mine, 0.9, 1e-5, normalize)
+    assert all(torch.equal(a, b) for a, b in zip(mine, state, strict=True))  # nothing to learn from
+
+
+@pytest.mark.parametrize("normalize", [False, True])
 def test_plain_smoothing_divides_by_size_and_eps(backend, normalize: bool):
     _, device = backend
     codebook, size = torch.randn(9, 11), torch.rand(9) * 3

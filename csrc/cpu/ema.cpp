@@ -3,9 +3,9 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "../checks.h"
+#include "ema.h"
 #include "ops.h"
 #include "parallel.h"
 #include "training_table.h"
@@ -32,27 +32,6 @@ struct Ema {
   bool consume;  // leave zeros in counts, sums and revive; rows of `sums` whose count is 0 are 0, and not
                  // visited
 
-  // Sum over codes of value(k): partial sums of blocks, added in order.
-  template <class Value>
-  double total(const Value& value) const {
-    constexpr int64_t BLOCK = 4096, PARTS = 8;
-    std::vector<double> blocks(ceil_div(size, BLOCK));
-    for_each_range(size, BLOCK, 2.0 * size, [&](int64_t begin, int64_t end) {
-      double parts[PARTS] = {};
-      int64_t k = begin;
-      for (; k + PARTS <= end; k += PARTS) {
-        for (int64_t i = 0; i < PARTS; ++i) parts[i] += value(k + i);
-      }
-      double sum = 0.0;
-      for (; k < end; ++k) sum += value(k);
-      for (const double part : parts) sum += part;
-      blocks[begin / BLOCK] = sum;
-    });
-    double sum = 0.0;
-    for (const double block : blocks) sum += block;
-    return sum;
-  }
-
   // The code becomes the token in its row of `sums`, with the weight of `revived_size` tokens.
   void revive_code(int64_t k) const {
     const W* sampled = sums + k * dim;
@@ -73,42 +52,45 @@ struct Ema {
     for (int64_t d = k * dim; d < (k + 1) * dim; ++d) sums[d] = 0;
   }
 
-  void update_code(const TrainingLoops<W>& loops, int64_t k, double preserve) const {
-    const bool counted = !consume || counts[k] != W(0);
-    if (revive[k]) {
-      revive_code(k);
-    } else {
-      const EmaRow step{decay, 1.0 - decay, preserve / (cluster_size[k] + eps), normalize};
-      loops.learn_row(step, counted ? sums + k * dim : nullptr, dim, embed_sum + k * dim, codebook + k * dim);
+  // Whether a code that is not revived has a token.
+  bool any_counted() const {
+    for (int64_t k = 0; k < size; ++k) {
+      if (counts[k] != W(0) && !revive[k]) return true;
     }
-    if (consume && (counted || revive[k])) clear(k);
+    return false;
   }
 
   // New cluster sizes; returns their sum.
-  double update_sizes(bool learns) const {
-    return total([&](int64_t k) {
-      if (revive[k]) {
-        cluster_size[k] = static_cast<W>(revived_size);
-      } else if (learns) {
-        cluster_size[k] = static_cast<W>(decay * cluster_size[k] + (1.0 - decay) * counts[k]);
-      }
-      return static_cast<double>(cluster_size[k]);
+  double update_sizes(const EmaStep& step) const {
+    return sum_of_blocks(size, [&](int64_t begin, int64_t end) {
+      return training_loops<W>().learn_sizes(step, counts + begin, revive + begin, end - begin,
+                                             cluster_size + begin);
     });
   }
 
-  void update() const {
+  // Runs of codes between revived ones.
+  void update_rows(const EmaStep& step, bool learns, int64_t begin, int64_t end) const {
     const TrainingLoops<W>& loops = training_loops<W>();
-    const double learned = total([&](int64_t k) { return revive[k] ? 0.0 : static_cast<double>(counts[k]); });
-    const bool revived = std::memchr(revive, true, size) != nullptr;
-    if (learned == 0.0 && !revived) return;
-    const double n = update_sizes(learned != 0.0);
-    const double preserve =
-        plain ? 1.0 : (n + static_cast<double>(size) * eps) / n;  // the sum of smoothed sizes
-    for_each_range(size, 1 + 16384 / dim, 8.0 * size * dim, [&](int64_t begin, int64_t end) {
-      for (int64_t k = begin; k < end; ++k) {
-        if (learned != 0.0 || revive[k]) update_code(loops, k, preserve);
+    W* consumed = consume ? counts : nullptr;
+    for (int64_t k = begin; k < end;) {
+      const void* found = std::memchr(revive + k, true, end - k);
+      const int64_t revived = found == nullptr ? end : static_cast<const bool*>(found) - revive;
+      if (learns) {
+        loops.learn_rows(step, cluster_size, consumed, sums, k, revived, dim, embed_sum, codebook);
       }
-    });
+      if (revived < end) revive_code(revived);
+      if (revived < end && consume) clear(revived);
+      k = revived + 1;
+    }
+  }
+
+  void update() const {
+    const bool learns = any_counted();
+    if (!learns && std::memchr(revive, true, size) == nullptr) return;
+    EmaStep step{learns ? decay : 1.0, eps, 1.0, revived_size, normalize};
+    step.preserve = preserved(update_sizes(step), size, eps, plain);
+    for_each_range(size, 1 + 16384 / dim, 8.0 * size * dim,
+                   [&](int64_t begin, int64_t end) { update_rows(step, learns, begin, end); });
   }
 };
 
@@ -127,9 +109,7 @@ W* rows_of(const Tensor& tensor) {
 
 }  // namespace
 
-void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_sum, Tensor counts, Tensor sums,
-                 Tensor revive, double decay, double eps, double revived_size, bool normalize, bool plain,
-                 bool consume) {
+void check_codebook_state(const Tensor& codebook, const Tensor& cluster_size, const Tensor& embed_sum) {
   check_rank(codebook, "codebook", 2, "[K, D]");
   const ScalarType type = codebook.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::Double,
@@ -137,6 +117,12 @@ void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_sum, Tensor 
   check_state(codebook, "codebook", codebook, 2);
   check_state(cluster_size, "cluster_size", codebook, 1);
   check_state(embed_sum, "embed_sum", codebook, 2);
+}
+
+void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_sum, Tensor counts, Tensor sums,
+                 Tensor revive, double decay, double eps, double revived_size, bool normalize, bool plain,
+                 bool consume) {
+  check_codebook_state(codebook, cluster_size, embed_sum);
   check_state(counts, "counts", codebook, 1);
   check_state(sums, "sums", codebook, 2);
   check_rank(revive, "revive", 1, "[K]");
@@ -162,7 +148,7 @@ void ema_update_(Tensor codebook, Tensor cluster_size, Tensor embed_sum, Tensor 
            consume}
         .update();
   };
-  type == ScalarType::Double ? update(double{}) : update(float{});
+  codebook.scalar_type() == ScalarType::Double ? update(double{}) : update(float{});
 }
 
 }  // namespace cpu

@@ -7,6 +7,7 @@
 
 #include "../checks.h"
 #include "parallel.h"
+#include "training_table.h"
 
 namespace vqkernels {
 namespace cpu {
@@ -17,6 +18,7 @@ struct Groups {
   Buffer<int64_t> order;       // [tokens with a code]
 
   int64_t used() const { return static_cast<int64_t>(code.size()); }
+  CodeTokens tokens() const { return {code.data(), start.data(), order.get(), used(), start.back()}; }
 };
 
 // Throws where a code is not below codebook_size; tokens with a negative one are left out.

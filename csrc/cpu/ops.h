@@ -91,6 +91,14 @@ void ema_update_(Tensor codebook,      // [K, D], written
                  Tensor revive,        // bool [K], likewise
                  double decay, double eps, double revived_size, bool normalize, bool plain, bool consume);
 
+// Statistics and update in one, for codes that nothing is collected for: the bits are those of the two.
+void ema_step_(Tensor x,             // [B, T, D]
+               Tensor codes,         // [B, T]
+               Tensor codebook,      // [K, D], written
+               Tensor cluster_size,  // [K], written
+               Tensor embed_sum,     // [K, D], written
+               double decay, double eps, bool normalize, bool plain);
+
 // The streaming softmax over l_nk = scale <x_n, c_k> + bias_k, p_n = softmax_k(l_n); float32 or float64.
 std::tuple<Tensor, Tensor> softmax_forward(Tensor x,                    // [B, T, D]
                                            Tensor codebook,             // [K, D]

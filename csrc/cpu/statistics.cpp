@@ -22,7 +22,7 @@ template <class T>
 void prefetch_row(const Tokens<const T>& x, int64_t n) {
   constexpr int64_t PER_LINE = 64 / sizeof(T);
   const T* row = x.row(n);
-  for (int64_t d = 0; d < x.dim; d += PER_LINE) __builtin_prefetch(row + d);
+  for (int64_t d = 0; d < x.dim; d += PER_LINE) __builtin_prefetch(row + d, 0, 2);
 }
 
 // Whether tokens are better read along the dimensions, many at a time.
@@ -111,17 +111,14 @@ Tokens<const T> some_dimensions(Tokens<const T> x, int64_t first, int64_t count)
 template <class W>
 void sum_dense_rows(const Tokens<const W>& x, const Groups& groups, W* out, bool adds) {  // out [K, D]
   const TrainingLoops<W>& loops = training_loops<W>();
-  const int64_t tokens = groups.start.back(), dim = x.dim, per_item = 1 + 8192 / dim;
+  const CodeTokens tokens = groups.tokens();
+  const int64_t per_item = 1 + 8192 / x.dim;
   for_each_item<std::vector<double>>(
-      ceil_div(groups.used(), per_item), 4.0 * (tokens + groups.used()) * dim,
-      [&] { return std::vector<double>(dim); },
+      ceil_div(groups.used(), per_item), 4.0 * (tokens.count + groups.used()) * x.dim,
+      [&] { return std::vector<double>(x.dim); },
       [&](int64_t item, std::vector<double>& total) {
         const int64_t first = item * per_item, end = std::min(groups.used(), first + per_item);
-        for (int64_t g = first; g < end; ++g) {
-          const int64_t start = groups.start[g];
-          loops.sum_rows(x.data, x.spacing(), groups.order.get() + start, groups.start[g + 1] - start,
-                         tokens - start, dim, total.data(), adds, out + groups.code[g] * dim);
-        }
+        loops.sum_codes(x.data, x.spacing(), tokens, first, end, x.dim, total.data(), adds, out);
       });
 }
 

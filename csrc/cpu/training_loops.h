@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "training_table.h"
 
@@ -26,6 +27,7 @@ struct Eight<double> {
 };
 
 #define VQ_INLINE inline __attribute__((always_inline))
+#define VQ_ALWAYS __attribute__((always_inline))
 
 template <class W>
 VQ_INLINE void load(const W* from, typename Eight<W>::Vector& to) {
@@ -46,6 +48,47 @@ VQ_INLINE void store_narrow(W* to, const Doubles& from) {
   const typename Eight<W>::Vector narrow = __builtin_convertvector(from, typename Eight<W>::Vector);
   store(to, narrow);
 }
+// Eight doubles as most instruction sets have registers for them. Where sums stay for long, or are added to
+// memory, a vector of eight would be taken apart and put together on the stack.
+typedef double FourDoubles __attribute__((vector_size(32)));
+
+struct Halves {
+  FourDoubles low = {}, high = {};
+
+  VQ_INLINE Halves& operator+=(const Halves& other) {
+    low += other.low;
+    high += other.high;
+    return *this;
+  }
+};
+
+template <class W>
+VQ_INLINE Halves widen(const typename Eight<W>::Vector& from) {
+  const Doubles wide = __builtin_convertvector(from, Doubles);
+  return {__builtin_shufflevector(wide, wide, 0, 1, 2, 3), __builtin_shufflevector(wide, wide, 4, 5, 6, 7)};
+}
+template <class W>
+VQ_INLINE Halves load_halves(const W* from) {
+  typename Eight<W>::Vector narrow;
+  load(from, narrow);
+  return widen<W>(narrow);
+}
+VQ_INLINE Halves load_halves(const double* from) {
+  Halves halves;
+  __builtin_memcpy(&halves.low, from, sizeof(halves.low));
+  __builtin_memcpy(&halves.high, from + 4, sizeof(halves.high));
+  return halves;
+}
+VQ_INLINE void store_halves(double* to, const Halves& from) {
+  __builtin_memcpy(to, &from.low, sizeof(from.low));
+  __builtin_memcpy(to + 4, &from.high, sizeof(from.high));
+}
+template <class W>
+VQ_INLINE void narrow(const Halves& from, typename Eight<W>::Vector& to) {
+  const Doubles wide = __builtin_shufflevector(from.low, from.high, 0, 1, 2, 3, 4, 5, 6, 7);
+  to = __builtin_convertvector(wide, typename Eight<W>::Vector);
+}
+
 template <class Vector>
 VQ_INLINE auto add_lanes(const Vector& v) {
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
@@ -166,96 +209,206 @@ void rotation(const W* x, const W* q, const W* g, int64_t dim, W pull, W* dx) {
 }
 
 template <class W>
-VQ_INLINE void add_one_row(const W* row, int64_t dim, double* total) {
-  Doubles sum, a;
+void add_row(const W* row, int64_t dim, double* total) {
   int64_t d = 0;
   for (; d + LANES <= dim; d += LANES) {
-    load(total + d, sum);
-    load_wide(row + d, a);
-    sum += a;
-    store(total + d, sum);
+    Halves sum = load_halves(total + d);
+    sum += load_halves(row + d);
+    store_halves(total + d, sum);
   }
   for (; d < dim; ++d) total[d] += row[d];
 }
 
+// out = fresh, or out += it.
 template <class W>
-void add_row(const W* row, int64_t dim, double* total) {
-  add_one_row(row, dim, total);
+VQ_INLINE void put_eight(typename Eight<W>::Vector fresh, bool adds, W* out) {
+  typename Eight<W>::Vector old;
+  if (adds) {
+    load(out, old);
+    fresh += old;
+  }
+  store(out, fresh);
+}
+template <class W>
+VQ_INLINE void put_eight(const Halves& sum, bool adds, W* out) {
+  typename Eight<W>::Vector fresh;
+  narrow<W>(sum, fresh);
+  put_eight<W>(fresh, adds, out);
+}
+template <class W>
+VQ_INLINE void put_one(W fresh, bool adds, W* out) {
+  *out = adds ? *out + fresh : fresh;
+}
+
+template <class W>
+VQ_INLINE void put_row(const W* row, int64_t dim, bool adds, W* out) {
+  typename Eight<W>::Vector fresh;
+  int64_t d = 0;
+  for (; d + LANES <= dim; d += LANES) {
+    load(row + d, fresh);
+    put_eight<W>(fresh, adds, out + d);
+  }
+  for (; d < dim; ++d) put_one(row[d], adds, out + d);
 }
 
 template <class W>
 void put_sum(const double* total, int64_t dim, bool adds, W* out) {
-  typename Eight<W>::Vector old;
-  Doubles sum;
   int64_t d = 0;
-  for (; d + LANES <= dim; d += LANES) {
-    load(total + d, sum);
-    typename Eight<W>::Vector fresh = __builtin_convertvector(sum, typename Eight<W>::Vector);
-    if (adds) {
-      load(out + d, old);
-      fresh += old;
-    }
-    store(out + d, fresh);
-  }
-  for (; d < dim; ++d) out[d] = adds ? out[d] + static_cast<W>(total[d]) : static_cast<W>(total[d]);
+  for (; d + LANES <= dim; d += LANES) put_eight<W>(load_halves(total + d), adds, out + d);
+  for (; d < dim; ++d) put_one(static_cast<W>(total[d]), adds, out + d);
 }
 
-// A sum of one row is that row.
-template <class W>
-VQ_INLINE void put_row(const W* row, int64_t dim, bool adds, W* out) {
-  typename Eight<W>::Vector fresh, old;
-  int64_t d = 0;
-  for (; d + LANES <= dim; d += LANES) {
-    load(row + d, fresh);
-    if (adds) {
-      load(out + d, old);
-      fresh += old;
-    }
-    store(out + d, fresh);
-  }
-  for (; d < dim; ++d) out[d] = adds ? out[d] + row[d] : row[d];
-}
-
-constexpr int64_t AHEAD = 6;  // rows lie anywhere in memory, and the processor would not guess them
-
+// Into the second cache: asked for in the first, they would take its few fill buffers from the rows being
+// summed.
 template <class W>
 VQ_INLINE void fetch_row(const W* row, int64_t dim) {
   constexpr int64_t PER_LINE = 64 / sizeof(W);
-  for (int64_t d = 0; d < dim; d += PER_LINE) __builtin_prefetch(row + d);
+  for (int64_t d = 0; d < dim; d += PER_LINE) __builtin_prefetch(row + d, 0, 2);
+}
+
+// Rows of one matrix that are added up, in this order.
+template <class W>
+struct Run {
+  const W* rows;  // [N, D], stride apart
+  int64_t stride;
+  const int64_t* order;  // [count]
+  int64_t count;
+
+  const W* operator[](int64_t i) const { return rows + order[i] * stride; }
+};
+
+// Where sums begin, and where they go: both are `total` [D] in the middle of a code's tokens.
+template <class W>
+struct SumEnds {
+  double* total;
+  W* out;  // [D]
+  bool starts;
+  bool ends;
+  bool adds;  // to out
+};
+
+// BLOCKS * 8 dimensions in registers over all rows of a run.
+template <int BLOCKS, class W>
+VQ_INLINE void sum_blocks(const Run<W>& run, int64_t d, const SumEnds<W>& ends) {
+  Halves sum[BLOCKS];
+  if (!ends.starts) {
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b) sum[b] = load_halves(ends.total + d + b * LANES);
+  }
+  for (int64_t i = 0; i < run.count; ++i) {
+    const W* row = run[i] + d;
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b) sum[b] += load_halves(row + b * LANES);
+  }
+  if (ends.ends) {
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b) put_eight<W>(sum[b], ends.adds, ends.out + d + b * LANES);
+  } else {
+#pragma GCC unroll 4
+    for (int b = 0; b < BLOCKS; ++b) store_halves(ends.total + d + b * LANES, sum[b]);
+  }
 }
 
 template <class W>
-void sum_rows(const W* rows, int64_t stride, const int64_t* order, int64_t count, int64_t left, int64_t dim,
-              double* total, bool adds, W* out) {
-  if (AHEAD < left) fetch_row(rows + order[AHEAD] * stride, dim);
-  if (count == 1) return put_row(rows + order[0] * stride, dim, adds, out);
-  for (int64_t d = 0; d < dim; ++d) total[d] = rows[order[0] * stride + d];
-  for (int64_t i = 1; i < count; ++i) {
-    if (i + AHEAD < left) fetch_row(rows + order[i + AHEAD] * stride, dim);
-    add_one_row(rows + order[i] * stride, dim, total);
+VQ_INLINE void sum_run(const Run<W>& run, int64_t dim, const SumEnds<W>& ends) {
+  int64_t d = 0;
+  for (; d + 4 * LANES <= dim; d += 4 * LANES) sum_blocks<4>(run, d, ends);
+  for (; d + LANES <= dim; d += LANES) sum_blocks<1>(run, d, ends);
+  for (; d < dim; ++d) {
+    double sum = ends.starts ? 0.0 : ends.total[d];
+    for (int64_t i = 0; i < run.count; ++i) sum += run[i][d];
+    if (ends.ends) {
+      put_one(static_cast<W>(sum), ends.adds, ends.out + d);
+    } else {
+      ends.total[d] = sum;
+    }
   }
-  put_sum(total, dim, adds, out);
+}
+
+constexpr int64_t AHEAD_BYTES = 4096;  // rows lie anywhere in memory, and the processor would not guess them
+constexpr int64_t RUN_BYTES =
+    1 << 14;  // of a code with many tokens at a time: fetched ones must not be driven out
+
+// Sums of one code after another, in the order of `tokens`.
+template <class W>
+class CodeSums {
+ public:
+  CodeSums(const W* rows, int64_t stride, int64_t dim, const CodeTokens& tokens, int64_t first, double* total)
+      : rows_(rows),
+        stride_(stride),
+        dim_(dim),
+        tokens_(tokens),
+        total_(total),
+        ahead_(1 + AHEAD_BYTES / (dim * static_cast<int64_t>(sizeof(W)))),
+        most_(1 + RUN_BYTES / (dim * static_cast<int64_t>(sizeof(W)))),
+        fetched_(tokens.start[first]) {}
+
+  VQ_INLINE const W* row(int64_t i) const { return rows_ + tokens_.order[i] * stride_; }
+
+  // Asks for the rows that are needed when those before `end` have been summed.
+  VQ_INLINE void fetch(int64_t end) {
+    const int64_t last = end + ahead_ < tokens_.count ? end + ahead_ : tokens_.count;
+    for (; fetched_ < last; ++fetched_) fetch_row(row(fetched_), dim_);
+  }
+
+  // The sum in `out`, or the one row that it consists of.
+  VQ_INLINE const W* row_or_sum(int64_t g, W* out) {
+    const int64_t start = tokens_.start[g], end = tokens_.start[g + 1];
+    if (end - start > 1) {
+      sum(g, false, out);
+      return out;
+    }
+    fetch(end);
+    return row(start);
+  }
+
+  VQ_INLINE void sum(int64_t g, bool adds, W* out) {
+    const int64_t start = tokens_.start[g], end = tokens_.start[g + 1];
+    for (int64_t i = start; i < end; i += most_) {
+      const int64_t count = end - i < most_ ? end - i : most_;
+      fetch(i + count);
+      if (end - start == 1) return put_row(row(start), dim_, adds, out);
+      sum_run(Run<W>{rows_, stride_, tokens_.order + i, count}, dim_,
+              SumEnds<W>{total_, out, i == start, i + count == end, adds});
+    }
+  }
+
+ private:
+  const W* rows_;  // [N, D], stride apart
+  int64_t stride_;
+  int64_t dim_;
+  const CodeTokens& tokens_;
+  double* total_;  // [D], memory
+  int64_t ahead_;
+  int64_t most_;
+  int64_t fetched_;
+};
+
+template <class W>
+void sum_codes(const W* rows, int64_t stride, const CodeTokens& tokens, int64_t first, int64_t end,
+               int64_t dim, double* total, bool adds, W* out) {
+  CodeSums<W> sums(rows, stride, dim, tokens, first, total);
+  for (int64_t g = first; g < end; ++g) sums.sum(g, adds, out + tokens.code[g] * dim);
 }
 
 template <class W>
 void add_rows(const W* rows, const int64_t* slots, int64_t count, int64_t dim, double* totals) {
   for (int64_t n = 0; n < count; ++n) {
-    if (slots[n] >= 0) add_one_row(rows + n * dim, dim, totals + slots[n] * dim);
+    if (slots[n] >= 0) add_row(rows + n * dim, dim, totals + slots[n] * dim);
   }
 }
 
 template <class W>
 void add_pull(const W* x, const W* q, W weight, int64_t dim, double* total) {
   typename Eight<W>::Vector a, b;
-  Doubles sum;
   int64_t d = 0;
   for (; d + LANES <= dim; d += LANES) {
-    load(total + d, sum);
     load(x + d, a);
     load(q + d, b);
     b = weight * (b - a);
-    sum += __builtin_convertvector(b, Doubles);
-    store(total + d, sum);
+    Halves sum = load_halves(total + d);
+    sum += widen<W>(b);
+    store_halves(total + d, sum);
   }
   for (; d < dim; ++d) total[d] += weight * (q[d] - x[d]);
 }
@@ -279,45 +432,132 @@ void divide_by_length(W* row, int64_t dim) {
   for (; d < dim; ++d) row[d] = static_cast<W>(row[d] * inverse);
 }
 
-template <class W>
-VQ_INLINE void learn_eight(const EmaRow& step, const typename Eight<W>::Vector& was,
-                           const typename Eight<W>::Vector& sum, W* embed, W* code) {
-  Doubles value = __builtin_convertvector(was, Doubles);
-  value = step.decay * value + step.gain * __builtin_convertvector(sum, Doubles);
-  const typename Eight<W>::Vector rounded = __builtin_convertvector(value, typename Eight<W>::Vector);
-  store(embed, rounded);
-  store_narrow(code, __builtin_convertvector(rounded, Doubles) * step.inverse);
+VQ_INLINE Halves mixed(double decay, const Halves& was, double gain, const Halves& fresh) {
+  return {decay * was.low + gain * fresh.low, decay * was.high + gain * fresh.high};
+}
+
+// Eight flags at a time.
+VQ_INLINE bool any_of_eight(const bool* flags) {
+  uint64_t bytes;
+  __builtin_memcpy(&bytes, flags, sizeof(bytes));
+  return bytes != 0;
 }
 
 template <class W>
-void learn_row(const EmaRow& step, const W* sum, int64_t dim, W* embed, W* code) {
-  typename Eight<W>::Vector was, fresh = {}, last = {}, last_sum = {};
+VQ_INLINE double learn_size(const EmaStep& step, W counts, bool revived, W& size) {
+  size = static_cast<W>(revived ? step.revived_size : step.decay * size + (1.0 - step.decay) * counts);
+  return size;
+}
+
+template <class W>
+double learn_sizes(const EmaStep& step, const W* counts, const bool* revive, int64_t count, W* sizes) {
+  const double decay = step.decay, gain = 1.0 - decay;
+  Halves total;
+  int64_t k = 0;
+  for (; k + LANES <= count; k += LANES) {
+    if (revive != nullptr && any_of_eight(revive + k)) {
+      for (int64_t i = k; i < k + LANES; ++i) learn_size(step, counts[i], revive[i], sizes[i]);
+    } else {
+      put_eight<W>(mixed(decay, load_halves(sizes + k), gain, load_halves(counts + k)), false, sizes + k);
+    }
+    total += load_halves(sizes + k);
+  }
+  total.low += total.high;
+  double sum = (total.low[0] + total.low[2]) + (total.low[1] + total.low[3]);
+  for (; k < count; ++k) sum += learn_size(step, counts[k], revive != nullptr && revive[k], sizes[k]);
+  return sum;
+}
+
+// 1 / the smoothed size; a finite number, so that a code without any tokens stays at zero.
+template <class W>
+VQ_INLINE W inverse_of(const EmaStep& step, W size) {
+  const double inverse = step.preserve / (size + step.eps);
+  constexpr double MOST = std::numeric_limits<W>::max();
+  return static_cast<W>(inverse > MOST ? MOST : inverse);
+}
+
+template <class W>
+VQ_INLINE void learn_eight(const EmaRow<W>& step, const Halves& value, W* embed, W* code) {
+  typename Eight<W>::Vector rounded;
+  narrow<W>(value, rounded);
+  store(embed, rounded);
+  store<W>(code, rounded * step.inverse);
+}
+
+// SUMMED: with `sum`; else it is null, and zero.
+template <bool SUMMED, class W>
+VQ_INLINE void learn_row(const EmaRow<W>& step, const W* sum, int64_t dim, W* embed, W* code) {
+  const auto learned = [&](int64_t d) VQ_ALWAYS {
+    const Halves was = load_halves(embed + d);
+    if constexpr (SUMMED) return mixed(step.decay, was, step.gain, load_halves(sum + d));
+    return Halves{step.decay * was.low, step.decay * was.high};
+  };
+  if (dim < LANES) {
+    for (int64_t d = 0; d < dim; ++d) {
+      embed[d] = static_cast<W>(step.decay * embed[d] + (SUMMED ? step.gain * sum[d] : 0.0));
+      code[d] = embed[d] * step.inverse;
+    }
+    return;
+  }
   const int64_t end = dim - LANES;  // the last eight overlap the ones before: read before those are written
-  if (end >= 0) load(embed + end, last);
-  if (end >= 0 && sum != nullptr) load(sum + end, last_sum);
-  int64_t d = 0;
-  for (; d < end; d += LANES) {
-    load(embed + d, was);
-    if (sum != nullptr) load(sum + d, fresh);
-    learn_eight<W>(step, was, fresh, embed + d, code + d);
+  const Halves last = learned(end);
+  for (int64_t d = 0; d < end; d += LANES) learn_eight<W>(step, learned(d), embed + d, code + d);
+  learn_eight<W>(step, last, embed + end, code + end);
+}
+
+template <class W>
+VQ_INLINE EmaRow<W> row_of(const EmaStep& step, W size) {
+  return {step.decay, 1.0 - step.decay, inverse_of(step, size)};
+}
+
+template <class W>
+void learn_rows(const EmaStep& step, const W* sizes, W* counts, W* sums, int64_t first, int64_t end,
+                int64_t dim, W* embed, W* codebook) {
+  for (int64_t k = first; k < end; ++k) {
+    const EmaRow<W> row = row_of(step, sizes[k]);
+    W* code = codebook + k * dim;
+    const bool counted = counts == nullptr || counts[k] != W(0);
+    if (counted) {
+      learn_row<true, W>(row, sums + k * dim, dim, embed + k * dim, code);
+    } else {
+      learn_row<false, W>(row, nullptr, dim, embed + k * dim, code);
+    }
+    if (step.normalize) divide_by_length(code, dim);
+    if (counts == nullptr || !counted) continue;
+    counts[k] = W(0);
+    for (int64_t d = k * dim; d < (k + 1) * dim; ++d) sums[d] = W(0);
   }
-  if (end >= 0) learn_eight<W>(step, last, last_sum, embed + end, code + end);
-  for (; end < 0 && d < dim; ++d) {
-    embed[d] = static_cast<W>(step.decay * embed[d] + step.gain * (sum != nullptr ? sum[d] : W(0)));
-    code[d] = static_cast<W>(embed[d] * step.inverse);
+}
+
+// The same with the sums of `tokens` of codes [first, end), which are made where they are used; group `g` is
+// the first of a code not below `first`.
+template <class W>
+void learn_codes(const EmaStep& step, const W* sizes, const W* rows, int64_t stride, const CodeTokens& tokens,
+                 int64_t g, int64_t first, int64_t end, int64_t dim, double* total, W* sum, W* embed,
+                 W* codebook) {
+  CodeSums<W> sums(rows, stride, dim, tokens, g, total);
+  for (int64_t k = first; k < end; ++k) {
+    const EmaRow<W> row = row_of(step, sizes[k]);
+    W* code = codebook + k * dim;
+    if (g < tokens.used && tokens.code[g] == k) {
+      learn_row<true, W>(row, sums.row_or_sum(g++, sum), dim, embed + k * dim, code);
+    } else {
+      learn_row<false, W>(row, nullptr, dim, embed + k * dim, code);
+    }
+    if (step.normalize) divide_by_length(code, dim);
   }
-  if (step.normalize) divide_by_length(code, dim);
 }
 
 template <class W>
 constexpr TrainingLoops<W> make_loops() {
-  return {copy_code<W>, straight_through<W>, rotation<W>, add_rows<W>, sum_rows<W>,
-          add_row<W>,   put_sum<W>,          add_pull<W>, learn_row<W>};
+  return {copy_code<W>, straight_through<W>, rotation<W>,   add_rows<W>,    sum_codes<W>,  add_row<W>,
+          put_sum<W>,   add_pull<W>,         learn_rows<W>, learn_codes<W>, learn_sizes<W>};
 }
 
 constexpr TrainingTable TRAINING{make_loops<float>(), make_loops<double>()};
 
 #undef VQ_INLINE
+#undef VQ_ALWAYS
 
 }  // namespace
 }  // namespace cpu

@@ -7,12 +7,30 @@
 namespace vqkernels {
 namespace cpu {
 
-// What an EMA step does to the row of one code.
+// What an EMA step does to sizes and rows.
+struct EmaStep {
+  double decay;
+  double eps;
+  double preserve;  // a code's smoothed size is (size + eps) / preserve
+  double revived_size;
+  bool normalize;  // new codes get length 1
+};
+
+// And to the row of one code. The average is taken in float64; its quotient, where nothing cancels, in W.
+template <class W>
 struct EmaRow {
   double decay;
-  double gain;     // 1 - decay
-  double inverse;  // 1 / smoothed cluster size
-  bool normalize;  // the new code gets length 1
+  double gain;  // 1 - decay
+  W inverse;    // 1 / smoothed cluster size
+};
+
+// Tokens one code after another.
+struct CodeTokens {
+  const int64_t* code;   // [used]
+  const int64_t* start;  // [used + 1] of each code's tokens in `order`
+  const int64_t* order;  // [count]
+  int64_t used;
+  int64_t count;
 };
 
 template <class W>
@@ -44,14 +62,13 @@ struct TrainingLoops {
                    int64_t count, int64_t dim,
                    double* totals);  // [slots, D]
 
-  // out = sum of the chosen rows of a matrix, or out += it; rows far apart are fetched ahead.
-  void (*sum_rows)(const W* rows,  // [N, D], stride apart
-                   int64_t stride,
-                   const int64_t* order,  // [left] indices of the rows to be summed now and of those after
-                   int64_t count, int64_t left, int64_t dim,
-                   double* total,  // [D], memory
-                   bool adds,
-                   W* out);  // [D]
+  // out[code] = sum of the rows of its tokens, or += it, for the codes [first, end) of `tokens`; rows far
+  // apart are fetched ahead.
+  void (*sum_codes)(const W* rows,  // [N, D], stride apart
+                    int64_t stride, const CodeTokens& tokens, int64_t first, int64_t end, int64_t dim,
+                    double* total,  // [D], memory
+                    bool adds,
+                    W* out);  // [K, D]
 
   // total += row
   void (*add_row)(const W* row,  // [D]
@@ -69,12 +86,34 @@ struct TrainingLoops {
                    W weight, int64_t dim,
                    double* total);  // [D]
 
-  // embed = decay embed + gain sum;  code = embed inverse, of length 1 with `normalize`.
-  void (*learn_row)(const EmaRow& step,
-                    const W* sum,  // [D] or null: zero
-                    int64_t dim,
-                    W* embed,  // [D]
-                    W* code);  // [D]
+  // embed = decay embed + gain sum;  code = embed / smoothed size, of length 1 with `normalize`; for codes
+  // [first, end). With `counts`, rows of sums whose count is 0 are not read, and zeros are left in both.
+  void (*learn_rows)(const EmaStep& step,
+                     const W* sizes,  // [K], new
+                     W* counts,       // [K] or null
+                     W* sums,         // [K, D]
+                     int64_t first, int64_t end, int64_t dim,
+                     W* embed,      // [K, D]
+                     W* codebook);  // [K, D]
+
+  // The same with sums that are made where they are used, of the tokens of codes [first, end); code[group] is
+  // the first that is not below `first`.
+  void (*learn_codes)(const EmaStep& step,
+                      const W* sizes,  // [K], new
+                      const W* rows,   // [N, D], stride apart
+                      int64_t stride, const CodeTokens& tokens, int64_t group, int64_t first, int64_t end,
+                      int64_t dim,
+                      double* total,  // [D], memory
+                      W* sum,         // [D], memory
+                      W* embed,       // [K, D]
+                      W* codebook);   // [K, D]
+
+  // size = decay size + gain counts, or revived_size; returns the sum of the new ones.
+  double (*learn_sizes)(const EmaStep& step,
+                        const W* counts,     // [count]
+                        const bool* revive,  // [count] or null: none
+                        int64_t count,
+                        W* sizes);  // [count]
 };
 
 struct TrainingTable {

@@ -68,6 +68,7 @@ def example_arguments(dtype: torch.dtype, device: str) -> dict[str, tuple[Any, .
         "codebook_stats": (x, codes, 3),
         "add_statistics_": (x, codes, sizes, rows),
         "ema_update_": (rows, sizes, rows, sizes, rows, revive, 0.99, 1e-5, 1.0, False),
+        "ema_step_": (x, codes, rows, sizes, rows, 0.99, 1e-5, False),
     }
 
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from .._dtypes import accumulation_dtype
-from ..nn.distributed import all_reduce_packed
+from ..nn.distributed import all_reduce_packed, rank_and_world
 from ..nn.frozen import Freezable
 from ..nn.kmeans import kmeans_
 from ..nn.sampling import sample_tokens
 from ..nn.statistics import recomputing
 from ..ops import PreparedCodebook, codebook_stats, ema_update_, nearest
 from ..ops._library import define
+from ..ops.ema import ema_step_
 
 NORM_EPS = 1e-6  # below this length the peer's normalisation no longer divides by it
 
@@ -201,6 +202,30 @@ def _expire(
     cluster_size.masked_fill_(hit, reset_size)
 
 
+def _update_with_sums(
+    tokens: Tensor,  # [B, T, D]
+    codes: Tensor,  # [B, T]
+    rows: Tensor,  # [K, D]
+    size: Tensor,  # [K]
+    average: Tensor,  # [K, D]
+    eps: float,
+    normalize: bool,
+    decay: float,
+    writes: bool,
+    synchronize: bool,
+) -> None:
+    """Where sums go over ranks first, or the codebook is written later."""
+    counts, sums = codebook_stats(tokens, codes, rows.shape[0])
+    if synchronize:
+        counts, sums = all_reduce_packed(counts, sums)
+    counts, sums = counts.to(rows.dtype), sums.to(rows.dtype)
+    if writes:
+        ema_update_(rows, size, average, counts, sums, decay=decay, eps=eps, normalize=normalize)
+    else:
+        size.lerp_(counts, 1 - decay)
+        average.lerp_(sums, 1 - decay)
+
+
 @torch.no_grad()
 def _update(
     tokens: Tensor,  # [B, T, D]
@@ -222,15 +247,11 @@ def _update(
     wide = accumulation_dtype(embed.dtype)
     # the very same tensors unless they are of half precision
     rows, size, average = state = embed.to(wide), cluster_size.to(wide), embed_avg.to(wide)
-    counts, sums = codebook_stats(tokens, codes, embed.shape[1])
-    if synchronize:
-        counts, sums = all_reduce_packed(counts, sums)
-    counts, sums = counts.to(wide), sums.to(wide)
-    if writes:
-        ema_update_(rows[0], size[0], average[0], counts, sums, decay=decay, eps=eps, normalize=normalize)
+    alone = not synchronize or rank_and_world()[1] == 1
+    if alone and writes and wide == accumulation_dtype(tokens.dtype):
+        ema_step_(tokens, codes, rows[0], size[0], average[0], decay, eps, normalize)
     else:
-        size[0].lerp_(counts, 1 - decay)
-        average[0].lerp_(sums, 1 - decay)
+        _update_with_sums(tokens, codes, rows[0], size[0], average[0], eps, normalize, decay, writes, synchronize)
     if threshold > 0:
         _expire(tokens, codes, rows, size, average, normalize, threshold, reset_size, synchronize)
     for old, new in zip(stored, state, strict=True):

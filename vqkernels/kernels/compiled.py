@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _extension
 from .._dtypes import DTYPES
-from .in_steps import add_in_steps, clear_consumed, gradient_in_steps, quantize_in_steps
+from .in_steps import add_in_steps, clear_consumed, gradient_in_steps, quantize_in_steps, step_in_steps
 from .registry import register
 
 NON_FINITE = "codebook: expected finite values, got NaN or Inf"  # as csrc/cpu/coarse.cpp says it
@@ -225,6 +225,28 @@ def ema_update_(
     clear_consumed(consume and not in_kernel, *statistics)
 
 
+def ema_step_(
+    x: Tensor,  # [B, T, D]
+    codes: Tensor,  # [B, T]
+    codebook: Tensor,  # [K, D], written
+    cluster_size: Tensor,  # [K], written
+    embed_sum: Tensor,  # [K, D], written
+    decay: float,
+    eps: float,
+    normalize: bool,
+    plain: bool = False,
+) -> None:
+    """Statistics and update in one; on CPU without an array of sums, and bitwise the same as in two calls."""
+    if x.is_cuda:
+        return _step_in_steps(x, codes, codebook, cluster_size, embed_sum, decay, eps, normalize, plain)
+    state = (codebook, cluster_size, embed_sum)
+    with _value_errors():
+        torch.ops.vqkernels_C.ema_step_(x, codes, *state, decay, eps, normalize, plain)
+
+
+_step_in_steps = step_in_steps(codebook_stats, ema_update_)
+
+
 def supports(first: Tensor, *_rest: object) -> str | None:
     """None, or why the compiled kernels cannot take a tensor like ``first``."""
     if first.dtype not in DTYPES:
@@ -278,5 +300,6 @@ def _coarse_pass(dim: int, exact: bool) -> str:
 
 register("nearest", "compiled", nearest, supports=supports, details=nearest_details)
 register("nearest_k", "compiled", nearest_k, supports=supports_on_cpu)
-for _op in (gather, quantize, quantize_backward, codebook_gradient, codebook_stats, add_statistics_, ema_update_):
+_TRAINING = (quantize_backward, codebook_gradient, codebook_stats, add_statistics_, ema_update_, ema_step_)
+for _op in (gather, quantize, *_TRAINING):
     register(_op.__name__, "compiled", _op, supports=supports)

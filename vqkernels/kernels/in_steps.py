@@ -74,6 +74,28 @@ def add_in_steps(statistics: Statistics) -> Callable[..., None]:
     return add_statistics_
 
 
+def step_in_steps(statistics: Statistics, update: Callable[..., None]) -> Callable[..., None]:
+    """``ema_step_`` out of statistics and update."""
+
+    def ema_step_(
+        x: Tensor,  # [B, T, D]
+        codes: Tensor,  # [B, T]
+        codebook: Tensor,  # [K, D], written
+        cluster_size: Tensor,  # [K], written
+        embed_sum: Tensor,  # [K, D], written
+        decay: float,
+        eps: float,
+        normalize: bool,
+        plain: bool = False,
+    ) -> None:
+        """One step of the moving average with the statistics of these tokens."""
+        counts, sums = statistics(x, codes, codebook.shape[0])
+        revive = torch.zeros_like(counts, dtype=torch.bool)
+        update(codebook, cluster_size, embed_sum, counts, sums, revive, decay, eps, 1.0, normalize, plain)
+
+    return ema_step_
+
+
 def clear_consumed(consume: bool, *consumed: Tensor) -> None:
     """What ``ema_update_`` leaves behind of statistics that it used up."""
     for tensor in consumed if consume else ():

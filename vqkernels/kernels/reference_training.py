@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
-from .in_steps import add_in_steps, clear_consumed, gradient_in_steps, masked, or_zeros, quantize_in_steps
+from .in_steps import (
+    add_in_steps,
+    clear_consumed,
+    gradient_in_steps,
+    masked,
+    or_zeros,
+    quantize_in_steps,
+    step_in_steps,
+)
 from .reference_nearest import nearest
 from .registry import register
 
@@ -135,3 +143,4 @@ for _op in (gather, quantize_backward, codebook_stats, ema_update_):
 register("quantize", "reference", quantize_in_steps(nearest, gather))
 register("codebook_gradient", "reference", gradient_in_steps(codebook_stats))
 register("add_statistics_", "reference", add_in_steps(codebook_stats))
+register("ema_step_", "reference", step_in_steps(codebook_stats, ema_update_))

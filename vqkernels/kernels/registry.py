@@ -21,6 +21,7 @@ OPS = (
     "codebook_stats",
     "add_statistics_",
     "ema_update_",
+    "ema_step_",
     "softmax_forward",
     "softmax_code_sums",
     "softmax_backward",

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .in_steps import add_in_steps, clear_consumed, quantize_in_steps
+from .in_steps import add_in_steps, clear_consumed, quantize_in_steps, step_in_steps
 from .registry import register
 from .triton_common import load_tile, on_device, readable, row_offsets, store_tile, tile_for, unsupported
 from .triton_nearest import nearest
@@ -335,3 +335,4 @@ register("codebook_gradient", "triton", codebook_gradient, supports=_whole_suppo
 register("quantize", "triton", quantize_in_steps(nearest, gather), supports=_whole_supports)
 register("add_statistics_", "triton", add_in_steps(codebook_stats), supports=_whole_supports)
 register("ema_update_", "triton", ema_update_, supports=_ema_supports)
+register("ema_step_", "triton", step_in_steps(codebook_stats, ema_update_), supports=_whole_supports)

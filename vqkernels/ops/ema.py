@@ -24,6 +24,12 @@ _ema_update = define(
     partial(run, "ema_update_"),
 )
 
+ema_step_ = define(  # for modules that apply what they count at once: no array of sums
+    "ema_step_(Tensor x, Tensor codes, Tensor(a!) codebook, Tensor(b!) cluster_size, Tensor(c!) embed_sum,"
+    " float decay, float eps, bool normalize, bool plain=False) -> ()",
+    partial(run, "ema_step_"),
+)
+
 
 def ema_update_(
     codebook: Tensor,  # [K, D]
