@@ -240,7 +240,7 @@ def ema_step_(
     if x.is_cuda:
         return _step_in_steps(x, codes, codebook, cluster_size, embed_sum, decay, eps, normalize, plain)
     state = (codebook, cluster_size, embed_sum)
-    with _value_errors():
+    with value_errors():
         torch.ops.vqkernels_C.ema_step_(x, codes, *state, decay, eps, normalize, plain)
 
 
