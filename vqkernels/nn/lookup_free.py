@@ -129,6 +129,25 @@ class LookupFreeQuantizer(nn.Module):
                 error = torch.where(real, error, 0)
             return self._output(x, tokens, real, codes, through, error)
 
+    @torch.no_grad()
+    def encode(
+        self,
+        x: Tensor,  # [..., dim] or [B, dim, *spatial]
+        mask: Tensor | None = None,  # bool, x's shape without its channel axis
+    ) -> Tensor:  # int64, x's shape without its channel axis
+        """The codes of ``forward`` alone; changes no state, in training mode neither.
+
+        Raises:
+            TypeError, ValueError: a bad argument, named.
+        """
+        self.layout.check(x, mask)
+        with no_autocast(x):
+            tokens, real = self._tokens(x, mask)
+            codes = sign_codes(tokens)  # [B, T]
+        if real is not None:
+            codes = torch.where(real, codes, -1)
+        return codes.reshape(self.layout.codes_shape(x))
+
     def lookup(
         self,
         codes: Tensor,  # integer, x's shape without its channel axis
