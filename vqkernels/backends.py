@@ -27,7 +27,10 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {"nearest": ("euclidean", "exact")}  # co
 
 _MODULES = {
     "compiled": ("compiled", "compiled_softmax"),
-    "triton": ("triton_nearest", "triton_nearest_k", "triton_training", "triton_codebook", "triton_softmax", "triton_softmax_backward"),
+    "triton": (
+        *("triton_nearest", "triton_nearest_k", "triton_training", "triton_codebook"),
+        *("triton_softmax", "triton_softmax_backward"),
+    ),
     "reference": ("reference_nearest", "reference_nearest_k", "reference_training", "reference_softmax"),
 }
 _requested: str | None = None

@@ -74,7 +74,7 @@ def granule_bounds(
     b,
     weight,
 ):
-    """[BLOCK_N, GROUPS] float32, E of each; and the scale [GROUPS] that brings scores of a granule to the common one."""
+    """[BLOCK_N, GROUPS] float32, E of each; and [GROUPS] the scale that brings a granule's scores to the common one."""
     limits = limits_ptr + granule.to(tl.int64) * 4
     p = tl.load(limits)
     q = tl.load(limits + 1)

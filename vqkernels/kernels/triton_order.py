@@ -73,9 +73,7 @@ def left_over(
         other = tl.load(taken_ptr + place, mask=place < taken, other=-1).to(tl.int32)
         inside = inside & (tl.max((codes[:, None] == other[None, :]).to(tl.int32), 1) == 0)
     offsets = offset + tl.zeros([BLOCK_K], tl.int64)
-    score, _ = score_codes(
-        x_ptr, codebook_ptr, unit_ptr, offsets, codes, inside, stride_d, D, COSINE, BLOCK_K, BLOCK_D
-    )
+    score, _ = score_codes(x_ptr, codebook_ptr, unit_ptr, offsets, codes, inside, stride_d, D, COSINE, BLOCK_K, BLOCK_D)
     return codes, score
 
 
