@@ -27,6 +27,8 @@ SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 PROCESSES = ((80, 120), (90, 100))
 # bytes of stack a thread: what ptxas saves around its calls to float64 division and square roots
 MAX_STACK = {"finish_kernel": 64, "operands_kernel": 32}
+# the same, and what ptxas puts there to hold it to 128 registers; it has no product
+MAX_STACK |= {"order_kernel": 96}
 SCORE_KERNELS = {"forward_kernel", "code_sums_kernel", "mean_kernel"}
 SOFTMAX_KERNELS = {*SCORE_KERNELS, "sample_kernel", "token_kernel", "code_kernel"}
 # up to four registers, which ptxas puts there to fit one more program on a multiprocessor (it stops at 168 or 128)
