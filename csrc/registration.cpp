@@ -45,7 +45,7 @@ STABLE_TORCH_LIBRARY(vqkernels_C, m) {
       " dentropy, Tensor weight, Tensor? dcode_sums, Tensor? direction, bool need_codebook)"
       " -> (Tensor, Tensor, Tensor)");
   m.def(
-      "softmax_sample(Tensor x, Tensor codebook, Tensor? bias, float scale, Tensor lse, Tensor uniform)"
+      "softmax_sample(Tensor x, Tensor codebook, Tensor? bias, float scale, Tensor uniform)"
       " -> Tensor");
 }
 

@@ -374,3 +374,15 @@ def test_lookup_free_refuses_codes_that_it_has_not():
     for code in (-1, 8):
         with pytest.raises(IndexError, match=r"codes: expected in \[0, 8\)"):
             module.lookup(torch.tensor([code]))
+
+
+@pytest.mark.parametrize("channels", ["last", "first"])
+def test_encode_gives_the_codes_of_forward_and_changes_nothing(channels: str):
+    module = LookupFreeQuantizer(4, codebook_dim=3, channels=channels)
+    x = torch.randn((2, 5, 4) if channels == "last" else (2, 4, 5), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(10).view(2, 5) % 3 > 0
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    codes = module.encode(x, mask)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.equal(codes, module(x, mask).codes)
+    assert (codes[~mask] == -1).all()

@@ -263,3 +263,31 @@ def test_index_propagation_in_standard_ops(metric: str):
     assert torch.equal(program.module()(x), module.encode(x))
     graphs = [each.graph for each in program.graph_module.modules() if isinstance(each, torch.fx.GraphModule)]
     assert not [node for graph in graphs for node in graph.nodes if "vqkernels" in str(node.target)]
+
+
+LOOKUP_FREE = {
+    "lfq": (vq.LookupFreeQuantizer(6), (2, 6, 6)),
+    "projected": (vq.LookupFreeQuantizer(8, codebook_dim=5), (2, 6, 8)),
+    "bsq": (vq.LookupFreeQuantizer(36, spherical=True, group_size=9, channels="first"), (2, 36, 6, 3)),
+}
+
+
+@pytest.mark.parametrize(("module", "shape"), LOOKUP_FREE.values(), ids=LOOKUP_FREE)
+def test_signs_need_no_op_of_ours(module: vq.LookupFreeQuantizer, shape: tuple[int, ...]):
+    encoder = encoder_program(module.eval(), randn(*shape))
+    assert not own_ops(encoder)
+    x = randn(3, shape[1], 7, *shape[3:]) if len(shape) == 4 else randn(3, 7, shape[2])
+    assert torch.equal(encoder.module()(x), module(x).codes)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [vq.LookupFreeQuantizer(8, codebook_dim=5), vq.IndexPropagationQuantizer(8, 32)],
+    ids=["lookup-free", "index-propagation"],
+)
+def test_onnx_runtime_gives_the_codes_of_the_other_quantizers(module: nn.Module, tmp_path: Path):
+    save(encoder_program(module.eval(), randn(2, 6, 8), plain=True), tmp_path / "encoder.onnx")
+    for batch, length in ((1, 1), (4, 50)):
+        x = randn(batch, length, 8)
+        x[0, 0, 0] = float("nan") if batch > 1 else 0.5
+        assert torch.equal(run_onnx(tmp_path / "encoder.onnx", x), module.encode(x))

@@ -12,18 +12,32 @@ from requirements import skip_or_fail
 
 import vqkernels as vq
 from vqkernels._extension import cpu_library, instruction_set
+from vqkernels.backends import BackendError, candidates, requested_backend
 
-BACKENDS = ["reference", "compiled"]
+HAS_CUDA = torch.cuda.is_available()
+BACKENDS = [("reference", "cpu"), ("compiled", "cpu"), ("triton", "cuda" if HAS_CUDA else "cpu")]
 ALL = [(metric, case) for metric in ("euclidean", "cosine") for case in cases(metric)]
 TOKENS = 3  # of each case that the oracle answers
 
 
-@pytest.fixture(params=BACKENDS)
-def cpu(request: pytest.FixtureRequest):
-    if request.param == "compiled" and (reason := cpu_library()) is not None:
-        skip_or_fail("compiled", reason)
-    with vq.use_backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, under the interpreter, on meant overflow
+
+
+@pytest.fixture(params=BACKENDS, ids=lambda run: run[0])
+def place(request: pytest.FixtureRequest):
+    """Puts one backend in force and gives its device."""
+    name, device = request.param
+    probe = torch.zeros(1, 1, 1, device=device)
+    reason = {c.backend: c.reason for c in candidates("nearest_k", probe, probe[0], 1, "euclidean")}[name]
+    if reason is not None:
+        skip_or_fail(name, reason)
+    with vq.use_backend(name):
+        yield device
+
+
+def few(x: torch.Tensor) -> torch.Tensor:  # [N, D] -> [n, D]
+    """As many as the oracle answers where the interpreter runs; all of them elsewhere."""
+    return x[:TOKENS] if requested_backend() == "triton" and not HAS_CUDA else x
 
 
 def truth(case: Case, k: int, metric: str) -> tuple[torch.Tensor, torch.Tensor]:  # [n, k] each
@@ -41,14 +55,18 @@ def truth(case: Case, k: int, metric: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("metric", "case"), ALL, ids=str)
-def test_the_codes_are_the_true_ones_in_order(cpu: str, metric: str, case: Case):
-    k = min(5, len(case.codebook))
-    codes, distance = vq.nearest_k(case.x, case.codebook, k, metric=metric)
+def test_the_codes_are_the_true_ones_in_order(place: str, metric: str, case: Case):
+    k, x, codebook = min(5, len(case.codebook)), few(case.x).to(place), case.codebook.to(place)
+    if requested_backend() == "triton" and x.dtype == torch.float64:
+        with pytest.raises(BackendError, match="not float64"):
+            vq.nearest_k(x, codebook, k, metric=metric)
+        return
+    codes, distance = (found.cpu() for found in vq.nearest_k(x, codebook, k, metric=metric))
     true, true_distance = truth(case, k, metric)
     assert torch.equal(codes[:TOKENS], true)
     absolute = 2.0**-46 if metric == "cosine" else 0.0
     torch.testing.assert_close(distance[:TOKENS], true_distance, rtol=2.0**-22, atol=absolute, equal_nan=True)
-    first, first_distance = vq.nearest(case.x, case.codebook, metric=metric)
+    first, first_distance = (found.cpu() for found in vq.nearest(x, codebook, metric=metric))
     assert torch.equal(codes[:, 0], first)
     torch.testing.assert_close(distance[:, 0], first_distance, rtol=2.0**-22, atol=absolute, equal_nan=True)
     ascending = distance.diff(dim=1)
@@ -86,13 +104,13 @@ def test_thousands_of_codes_on_every_instruction_set(monkeypatch, isa: str, case
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_all_codes_in_order(cpu: str, metric: str):
-    x, codebook = randn(20, 6), randn(70, 6, seed=1)
-    codebook[30:] = codebook[:40].clone()  # most of them twice
-    for k in (1, 69, 70):
-        codes, _ = vq.nearest_k(x, codebook, k, metric=metric)
+def test_all_codes_in_order(place: str, metric: str):
+    x, codebook = few(randn(20, 6)), randn(40, 6, seed=1)
+    codebook[20:] = codebook[:20].clone()  # all of them twice
+    for k in (1, 39, 40):
+        codes = vq.nearest_k(x.to(place), codebook.to(place), k, metric=metric)[0].cpu()
         assert torch.equal(codes[:TOKENS], truth(Case("", x, codebook), k, metric)[0])
-    assert torch.equal(codes.sort(dim=1).values, torch.arange(70).expand(20, 70))
+    assert torch.equal(codes.sort(dim=1).values, torch.arange(40).expand(len(x), 40))
 
 
 @pytest.mark.parametrize(("tokens", "size", "dim", "k"), [(150, 3000, 16, 20), (97, 5000, 40, 3), (50, 900, 130, 50)])
@@ -114,9 +132,9 @@ def test_the_kernel_equals_the_reference_where_it_works_by_blocks(tokens: int, s
             assert torch.equal(one.nan_to_num(-9), two.nan_to_num(-9))
 
 
-def test_strides_shapes_and_half_tokens(cpu: str):
-    x = randn(2, 8, 5, 3).bfloat16().permute(0, 2, 3, 1)
-    codebook = randn(24, 16, seed=1)[::2, ::2]
+def test_strides_shapes_and_half_tokens(place: str):
+    x = randn(2, 8, 5, 3).bfloat16().permute(0, 2, 3, 1).to(place)
+    codebook = randn(24, 16, seed=1).to(place)[::2, ::2]
     codes, distance = vq.nearest_k(x, codebook, 4)
     assert codes.shape == distance.shape == (2, 5, 3, 4)
     flat = x.reshape(-1, 8).float().contiguous()
@@ -134,13 +152,16 @@ def test_it_compiles():
     assert torch.equal(compiled(x), vq.nearest_k(x, codebook, 3)[0])
 
 
-def test_bad_arguments_are_named(cpu: str):
-    x, codebook = randn(5, 4), randn(3, 4)
+def test_bad_arguments_are_named(place: str):
+    x, codebook = randn(5, 4).to(place), randn(3, 4).to(place)
     for k in (0, 4, True, 1.0):
         with pytest.raises(ValueError, match="k: expected an integer from 1 to 3"):
             vq.nearest_k(x, codebook, k)
     with pytest.raises(ValueError, match="metric: expected one of"):
         vq.nearest_k(x, codebook, 1, metric="dot")
     codebook[1, 1] = float("nan")
-    with pytest.raises(ValueError, match="codebook: expected finite values"):
-        vq.nearest_k(x, codebook, 1)
+    if place == "cpu":
+        with pytest.raises(ValueError, match="codebook: expected finite values"):
+            vq.nearest_k(x, codebook, 1)
+    else:
+        assert (vq.nearest_k(x, codebook, 1)[0] == -1).all()

@@ -358,6 +358,24 @@ def test_cold_draws_are_the_nearest_codes_and_bad_tokens_have_none(backend):
     assert codes[7] == -1
 
 
+@every_metric
+def test_draws_at_logits_of_1e9_and_beyond_are_the_likeliest_codes(backend, metric: str):
+    """Rounding of lse is far more than what separates the codes there."""
+    _, device = backend
+    x = randn(200, 8).to(device)
+    codebook = randn(300, 8, seed=1).to(device)
+    book, tokens = codebook.double(), x.double()
+    if metric == "cosine":
+        book, tokens = F.normalize(book, dim=1), F.normalize(tokens, dim=1)
+    scores = -torch.cdist(tokens, book).square() if metric == "euclidean" else tokens @ book.T
+    best = scores.amax(1)
+    for temperature in (1e-9, 1e-12, 1e-30):
+        codes = vq.sample_codes(x, codebook, metric=metric, temperature=temperature, seed=1)
+        assert (codes >= 0).all()
+        short = best - scores.gather(1, codes[:, None])[:, 0]
+        assert (short <= 16 * 2.0**-23 * (best.abs() + tokens.norm(dim=1) * book.norm(dim=1).max())).all()
+
+
 # ---- index propagation ----
 
 
@@ -472,6 +490,14 @@ BAD = {
         lambda x, c: vq.entropy_loss(x, c, weight=torch.ones(5, dtype=torch.int64)),
         "weight: expected bool or float",
     ),
+    "weight negative": (
+        lambda x, c: vq.entropy_loss(x, c, weight=torch.tensor([1, 0, -0.5, 2, 1])),
+        "weight: expected >= 0, got -0.5",
+    ),
+    "weight negative, signs": (
+        lambda x, c: vq.sign_entropy_loss(x, weight=torch.tensor([1, 0, -0.5, 2, 1])),
+        "weight: expected >= 0, got -0.5",
+    ),
     "eps": (lambda x, c: vq.entropy_loss(x, c, eps=-1.0), "eps: expected >= 0"),
     "token_weight": (lambda x, c: vq.entropy_loss(x, c, token_weight=-1.0), "token_weight: expected >= 0"),
     "mask": (lambda x, c: vq.index_propagation(x, c, mask=torch.ones(5)), "mask: expected bool"),
@@ -496,6 +522,14 @@ BAD = {
 def test_bad_arguments_are_named(call, message):
     with pytest.raises((ValueError, TypeError, IndexError), match=message):
         call(torch.randn(5, 4), torch.randn(6, 4))
+
+
+def test_a_negative_weight_in_a_compiled_graph_makes_the_loss_nan():
+    x, codebook, weight = randn(5, 4), randn(6, 4, seed=1), torch.tensor([1, 0, -0.5, 2, 1])
+    for loss in (lambda w: vq.entropy_loss(x, codebook, weight=w), lambda w: vq.sign_entropy_loss(x, weight=w)):
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        assert compiled(weight).loss.isnan()
+        torch.testing.assert_close(compiled(weight.abs()).loss, loss(weight.abs()).loss)
 
 
 def test_a_product_that_is_nan_does_not_hide_the_largest():

@@ -27,12 +27,16 @@ SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
 PROCESSES = ((80, 120), (90, 100))
 # bytes of stack a thread: what ptxas saves around its calls to float64 division and square roots
 MAX_STACK = {"finish_kernel": 64, "operands_kernel": 32}
+# the same, and what ptxas puts there to hold it to 128 registers; it has no product
+MAX_STACK |= {"order_kernel": 96}
 SCORE_KERNELS = {"forward_kernel", "code_sums_kernel", "mean_kernel"}
 SOFTMAX_KERNELS = {*SCORE_KERNELS, "sample_kernel", "token_kernel", "code_kernel"}
 # up to four registers, which ptxas puts there to fit one more program on a multiprocessor (it stops at 168 or 128)
 MAX_STACK |= dict.fromkeys(SOFTMAX_KERNELS, 16)
+SEARCH_KERNELS = {"operands_kernel", "coarse_kernel", "finish_kernel", "limit_kernel", "collect_kernel", "order_kernel"}
 KERNELS = {
-    *("operands_kernel", "coarse_kernel", "finish_kernel", "gather_kernel", "backward_kernel"),
+    *SEARCH_KERNELS,
+    *("gather_kernel", "backward_kernel"),
     *("piece_kernel", "join_kernel", "kept_kernel", "size_kernel", "row_kernel", "merge_kernel"),
     *SOFTMAX_KERNELS,
 }
@@ -102,10 +106,10 @@ def test_products_run_on_tensor_cores_and_nothing_else_does(compiled):
     float64 elsewhere keep their subnormals, which its bound counts on."""
     instruction = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
     for record in compiled:
-        kernels = {"coarse_kernel", *(SOFTMAX_KERNELS if record["arch"] != 120 else ())}
+        kernels = {"coarse_kernel", "collect_kernel", *(SOFTMAX_KERNELS if record["arch"] != 120 else ())}
         expected = [instruction[record["arch"]]] if record["kernel"] in kernels else []
         assert record["tensor_core"] == expected, record
-        if record["kernel"] in ("operands_kernel", "coarse_kernel", "finish_kernel"):
+        if record["kernel"] in SEARCH_KERNELS:
             assert not record["flushes"], record
 
 
@@ -199,11 +203,31 @@ def launch_search(arch: int) -> None:
         triton_nearest.search(torch.zeros(1, 300, 1), torch.zeros(37, 1), False, small)  # D = 1 is a constant to Triton
 
 
-def launch_other_sizes(arch: int) -> None:
-    """Shapes that launch_search has compiled for, but for N, B, K and the number of splits."""
+def launch_nearest_k(arch: int) -> None:
+    """As launch_search: every configuration that fits, and each dtype, metric and kind of stride."""
     import torch
 
-    from vqkernels.kernels import triton_configs, triton_nearest
+    from vqkernels.kernels import triton_configs, triton_nearest_k
+
+    gpu = gpu_of(arch)
+    for dim in (8, 32, 64, 256, 300):
+        for config in triton_configs.usable(dim, gpu):
+            if config.pack == (dim > 48) and (config.terms == 3) == (dim == 8):
+                triton_nearest_k.search_k(torch.zeros(1, 300, dim), torch.zeros(37, dim), 3, False, config)
+    small, deep = (triton_configs.choose_config(5000, 1 << 20, dim, gpu) for dim in (8, 256))
+    for dim, config in ((8, small), (256, deep)):
+        triton_nearest_k.search_k(torch.zeros(1, 300, dim), torch.zeros(37, dim), 3, True, config)
+    for dtype in (torch.float16, torch.bfloat16):
+        x, codebook = torch.zeros(1, 300, 64, dtype=dtype), torch.zeros(37, 64, dtype=dtype)
+        triton_nearest_k.search_k(x, codebook, 3, False, deep)
+    triton_nearest_k.search_k(torch.zeros(2, 64, 100).transpose(1, 2), torch.zeros(37, 64), 3, False, deep)
+
+
+def launch_other_sizes(arch: int) -> None:
+    """Shapes that were compiled for, but for N, B, K, k and the number of splits."""
+    import torch
+
+    from vqkernels.kernels import triton_configs, triton_nearest, triton_nearest_k
 
     config = triton_configs.choose_config(5000, 1 << 20, 256, gpu_of(arch))
     shape = triton_configs.operand_of(config, 256, False)
@@ -211,6 +235,7 @@ def launch_other_sizes(arch: int) -> None:
         x, codebook = torch.zeros(batch, tokens, 256), torch.zeros(k, 256)
         triton_nearest.search(x, codebook, False, config)
         triton_nearest.search(x, codebook, False, config, triton_nearest.prepare_codes(codebook, False, config))
+        triton_nearest_k.search_k(x, codebook, min(k, 40), False, config)
         triton_nearest.coarse(triton_nearest.prepare(x, codebook, False, config), shape, config, 1000)
 
 
@@ -282,6 +307,7 @@ def main(archs: list[int]) -> None:
         driver.set_active(StandInDriver(arch))
         launch_training()
         launch_search(arch)
+        launch_nearest_k(arch)
         launch_softmax(arch, (8, 32, 64, 256), ((1, 300, 200),), most=True)
         launch_softmax(arch, (256,), ((1, 300, 200),), most=False)
         before = len(records)

@@ -32,7 +32,7 @@ DEFAULTS: dict[str, tuple[Any, ...]] = {  # completes explain's arguments
 _MODULES = {
     "compiled": ("compiled", "compiled_prepared", "compiled_softmax"),
     "triton": (
-        *("triton_nearest", "triton_training", "triton_codebook"),
+        *("triton_nearest", "triton_nearest_k", "triton_training", "triton_codebook"),
         *("triton_softmax", "triton_softmax_backward"),
     ),
     "reference": (

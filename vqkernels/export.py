@@ -55,14 +55,14 @@ class _Decoder(nn.Module):
 
 def encoder_program(
     model: nn.Module,
-    x: Tensor,  # [B, C, H, W] for a model, as its forward takes it for a VectorQuantizer
+    x: Tensor,  # [B, C, H, W] for a model, as its forward takes it for a quantizer
     *,
     plain: bool = False,
 ) -> ExportedProgram:
     """``model.encode`` as a graph: x -> codes int64.
 
     Args:
-        model: a ``VectorQuantizer``, or a model of ``vqkernels.models`` that encodes images, in eval mode.
+        model: a quantizer of ``vqkernels.nn``, or a model of ``vqkernels.models`` that encodes images, in eval mode.
         x: an example; all axes but the channels are free afterwards. Images have sides that are multiples of the
             model's ``factor`` and at least two of them.
         plain: standard ops only, see ``vqkernels.plain_ops``. Otherwise one node of ``vqkernels::nearest``: exact,
@@ -73,7 +73,8 @@ def encoder_program(
         ValueError: it is in training mode.
     """
     factor = getattr(model, "factor", 1)
-    channels = 1 if factor > 1 or getattr(model, "channels", None) == "first" else x.dim() - 1
+    layout: Any = getattr(model, "layout", model)  # where a quantizer keeps it
+    channels = 1 if factor > 1 or getattr(layout, "channels", None) == "first" else x.dim() - 1
     free = {axis: f"x{axis}" for axis in range(x.dim()) if axis != channels}
     shape = {axis: factor * Dim(name) if axis > 1 and factor > 1 else Dim.DYNAMIC for axis, name in free.items()}
     return _export(_Encoder(model), x, shape, plain)

@@ -131,7 +131,6 @@ Tensor softmax_sample(Tensor x,                    // [B, T, D]
                       Tensor codebook,             // [K, D]
                       std::optional<Tensor> bias,  // [K]
                       double scale,
-                      Tensor lse,       // [B, T]
                       Tensor uniform);  // [B, T] -> codes [B, T], -1 for a token that is not finite
 
 // "avx512", "avx2" or "portable"; "?" where VQKERNELS_CPU_ISA asks for one that cannot run.

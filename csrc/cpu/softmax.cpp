@@ -83,7 +83,6 @@ void code_sums(const SoftmaxCall<Word>& call, const Word* lse, const Word* weigh
 template <class Word>
 struct SoftmaxSampler {
   SoftmaxCall<Word> call;
-  const Word* lse;      // [N]
   const Word* uniform;  // [N]
   int64_t* codes;       // [N]
 
@@ -116,17 +115,23 @@ struct SoftmaxSampler {
     return chosen;
   }
 
-  std::vector<Draw> choose_chunks(const TokenStrip<Word>& strip) const {
+  // In units of the token's largest score, which stands in for its lse: at scores of 1e9 the rounding of lse
+  // is far more than all that separates the likely codes, and every p could vanish beside it.
+  std::vector<Draw> choose_chunks(TokenStrip<Word>& strip) const {
     const int64_t chunks = call.plan.chunks, count = strip.count;
+    std::vector<double> maximum(chunks * count, -std::numeric_limits<double>::infinity());
     std::vector<double> mass(chunks * count, 0.0), moment(chunks * count, 0.0);
     call.for_blocks(strip, 1.0, false, [&](const SoftmaxVisit<Word>& place) {
       const int64_t at = place.chunk * count + place.token;
-      call.table.row_sums(place.block, strip.terms(place.token), place.scratch.dcode_sums.get(),
-                          mass.data() + at, moment.data() + at);
+      call.table.fold(place.block, maximum.data() + at, mass.data() + at, moment.data() + at);
     });
     std::vector<Draw> draws(count);
     for (int64_t n = 0; n < count; ++n) {
+      double top = -std::numeric_limits<double>::infinity();
+      for (int64_t i = 0; i < chunks; ++i) top = std::max(top, maximum[i * count + n]);
+      for (int64_t i = 0; i < chunks; ++i) mass[i * count + n] *= ratio(maximum[i * count + n], top);
       draws[n] = choose_chunk(&mass[n], chunks, count, uniform[strip.begin + n]);
+      strip.lse[n] = static_cast<Word>(top);
     }
     return draws;
   }
@@ -183,7 +188,7 @@ struct SoftmaxSampler {
 
   void run() const {
     call.for_strips([&](int64_t begin, int64_t count) {
-      const TokenStrip<Word> strip = call.pack_tokens(begin, count, lse);
+      TokenStrip<Word> strip = call.pack_tokens(begin, count, nullptr);
       std::vector<Draw> draws = choose_chunks(strip);
       const std::vector<std::vector<int64_t>> tokens = by_chunk(strip, draws);
       const double operations = call.operations(count, 1.0) / call.plan.chunks;
@@ -229,19 +234,17 @@ Tensor softmax_code_sums(Tensor x, Tensor codebook, MaybeTensor bias, double sca
   return sums;
 }
 
-Tensor softmax_sample(Tensor x, Tensor codebook, MaybeTensor bias, double scale, Tensor lse, Tensor uniform) {
+Tensor softmax_sample(Tensor x, Tensor codebook, MaybeTensor bias, double scale, Tensor uniform) {
   check_call(x, codebook, bias);
-  check_per_token(lse, "lse", x);
   check_per_token(uniform, "uniform", x);
   codebook = torch::stable::contiguous(codebook);
   bias = contiguous(bias);
-  lse = torch::stable::contiguous(lse);
   uniform = torch::stable::contiguous(uniform);
   Tensor codes = torch::stable::new_empty(x, {x.size(0), x.size(1)}, ScalarType::Long);
   dispatch_word(x, [&](auto word) {
     using Word = decltype(word);
-    SoftmaxSampler<Word>{make_call<Word>(x, codebook, bias, std::nullopt, scale), numbers<Word>(lse),
-                         numbers<Word>(uniform), results<int64_t>(codes)}
+    SoftmaxSampler<Word>{make_call<Word>(x, codebook, bias, std::nullopt, scale), numbers<Word>(uniform),
+                         results<int64_t>(codes)}
         .run();
   });
   return codes;

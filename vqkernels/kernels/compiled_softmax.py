@@ -69,8 +69,11 @@ def softmax_sample(
     lse: Tensor,  # [B, T]
     uniform: Tensor,  # [B, T], in [0, 1)
 ) -> Tensor:  # codes int64 [B, T]
-    """The first code at which the running sum of p exceeds ``uniform``; -1 for a token that is not finite."""
-    return torch.ops.vqkernels_C.softmax_sample(x, codebook, bias, scale, lse, uniform)
+    """The first code at which the running sum of p exceeds ``uniform``; -1 for a token that is not finite.
+
+    Nothing of ``lse`` is used: its rounding, 64 at 10^9, would be that of every p.
+    """
+    return torch.ops.vqkernels_C.softmax_sample(x, codebook, bias, scale, uniform)
 
 
 def _supports(x: Tensor, *_rest: object) -> str | None:

@@ -42,6 +42,47 @@ def insert(
     return first, first_code, first_inner, second, second_code, second_inner, third
 
 
+@triton.jit
+def product(
+    x,  # [BLOCK_N, BLOCK_D] float16 with RESIDENT, else not looked at
+    at_x,  # [BLOCK_N, BLOCK_D] pointers
+    at_c,  # [BLOCK_D, BLOCK_K] pointers
+    at_bias,  # [BLOCK_K] pointers
+    weight,  # [BLOCK_N] float32
+    depth,
+    BIAS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """[BLOCK_N, BLOCK_K] float32 scores of a tile of codes, in the unit of each code's granule."""
+    if RESIDENT:
+        score = tl.dot(x, tl.load(at_c))
+    else:
+        score = tl.zeros([at_x.shape[0], at_c.shape[1]], tl.float32)
+        for start in range(0, depth, BLOCK_D):
+            score = tl.dot(tl.load(at_x + start), tl.load(at_c + start), score)
+    if BIAS == 2:
+        score = score - weight[:, None] * tl.load(at_bias)[None, :]
+    return score
+
+
+@triton.jit
+def granule_bounds(
+    limits_ptr,  # [granules, 4] float32
+    granule,  # [GROUPS] int32
+    a,  # [BLOCK_N] float32, as are b and weight
+    b,
+    weight,
+):
+    """[BLOCK_N, GROUPS] float32, E of each; and [GROUPS] the scale that brings a granule's scores to the common one."""
+    limits = limits_ptr + granule.to(tl.int64) * 4
+    p = tl.load(limits)
+    q = tl.load(limits + 1)
+    r = tl.load(limits + 2)
+    unit = tl.load(limits + 3)
+    return a[:, None] * p[None, :] + b[:, None] * q[None, :] + weight[:, None] * r[None, :] + SLACK, unit
+
+
 @triton.jit(do_not_specialize=["N", "tiles", "tiles_per_split"])
 def coarse_kernel(
     tokens_ptr,  # [tokens, depth] float16
@@ -83,20 +124,12 @@ def coarse_kernel(
     column = tl.arange(0, BLOCK_K)
     dims = tl.arange(0, BLOCK_D)
     at_x = tokens_ptr + rows[:, None] * depth + dims[None, :]
-    if RESIDENT:
-        x = tl.load(at_x)
+    x = tl.load(at_x) if RESIDENT else at_x
     begin = tl.program_id(1) * tiles_per_split
     for tile in range(begin, tl.minimum(begin + tiles_per_split, tiles)):
         first_row = (tl.full([], 0, tl.int64) + tile) * BLOCK_K
         at_c = operand_ptr + first_row * depth + column[None, :] * depth + dims[:, None]
-        if RESIDENT:
-            score = tl.dot(x, tl.load(at_c))
-        else:
-            score = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-            for start in range(0, depth, BLOCK_D):
-                score = tl.dot(tl.load(at_x + start), tl.load(at_c + start), score)
-        if BIAS == 2:
-            score = score - weight[:, None] * tl.load(bias_ptr + first_row + column)[None, :]
+        score = product(x, at_x, at_c, bias_ptr + first_row + column, weight, depth, BIAS, RESIDENT, BLOCK_D)
         score = tl.reshape(score, [BLOCK_N, GRANULE, GROUPS])
         granule = tile * GROUPS + groups
         code = (granule * GRANULE)[None, :] + tl.zeros([BLOCK_N, GROUPS], tl.int32)
@@ -108,12 +141,7 @@ def coarse_kernel(
         if PACK:
             runner = tl.max(tl.where(score == best[:, None, :], float("-inf"), score), 1)
             code += best.to(tl.int32, bitcast=True) & (GRANULE - 1)
-        limits = limits_ptr + granule.to(tl.int64) * 4
-        p = tl.load(limits)
-        q = tl.load(limits + 1)
-        r = tl.load(limits + 2)
-        unit = tl.load(limits + 3)
-        bound = a[:, None] * p[None, :] + b[:, None] * q[None, :] + weight[:, None] * r[None, :] + SLACK
+        bound, unit = granule_bounds(limits_ptr, granule, a, b, weight)
         first, first_code, first_inner, second, second_code, second_inner, third = insert(
             best * unit[None, :] + bound, code, runner * unit[None, :] + bound,
             first, first_code, first_inner, second, second_code, second_inner, third,

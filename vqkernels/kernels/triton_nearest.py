@@ -145,11 +145,13 @@ def coarse(
     shape: Operand,
     config: SearchConfig,
     slots: int,  # programs that run at once
+    least_splits: int = 1,  # or one for each tile of codes, where there are fewer
 ) -> State:
     """One launch; programs over tiles of tokens and, where there are few of those, over parts of the codes."""
     n, device = operands.stats.shape[0], operands.stats.device
     rows, tiles = triton.cdiv(n, config.block_n), operands.limits.shape[0] // GROUPS
     per_split = triton.cdiv(tiles, triton_configs.count_splits(rows, tiles, slots))
+    per_split = min(per_split, max(1, tiles // least_splits))
     splits = triton.cdiv(tiles, per_split)
     state = State(
         upper=torch.empty(n, splits, 2, GROUPS, dtype=torch.float32, device=device),

@@ -56,12 +56,22 @@ def check_loss_arguments(token_weight: float, batch_weight: float, eps: float) -
             raise ValueError(f"{name}: expected >= 0, got {value}")
 
 
+def check_shares(weight: Tensor) -> None:
+    """Raise ValueError for a negative number, where looking does not wait for a device and no graph is being traced."""
+    looks = weight.device.type == "cpu" and weight.dtype != torch.bool and not torch.compiler.is_compiling()
+    if looks and (weight < 0).any():
+        raise ValueError(f"weight: expected >= 0, got {weight.min().item():g}")
+
+
 def shares_of(
     weight: Tensor | None,  # [...]
     like: Tensor,  # [...]
 ) -> Tensor | None:  # [...] float
-    """``weight`` as constants in the dtype of the numbers that it weighs."""
-    return None if weight is None else weight.detach().to(like.dtype)
+    """``weight`` as constants in the dtype of the numbers that it weighs; NaN where it is negative."""
+    if weight is None or weight.dtype == torch.bool:
+        return None if weight is None else weight.to(like.dtype)
+    shares = weight.detach().to(like.dtype)
+    return torch.where(shares < 0, torch.nan, shares)
 
 
 def mean_distribution(
@@ -118,13 +128,15 @@ def entropy_loss(
         where there is no token. A token with NaN or Inf makes the token entropy NaN and is left out of the batch's.
 
     Raises:
-        TypeError, ValueError: a bad argument, named.
+        TypeError, ValueError: a bad argument, named. A negative ``weight`` raises on CPU; on another device, and in a
+            compiled graph, it makes the loss NaN.
 
     Extra memory is O(N D + K D): see ``soft_assignment``.
     """
     check_loss_arguments(token_weight, batch_weight, eps)
     if weight is not None:
         check_weight(weight, x.shape[:-1], x.device)
+        check_shares(weight)
     logits = make_logits(x, codebook, metric, temperature, weight)
     lse, entropy, sums = assign(logits, weight, code_sums=batch_weight > 0)
     shares = shares_of(None if weight is None else per_token(weight, logits.x), entropy)

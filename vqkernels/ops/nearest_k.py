@@ -52,8 +52,9 @@ def nearest_k(
         TypeError, ValueError: a bad argument, named. A codebook with NaN or Inf raises on CPU; elsewhere every token
             gets code -1 and distance NaN.
 
-    Extra memory is O(N k + K D); no N x K array is ever formed. The C++ kernel runs on CPU; where there is none, plain
-    torch takes the tokens by blocks in float64.
+    Extra memory is O(N k + K D); no N x K array is ever formed (where K is below 16 k, a list of all codes a token is
+    O(N k) too). C++ runs on CPU, Triton on a GPU for k up to 1024; elsewhere plain torch takes the tokens by blocks in
+    float64.
     """
     rows, metric = opened(codebook, metric)
     check_choice("metric", metric, METRICS)

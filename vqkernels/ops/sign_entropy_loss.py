@@ -16,6 +16,7 @@ from torch import Tensor
 from .entropy_loss import (
     EntropyLoss,
     check_loss_arguments,
+    check_shares,
     entropy_of,
     mean_distribution,
     mean_over_tokens,
@@ -61,12 +62,15 @@ def sign_entropy_loss(
         token. A token with NaN or Inf makes the token entropy NaN and is left out of the batch's.
 
     Raises:
-        TypeError, ValueError: a bad argument, named.
+        TypeError, ValueError: a bad argument, named. A negative ``weight`` raises on CPU; on another device, and in a
+            compiled graph, it makes the loss NaN.
 
     Memory is O(N D + 2^D), and some megabytes of scratch; time is that of an [2^(D/2), N, 2^(D/2)] matrix product.
     """
     check_loss_arguments(token_weight, batch_weight, eps)
     z = bit_logits(x, temperature, code_scale, weight)
+    if weight is not None:
+        check_shares(weight)
     bits = group_bits(x.shape[-1], group_size, MAX_GROUP_BITS)
     finite = z.detach().isfinite().all(-1)  # [...]
     shares = shares_of(weight, z)
