@@ -132,6 +132,8 @@ class TrainConfig:
     """Side of the square training crops in pixels; divisible by the model's factor."""
     min_crop: float = 0.0
     """Smallest area of a random crop, as a share of the largest square that the picture holds."""
+    color_jitter: float = 0.0
+    """Strength of random changes of hue, contrast and brightness of the crops, 0 to 1: helps where pictures are few."""
     batch_size: int = 16
     """Crops per process and per micro-batch."""
     gradient_accumulation: int = 1
@@ -243,29 +245,25 @@ class TrainConfig:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other, got both")
         for name, low, high in (
-            *(
-                ("min_crop", 0, 1),
-                ("perceptual_start", 0, 1),
-                ("final_learning_rate", 0, 1),
-                ("weight_ema_decay", 0, 1),
-            ),
-            *(("collapse_usage", 0, 1), ("max_skipped_steps", 0, math.inf)),
+            *(("min_crop", 0, 1), ("color_jitter", 0, 1), ("perceptual_start", 0, 1), ("final_learning_rate", 0, 1)),
+            *(("weight_ema_decay", 0, 1), ("collapse_usage", 0, 1), ("max_skipped_steps", 0, math.inf)),
         ):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], got {getattr(self, name)}")
 
     def _check_generator(self) -> None:
         """A GAN reconstructs nothing: all that it learns from is the discriminator, from the first step on."""
-        for name in ("l1_weight", "l2_weight", "perceptual_weight"):
+        for name in ("l1_weight", "l2_weight", "perceptual_weight", "logit_weight"):
             if getattr(self, name) != 0:
                 raise ValueError(f"{name} must be 0 with model.kind: gan, got {getattr(self, name)}")
         found = self.discriminator
         if found.kind == "none":
-            raise ValueError("discriminator.kind must be patch or style with model.kind: gan, got none")
+            raise ValueError("discriminator.kind must be patch, style or dino with model.kind: gan, got none")
         if found.adaptive:
             raise ValueError("discriminator.adaptive must be false with model.kind: gan, got true")
-        if found.start_step:
-            raise ValueError(f"discriminator.start_step must be 0 with model.kind: gan, got {found.start_step}")
+        for name in ("start_step", "start_share"):
+            if getattr(found, name):
+                raise ValueError(f"discriminator.{name} must be 0 with model.kind: gan, got {getattr(found, name)}")
 
 
 def load_config(path: str | Path, kind: type[Config] | None = None) -> Config:

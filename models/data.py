@@ -157,6 +157,24 @@ def _random_crop(picture: Image.Image, size: int, min_crop: float, generator: to
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror < 0.5 else crop
 
 
+def _with_other_colours(
+    image: Tensor,  # [3, S, S] in [-1, 1]
+    strength: float,
+    generator: torch.Generator,
+) -> Tensor:  # [3, S, S] in [-1, 1]
+    """Hue, contrast and brightness changed at random; at strength 1 by any hue, 0.5 to 1.5 times and +-0.5.
+
+    Hue is a rotation about the grey axis, which keeps the mean of the three channels.
+    """
+    turn, contrast, brightness = (2 * torch.rand(3, generator=generator, dtype=torch.float64) - 1).tolist()
+    angle = strength * turn * math.pi
+    mean, along, across = (1 + 2 * math.cos(angle)) / 3, (1 - math.cos(angle)) / 3, math.sin(angle) / math.sqrt(3)
+    first = (mean, along - across, along + across)  # a row of Rodrigues' formula; the others follow in a circle
+    rotation = torch.tensor([[first[(column - row) % 3] for column in range(3)] for row in range(3)])
+    turned = torch.einsum("rc,chw->rhw", rotation.to(image), image)
+    return (turned * (1 + 0.5 * strength * contrast) + 0.5 * strength * brightness).clamp(-1, 1)
+
+
 class PictureCache:
     """Decoded pictures, most recently used kept, within a bound of bytes."""
 
@@ -229,6 +247,7 @@ class ImageFolder(Dataset[Tensor]):
         seed: seed of the augmentation.
         min_crop: smallest area of a random crop, as a share of the largest square; a crop is enlarged only where
             the whole picture is smaller than image_size.
+        color_jitter: strength of random changes of hue, contrast and brightness, 0 to 1.
         cache_bytes: bound of the memory for decoded pictures, per process.
 
     Raises:
@@ -244,15 +263,19 @@ class ImageFolder(Dataset[Tensor]):
         augment: bool = True,
         seed: int = 0,
         min_crop: float = 0.0,
+        color_jitter: float = 0.0,
         cache_bytes: int = 1 << 30,
     ) -> None:
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         if not 0 <= min_crop <= 1:
             raise ValueError(f"min_crop must lie in [0, 1], got {min_crop}")
+        if not 0 <= color_jitter <= 1:
+            raise ValueError(f"color_jitter must lie in [0, 1], got {color_jitter}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
         self.image_size, self.augment, self.seed, self.min_crop = image_size, augment, seed, min_crop
+        self.color_jitter = color_jitter
         self.skipped: list[tuple[Path, str]] = []
         self.cache = PictureCache(cache_bytes)
         self.files = self._readable(_files_of(path))
@@ -298,7 +321,8 @@ class ImageFolder(Dataset[Tensor]):
         if not self.augment:
             return to_tensor(_centre_crop(picture, self.image_size))
         generator = torch.Generator().manual_seed(_mix(self.seed, epoch, index))
-        return to_tensor(_random_crop(picture, self.image_size, self.min_crop, generator))
+        image = to_tensor(_random_crop(picture, self.image_size, self.min_crop, generator))
+        return _with_other_colours(image, self.color_jitter, generator) if self.color_jitter else image
 
 
 def _files_of(path: str | Path | Sequence[str | Path] | None) -> list[Path]:

@@ -126,6 +126,7 @@ class Trainer:
             config.image_size,
             seed=config.seed,
             min_crop=config.min_crop,
+            color_jitter=config.color_jitter,
             cache_bytes=config.cache_mb << 20,
         )
         if self.is_main and self.data.skipped:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from vqkernels.models import ImageFolder, bundled_photographs, held_out_photograph, list_images, load_image
 from vqkernels.models import data as data_module
-from vqkernels.models.data import EndlessBatches, to_picture, to_tensor
+from vqkernels.models.data import EndlessBatches, _with_other_colours, to_picture, to_tensor
 
 
 def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
@@ -220,3 +220,30 @@ def test_without_scikit_image_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(data_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'vqkernels\[demo\]'"):
         ImageFolder(None, 64)
+
+
+@pytest.mark.parametrize("strength", [0.3, 1.0])
+def test_color_jitter_keeps_grey_grey_and_is_the_same_for_a_key(folder, strength: float):
+    plain, changed = (ImageFolder(folder, 16, seed=3, color_jitter=each) for each in (0.0, strength))
+    again = ImageFolder(folder, 16, seed=3, color_jitter=strength)
+    for index in range(len(plain)):
+        image = changed[4, index]
+        assert torch.equal(image, again[4, index])
+        assert image.min() >= -1
+        assert image.max() <= 1
+    assert any(not torch.equal(changed[4, index], plain[4, index]) for index in range(len(plain)))
+    grey = torch.linspace(-0.4, 0.4, 16).expand(3, 16, 16)
+    for seed in range(20):
+        turned = _with_other_colours(grey, strength, torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(turned[0], turned[1])
+        torch.testing.assert_close(turned[0], turned[2])
+    with pytest.raises(ValueError, match=r"color_jitter must lie in \[0, 1\], got 1.5"):
+        ImageFolder(folder, 16, color_jitter=1.5)
+
+
+def test_a_third_of_a_turn_moves_every_channel_to_the_next(monkeypatch):
+    image = torch.linspace(-0.4, 0.4, 48).reshape(3, 4, 4)
+    draws = torch.tensor([5 / 6, 0.5, 0.5], dtype=torch.float64)  # 2/3 of half a turn, nothing else
+    monkeypatch.setattr(data_module.torch, "rand", lambda *_, **__: draws)
+    turned = _with_other_colours(image, 1.0, torch.Generator())
+    torch.testing.assert_close(turned, image[[2, 0, 1]])
