@@ -144,11 +144,11 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
 
 
 def random_state() -> dict[str, Any]:
-    """The states of all global random generators, of plain types."""
+    """The states of all global random generators, of plain types; on GPUs that of this process's own."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()  # type: ignore[misc]
     return {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
         "python": random.getstate(),
         "numpy": (str(kind), torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss),
     }
@@ -158,7 +158,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     """The reverse of random_state."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state(state["cuda"][0])
     random.setstate(state["python"])
     kind, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))

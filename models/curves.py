@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-COLOURS = ("#2f6db3", "#d1722c", "#3a8f5c", "#9a4fa8")
+COLOURS = ("#2f6db3", "#d1722c", "#3a8f5c", "#9a4fa8", "#b8a12b", "#3aa5a8", "#b3415e", "#7a7a85")
 INK, FAINT = "#26262a", "#b8b8be"
 COLUMNS = 3
 
@@ -20,19 +20,23 @@ class Panel:
     """Curves that belong on one pair of axes."""
 
     title: str
-    names: tuple[str, ...]  # of metrics.jsonl
+    names: tuple[str, ...]  # of metrics.jsonl; figures of one level or of held-out pictures end in them
     unit: str = ""
     logarithmic: bool = False
 
 
 PANELS = (
-    Panel("reconstruction", ("psnr", "held_out_psnr"), "PSNR, dB"),
+    Panel("reconstruction", ("psnr",), "PSNR, dB"),
     Panel("losses", ("l1", "mse", "perceptual", "logit_distance"), logarithmic=True),
-    Panel("codebook in use", ("usage", "held_out_usage", "dead_share"), "share of the codes"),
-    Panel("perplexity", ("perplexity", "held_out_perplexity"), "codes"),
+    Panel("codebook in use", ("usage", "dead_share"), "share of the codes"),
+    Panel("perplexity", ("perplexity",), "codes"),
     Panel("discriminator", ("real_logit", "fake_logit", "discriminator_loss"), "logit, loss"),
     Panel("adaptive weight", ("adaptive_weight",), logarithmic=True),
-    Panel("bottleneck", ("kl", "latent_deviation", "entropy_loss"), logarithmic=True),
+    Panel("commitment loss", ("commitment_loss",), logarithmic=True),
+    Panel("length of the codes", ("code_length",), "mean"),
+    Panel("entropy loss", ("entropy_loss",)),
+    Panel("latents", ("kl",), "KL divergence", logarithmic=True),
+    Panel("spread of the latents", ("latent_std",), "standard deviation"),
     Panel("gradient", ("grad_norm",), "norm", logarithmic=True),
     Panel("speed", ("images_per_second",), "images per second"),
 )
@@ -56,10 +60,15 @@ def _beginnings(history: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
     return found
 
 
+def _belongs(name: str, panel: Panel) -> bool:
+    """Whether a figure is one of the panel's: `usage`, `held_out_usage`, `top_usage`, `top_quantizer.dead_share`."""
+    return any(name == each or name.endswith((f"_{each}", f".{each}")) for each in panel.names)
+
+
 def _draw(axes: Any, panel: Panel, curves: dict[str, tuple[list[int], list[float]]]) -> None:
     for colour, (name, (steps, values)) in zip(COLOURS, curves.items(), strict=False):
         dotted = name.startswith("held_out")
-        label = "held out" if dotted else name.replace("_", " ")
+        label = name.replace("held_out_psnr", "held out").replace("_", " ").replace(".", " ")
         axes.plot(steps, values, color=colour, linewidth=1.4, marker="o" if dotted else None, markersize=3, label=label)
     axes.set_title(panel.title, fontsize=10, color=INK, loc="left")
     axes.set_ylabel(panel.unit, fontsize=8, color=INK)
@@ -82,7 +91,8 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
     """
     drawn = []
     for panel in PANELS:
-        curves = {name: curve for name in panel.names if (curve := _curve(history, name))[0]}
+        names = dict.fromkeys(name for line in history for name in line if _belongs(name, panel))
+        curves = {name: curve for name in names if (curve := _curve(history, name))[0]}
         if curves:
             drawn.append((panel, curves))
     rows = max(1, -(-len(drawn) // COLUMNS))

@@ -111,6 +111,12 @@ class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipe
             if isinstance(module, Codebook):
                 module.update_codebook()
 
+    def discard_codebook_updates(self) -> None:
+        """Forgets what the codebooks have collected since their last update, as for a step that is left out."""
+        for module in self.modules():
+            if isinstance(module, Codebook):
+                module.discard_update()
+
     def health(self) -> dict[str, Tensor]:  # [] each
         """Share of dead codes (see `vqkernels.nn.CodebookHealth`) and mean length of the codes, whose drift tells of a
         codebook that runs away; by the quantizer's name where there are several."""

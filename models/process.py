@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -68,7 +69,10 @@ def process_settings(config: TrainConfig) -> Iterator[None]:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     try:
-        yield
+        with warnings.catch_warnings():
+            # of FSDP, on the quantizer's output, which is a view: nothing here writes into it
+            warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
+            yield
     finally:
         torch.set_num_threads(threads)
         torch.set_deterministic_debug_mode(mode)

@@ -6,7 +6,6 @@ themselves. Checkpoints hold whole tensors either way, so a run may go on sharde
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,8 +33,6 @@ def _outermost_lists(module: nn.Module) -> Iterable[nn.ModuleList]:
 
 def shard(model: nn.Module, device: torch.device) -> None:
     """Turns the weights into slices, in place; all processes must call it, with equal weights."""
-    # the quantizer's output is a view; nothing here writes into it
-    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (rank_and_world()[1],))
     whole = {weight for module in model.modules() if isinstance(module, QUANTIZERS) for weight in module.parameters()}
     for parts in _outermost_lists(model):

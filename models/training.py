@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from vqkernels.nn import defer_codebook_update
+from vqkernels.nn import Codebook, defer_codebook_update
 
 from .checkpoint import (
     different_options,
@@ -106,6 +106,9 @@ def _take_weights(model: ImageModel, folder: str) -> None:
         name: value.shape for name, value in own.items()
     }:
         model.load_state_dict(state)
+        for module in model.modules():
+            if isinstance(module, Codebook):
+                module.initialized.fill_(True)  # kmeans_init must not throw these codes away
         return
     different = "; ".join(different_options(to_dict(model.config), to_dict(saved.config), "model"))
     raise ValueError(f"cannot start from {folder!r}: {different} in it")
@@ -226,9 +229,10 @@ class Trainer:
         if different:
             raise ValueError(f"cannot resume {str(self.output)!r}: {'; '.join(different)} in the checkpoint")
         for name, mine in self._order_options().items():
-            if mine != state["order"][name]:
+            before = state["order"].get(name, mine)  # an option that is new since
+            if mine != before:
                 raise ValueError(
-                    f"cannot resume {str(self.output)!r}: {name} is {mine} now and was {state['order'][name]}, "
+                    f"cannot resume {str(self.output)!r}: {name} is {mine} now and was {before}, "
                     "so the next step would see other images"
                 )
         load_model_state(self.raw_model, state["model"])
@@ -240,25 +244,28 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.seconds_before = state["step"], state["seconds"]
         self.guard.skipped = state.get("skipped", 0)
-        self.window = state["window"].to(self.device)
-        self.window_steps, self.window_started = state["window_steps"], state["window_started"]
+        self.window_started = state["window_started"]
+        if state.get("window_names") == list(self.names):  # else some figures are new: the next line is of fewer steps
+            self.window, self.window_steps = state["window"].to(self.device), state["window_steps"]
         return state
 
-    def _order_options(self) -> dict[str, int]:
-        """What the order of the images follows from; a resumed run must agree."""
+    def _order_options(self) -> dict[str, int | float]:
+        """What the order of the images and their crops follow from; a resumed run must agree."""
         config = self.config
         return {
             "processes": self.accelerator.num_processes,
             "batch_size": config.batch_size,
             "gradient_accumulation": config.gradient_accumulation,
             "image_size": config.image_size,
+            "min_crop": config.min_crop,
+            "color_jitter": config.color_jitter,
             "seed": config.seed,
             "images": len(self.data),
         }
 
     def _save_checkpoint(self) -> None:
         self.guard.check_now()
-        random = gather_object([random_state()])
+        random, window = gather_object([random_state()]), self.accelerator.reduce(self.window.clone(), reduction="mean")
         self.average.gather()
         model, optimizer = gathered(self.raw_model.state_dict()), gathered(self.optimizer.state_dict())
         if not self.is_main:
@@ -276,7 +283,8 @@ class Trainer:
             "discriminator": self.objective.state_dict(),
             "scaler": None if scaler is None else scaler.state_dict(),
             "random": random,
-            "window": self.window,
+            "window": window,
+            "window_names": list(self.names),
             "window_steps": self.window_steps,
             "window_started": self.window_started,
         }
@@ -330,6 +338,7 @@ class Trainer:
         if self.guard.leaves_out(self.step, values):
             self.optimizer.zero_grad()
             self.objective.zero_grad()
+            self.raw_model.discard_codebook_updates()
             self.step += 1
             return
         self.guard.check(self.step, values)

@@ -359,6 +359,17 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(pictures, tmp_path, m
         train(small_run(pictures, tmp_path / "strict", critic=critic, steps=5))
 
 
+def test_a_step_that_is_left_out_does_not_move_the_codebook(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(Objective, "backward", _broken_at(4))
+    options = {"steps": 5, "max_skipped_steps": 1, "discriminator": DiscriminatorConfig(), "checkpoint_every": 4}
+    with pytest.warns(UserWarning, match="step 5 was left out"):
+        train(small_run(pictures, tmp_path / "run", **options))
+    files = (tmp_path / "run" / "checkpoints" / f"step-{step:08d}.pt" for step in (4, 5))
+    before, after = (torch.load(file, weights_only=True)["model"] for file in files)
+    for name in ("codebook", "cluster_size", "embed_sum"):
+        assert torch.equal(before[f"quantizer.{name}"], after[f"quantizer.{name}"]), name
+
+
 def _overflow_at(step: int, backward):
     """Finite losses whose gradients are infinite in one step, as float16 has them when the scale is too large."""
 

@@ -15,17 +15,21 @@ from kill_and_resume import kill_and_resume, make_config, write_pictures
 from PIL import Image
 from vqkernels.models import (
     VQGAN,
+    HierarchicalVQVAEConfig,
+    KLVAEConfig,
     QuantizerConfig,
     TrainConfig,
     VQGANConfig,
+    VQVAEConfig,
     load_config,
     make_model,
     save_config,
     train,
 )
-from vqkernels.models.checkpoint import load_newest
+from vqkernels.models.checkpoint import load_newest, save_checkpoint
 from vqkernels.models.config import DiscriminatorConfig
-from vqkernels.models.curves import draw_curves
+from vqkernels.models.curves import PANELS, draw_curves
+from vqkernels.models.objective import ADVERSARIAL_PARTS, PARTS
 from vqkernels.models.run_log import read_metrics
 
 
@@ -69,6 +73,54 @@ def test_curves_show_only_what_was_logged(tmp_path):
     widths = {name: Image.open(tmp_path / f"{name}.png").height for name in ("some", "more", "none")}
     assert widths["more"] > widths["some"]  # a second row of panels
     assert np.asarray(Image.open(tmp_path / "none.png").convert("RGB")).min() == 255
+
+
+def test_every_panel_shows_what_some_model_logs():
+    logged = {*PARTS, *ADVERSARIAL_PARTS, "psnr", "grad_norm", "images_per_second"}
+    quantizer = {"codebook_size": 4, "entropy": {"weight": 0.1}}
+    shape = {"channels": 8, "channel_multipliers": [1, 1], "latent_channels": 4, "blocks": 1}
+    for config in (
+        VQVAEConfig(**shape, quantizer=quantizer),
+        HierarchicalVQVAEConfig(**shape, top_quantizer=quantizer, bottom_quantizer=quantizer),
+        KLVAEConfig(**shape, resolution=16, attention_resolutions=[], norm_groups=4),
+    ):
+        model = make_model(config)
+        logged |= {*model.figure_names, *model.health()}
+    for panel in PANELS:
+        for name in panel.names:
+            assert any(each == name or each.endswith((f"_{name}", f".{name}")) for each in logged), name
+
+
+def test_a_hierarchy_has_its_codes_in_the_curves(tmp_path):
+    plain = [{"step": step, "psnr": 20.0 + step} for step in (1, 2)]
+    names = ("top_usage", "bottom_usage", "held_out_top_perplexity", "top_quantizer.code_length", "top_commitment_loss")
+    draw_curves(plain, tmp_path / "plain.png")
+    draw_curves([{**line, **dict.fromkeys(names, 0.5)} for line in plain], tmp_path / "levels.png")
+    heights = [Image.open(tmp_path / f"{name}.png").height for name in ("plain", "levels")]
+    assert heights[1] > heights[0]  # five panels in the place of one
+
+
+def test_codes_that_a_run_starts_from_are_not_replaced_by_k_means(pictures, tmp_path):
+    quantizer = QuantizerConfig(codebook_size=64, kmeans_init=False, update="gradient", dead_code_threshold=0.0)
+    model = dataclasses.replace(make_config(pictures, tmp_path, 1).model, quantizer=quantizer)
+    first = train(run_of(pictures, tmp_path / "first", steps=1, model=model)).model
+    model = dataclasses.replace(model, quantizer=dataclasses.replace(quantizer, kmeans_init=True))
+    changes = {"steps": 1, "model": model, "start_from": str(tmp_path / "first"), "learning_rate": 1e-9}
+    second = train(run_of(pictures, tmp_path / "second", **changes)).model
+    torch.testing.assert_close(second.quantizer.codebook, first.quantizer.codebook, rtol=0, atol=1e-5)
+
+
+def test_a_resumed_run_sees_the_same_crops_or_says_so(pictures, tmp_path):
+    config = run_of(pictures, tmp_path / "run", steps=1)
+    train(config)
+    with pytest.raises(ValueError, match=r"color_jitter is 0.5 now and was 0.0"):
+        train(dataclasses.replace(config, steps=2, resume=True, color_jitter=0.5))
+    state = load_newest(tmp_path / "run" / "checkpoints")
+    state["order"].pop("color_jitter")  # as written before there was such an option
+    state["window"] = state["window"][:3]
+    state.pop("window_names")
+    save_checkpoint(tmp_path / "run" / "checkpoints", 1, state, 1)
+    assert train(dataclasses.replace(config, steps=2, resume=True)).steps == 2
 
 
 def test_a_run_starts_from_the_weights_of_another_model(pictures, tmp_path):
@@ -170,6 +222,5 @@ def test_the_bundled_small_vqgan_is_what_it_says():
     model = make_model(config.model)
     assert isinstance(model, VQGAN)
     assert isinstance(config.model, VQGANConfig)
-    assert config.max_seconds == 1200
     assert 0 < config.perceptual_start < config.discriminator.start_share < 1
     assert sum(weight.numel() for weight in model.parameters()) < 1e6

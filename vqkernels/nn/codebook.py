@@ -289,6 +289,13 @@ class Codebook(Freezable):
         if self.options.update == "ema" and not self.codebook.is_meta and self._frozen is None:
             apply_pending(*self._ema_state(), *self._update_arguments())
 
+    @torch.no_grad()
+    def discard_update(self) -> None:
+        """Forget the EMA statistics that training forwards have collected since the last update, instead of applying
+        them: for a step that is left out. Local, no communication; usage and perplexity still count its tokens."""
+        if self.options.update == "ema" and not self.codebook.is_meta:
+            self._drop_pending()
+
     # ---- initialisation ----
 
     @torch.no_grad()
