@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -18,14 +19,19 @@ import vqkernels
 from vqkernels.backends import use_backend
 from vqkernels.cli.main import main
 from vqkernels.cli.profile_inputs import load_codebook, load_tokens
+from vqkernels.cli.profile_training import PARTS as SPANS
+from vqkernels.cli.profile_training import QuantizerWatch
+from vqkernels.nn import EntropyOptions, VectorQuantizer
 from vqkernels.profiling import units
 from vqkernels.profiling.advice import hints
+from vqkernels.profiling.clock import Clock
+from vqkernels.profiling.kmeans import Lloyd
 from vqkernels.profiling.measure import measure_subject
-from vqkernels.profiling.page import render
+from vqkernels.profiling.page import WORDS, render
 from vqkernels.profiling.peaks import Peaks
 from vqkernels.profiling.roofline import Sizes, kernel_work, place
 from vqkernels.profiling.search import STAGES
-from vqkernels.profiling.subject import Subject
+from vqkernels.profiling.subject import StepOptions, Subject
 from vqkernels.profiling.svg import Box, Labels, LogAxis
 
 SECTIONS = {"advice", "stages", "roofline", "kernels", "exactness", "memory", "trace", "machine", "words"}
@@ -66,6 +72,14 @@ def training(tmp_path_factory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("training")
     (folder / "model.yaml").write_text(yaml.safe_dump(TRAINING))
     return folder, _profile(folder, "--config", str(folder / "model.yaml"), "--steps", "3")
+
+
+@pytest.fixture(scope="module")
+def softmax(tmp_path_factory) -> tuple[Path, dict]:
+    """The folder and the document of a step with an entropy loss, and of k-means."""
+    folder = tmp_path_factory.mktemp("softmax")
+    words = ["--entropy_temperature", "2", "--kmeans_iterations", "3"]
+    return folder, _profile(folder, "--shape", f"{N},{K},{D}", *words)
 
 
 class _Page(HTMLParser):
@@ -164,14 +178,16 @@ def test_kernels_lie_where_their_formulas_say(shape):
 )
 def test_the_search_is_held_against_the_arithmetic_that_it_ran(coarse_pass, ceiling):
     rates = {"int16": 4e11, "float32": 2e11}
-    work = kernel_work(Sizes(1000, 1000, 100, 4), coarse_pass=coarse_pass, rotation=False, rates=rates)
+    work = kernel_work(Sizes(1000, 1000, 100, 4), StepOptions(), coarse_pass=coarse_pass, rates=rates)
     assert work["search"].rate == ceiling
     assert ("coarse" in work) == (coarse_pass is not None)
 
 
 def test_the_roof_is_the_lower_of_peak_and_bandwidth():
     peaks = Peaks({"float32": 100.0}, bandwidth=10.0, cache_bandwidth=None, method={})
-    work = kernel_work(Sizes(1000, 1000, 1000, 4), coarse_pass=None, rotation=True, rates=peaks.rates)
+    work = kernel_work(
+        Sizes(1000, 1000, 1000, 4), StepOptions(gradient="rotation"), coarse_pass=None, rates=peaks.rates
+    )
     busy = place(work["search"], seconds=work["search"].flops / 50.0, peaks=peaks)
     assert (busy["ceiling"], busy["share_of_roof"], busy["share_of_peak"]) == ("float32", 0.5, 0.5)
     starved = place(work["ema"], seconds=work["ema"].bytes / 5.0, peaks=peaks)
@@ -196,7 +212,7 @@ def test_profiling_changes_neither_tokens_nor_codes():
 
 
 def test_a_backend_that_cannot_be_seen_from_inside_says_so(shape):
-    subject = Subject(torch.randn(30, 4), torch.randn(6, 4), "test", gradient="rotation")
+    subject = Subject(torch.randn(30, 4), torch.randn(6, 4), "test", StepOptions(gradient="rotation"))
     with use_backend("reference"):
         document = measure_subject(subject, seconds=0.01, threads=1)
     assert document["search"]["unchanged"] is None
@@ -206,6 +222,117 @@ def test_a_backend_that_cannot_be_seen_from_inside_says_so(shape):
     shown = "".join(_parse(render(document)).text)
     assert "runs on reference" in shown
     assert "Certified" not in shown
+
+
+# The softmax over the codebook, and k-means
+
+
+def test_the_entropy_loss_is_part_of_the_step(softmax):
+    document = softmax[1]
+    step, kernels = document["step"], document["kernels"]
+    assert {"entropy forward", "entropy backward", "statistics", "ema"} < set(step["stages"])
+    assert sum(step["stages"].values()) == pytest.approx(step["seconds"])
+    assert kernels["entropy forward"]["flops"] == 4 * N * K * D
+    assert kernels["entropy backward"]["flops"] == 4 * N * K * D  # moving averages: no gradient of the codebook
+    assert kernels["entropy forward"]["bytes"] == 4 * (N * D + K * D) + 8 * N + 4 * K
+    assert kernels["entropy forward"]["seconds"] == step["stages"]["entropy forward"]
+    assert document["subject"]["entropy"]["temperature"] == 2
+    assert document["subject"]["backends"]["softmax_code_sums"]
+
+
+def test_the_entropy_loss_has_its_memory_beside_the_unfused_form(softmax, shape):
+    memory = softmax[1]["memory"]["entropy"]
+    assert memory["ours_bytes"] is not None, memory["ours_method"]
+    assert memory["probabilities_bytes"] == 4 * N * K
+    assert memory["autograd_bytes"] == 12 * N * K
+    assert shape[1]["memory"]["entropy"] is None
+
+
+def test_the_page_shows_the_entropy_loss_and_kmeans(softmax):
+    folder, document = softmax
+    page = _parse((folder / "report.html").read_text())
+    assert set(page.ids) == {name for each in SECTIONS | {"kmeans"} for name in (each, f"{each}-title")}
+    shown = "".join(page.text)
+    for kernel in ("entropy forward", "entropy backward", "k-means assignment", "k-means sums", "k-means update"):
+        assert kernel in document["kernels"]
+        assert document["kernels"][kernel]["flops_formula"] in shown
+    assert document["memory"]["entropy"]["autograd_formula"] in shown
+    assert WORDS["entropy backward"] in shown
+    assert WORDS["propagation"] not in shown  # no part of this step
+    with gzip.open(folder / document["trace"]["file"], "rt") as file:
+        names = {event.get("name") for event in json.load(file)["traceEvents"]}
+    assert {"vqkernels.entropy forward", "vqkernels.entropy backward"} <= names
+
+
+def test_kmeans_adds_up(softmax):
+    kmeans = softmax[1]["kmeans"]
+    assert set(kmeans["stages"]) == {"start", "assignment", "sums", "update", "last pass"}
+    assert min(kmeans["stages"].values()) > 0
+    assert sum(kmeans["stages"].values()) == pytest.approx(kmeans["seconds"])
+    assert len(kmeans["rounds"]) == kmeans["iterations"] == 3
+    for name in ("assignment", "sums", "update"):
+        assert sum(each[name] for each in kmeans["rounds"]) == pytest.approx(kmeans["stages"][name])
+    passed = [*(each["inertia"] for each in kmeans["rounds"]), kmeans["inertia"]]
+    assert passed == sorted(passed, reverse=True)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_kmeans_in_the_profile_is_kmeans(metric):
+    x, count = torch.randn(200, 6), 9
+    lloyd = Lloyd(Subject(x, torch.randn(count, 6), "test", StepOptions(metric=metric)), seed=3)
+    for _ in range(4):
+        lloyd.iterate()
+    expected = vqkernels.kmeans(x, count, iterations=4, metric=metric, seed=3)
+    assert torch.equal(lloyd.rows, expected.centroids)
+    assert lloyd.finish()[1] == float(expected.inertia)
+
+
+def test_index_propagation_has_a_step_of_its_own(tmp_path):
+    words = ["--gradient", "index_propagation", "--metric", "dot", "--entropy_temperature", "0.5"]
+    document = _profile(tmp_path, "--shape", "60,20,5", *words)
+    parts = {"search", "gather", "losses", "propagation", "entropy forward", "entropy backward"}
+    assert set(document["step"]["stages"]) == parts
+    assert document["kernels"]["propagation"]["flops"] == 10 * 60 * 20 * 5
+    assert document["kernels"]["entropy backward"]["flops"] == 6 * 60 * 20 * 5
+    assert document["kernels"]["search"]["ceiling"] in ("float32", "bandwidth")
+    assert document["memory"]["ours_bytes"] is None
+    assert "plain torch" in document["search"]["not_seen_because"]
+    assert "largest product" in "".join(_parse((tmp_path / "report.html").read_text()).text)
+
+
+def test_products_choose_what_index_propagation_chooses():
+    x, codebook = torch.randn(50, 4), torch.randn(11, 4)
+    options = StepOptions(metric="dot", gradient="index_propagation", update="gradient")
+    assert torch.equal(Subject(x, codebook, "test", options).codes, vqkernels.index_propagation(x, codebook).codes)
+
+
+@pytest.mark.parametrize("update", ["ema", "gradient"])
+def test_the_step_is_that_of_its_options(update):
+    options = StepOptions(update=update, sampling_temperature=0.5, entropy=EntropyOptions(batch_weight=0.0))
+    document = measure_subject(Subject(torch.randn(40, 3), torch.randn(8, 3), "t", options), seconds=0.01, threads=1)
+    learning = {"ema": {"statistics", "ema"}, "gradient": {"codebook gradient"}}[update]
+    expected = {"sampling", "gather", "losses", *learning, "backward", "entropy forward", "entropy backward"}
+    assert set(document["step"]["stages"]) == expected  # codes are drawn: no search
+    assert expected - {"losses"} < set(document["kernels"])
+    assert document["kernels"]["entropy forward"]["flops"] == 2 * 40 * 8 * 3  # no mean distribution
+    assert "softmax_sample" in document["subject"]["backends"]
+    assert "softmax_code_sums" not in document["subject"]["backends"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"metric": "dot"}, "metric: expected dot only"),
+        ({"gradient": "index_propagation"}, "update: expected gradient"),
+        (
+            {"gradient": "index_propagation", "update": "gradient", "sampling_temperature": 1.0},
+            "sampling_temperature: expected 0",
+        ),
+    ],
+)
+def test_steps_that_no_quantizer_makes(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        StepOptions(**options)
 
 
 # The page and the trace
@@ -343,6 +470,16 @@ def test_tokens_that_are_none(tmp_path):
         (["--tokens", "x.npy"], "--tokens and --codebook: expected both"),
         (["--shape", "1,2"], "expected N,K,D"),
         (["--shape", "1,2,3", "--steps", "0"], "--steps: expected a positive number, got 0"),
+        (
+            ["--shape", "1,2,3", "--entropy_temperature", "0"],
+            "--entropy_temperature: expected a positive number, got 0",
+        ),
+        (["--shape", "1,2,3", "--kmeans_iterations", "-1"], "--kmeans_iterations: expected a positive number, got -1"),
+        (["--shape", "1,2,3", "--metric", "dot"], "--metric dot: expected --gradient index_propagation with it"),
+        (
+            ["--shape", "1,2,3", "--gradient", "index_propagation", "--update", "ema"],
+            "--update: expected gradient with --gradient index_propagation, got ema",
+        ),
         (["--shape", "1,2,3", "--images", "x"], "--images: expected a training config"),
         (["--tokens", "none.npy", "--codebook", "none.npy"], "No such file"),
         (["-c", "nowhere.yaml"], "neither a file nor a bundled config"),
@@ -389,3 +526,62 @@ def test_the_trace_of_a_training_step_names_the_quantizer(training):
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"quantizer forward", "quantizer codebook update"} <= names
     assert document["trace"]["of"] == "one training step"
+
+
+def _train(folder: Path, *words: str, **quantizer: object) -> dict:
+    model = {**TRAINING["model"], "quantizer": quantizer}
+    (folder / "model.yaml").write_text(yaml.safe_dump({**TRAINING, "model": model}))
+    return _profile(folder, "--config", str(folder / "model.yaml"), "--steps", "2", *words)
+
+
+def test_the_entropy_loss_of_a_training_config_is_a_part_of_its_step(tmp_path):
+    entropy = {"weight": 0.1, "temperature": 0.5}
+    document = _train(
+        tmp_path, codebook_size=16, codebook_dim=4, dead_code_threshold=0.0, entropy=entropy, sampling_temperature=0.7
+    )
+    parts = document["training"]["parts"]
+    inside = {"quantizer forward", "quantizer backward", "codebook update", "entropy forward", "entropy backward"}
+    assert set(parts) == inside | {"rest"}
+    assert all(seconds > 0 for seconds in parts.values())
+    assert sum(parts.values()) == pytest.approx(document["training"]["step_seconds"])
+    assert document["subject"]["entropy"]["temperature"] == 0.5
+    assert {"sampling", "entropy forward", "entropy backward"} < set(document["step"]["stages"])
+
+
+def test_a_training_config_with_index_propagation(tmp_path):
+    entropy = {"weight": 0.1, "temperature": 0.5}
+    quantizer = {"codebook_size": 16, "metric": "dot", "gradient": "index_propagation", "update": "gradient"}
+    document = _train(tmp_path, **quantizer, entropy=entropy)
+    parts = document["training"]["parts"]
+    assert {"quantizer forward", "quantizer backward", "entropy forward", "entropy backward"} < set(parts)
+    assert sum(parts.values()) == pytest.approx(document["training"]["step_seconds"])
+    assert (document["subject"]["metric"], document["subject"]["gradient"]) == ("dot", "index_propagation")
+    assert "propagation" in document["step"]["stages"]
+
+
+def test_spans_of_the_entropy_loss_are_no_part_of_the_quantizers():
+    """With a clock that counts its own calls: spans of one step may touch, but none lies inside another."""
+    quantizer = VectorQuantizer(4, 8, entropy=EntropyOptions())
+    clock = Clock(torch.device("cpu"))
+    clock.now = itertools.count().__next__
+    watch = QuantizerWatch(quantizer, clock, [])
+    tokens = torch.randn(20, 4, requires_grad=True)
+    out = quantizer(tokens * 1)
+    (out.quantized.square().mean() + out.loss).backward()
+    assert {name for name, *_ in watch.spans} >= set(SPANS) - {"codebook update"}
+    spans = sorted((start, end) for _, _, start, end in watch.spans)
+    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"quantizer": {"kind": "lfq", "codebook_dim": 4}}, "(kind vq), got a quantizer of kind lfq"),
+        ({"kind": "vqvae2"}, "(kind vq), got a model of kind vqvae2"),
+    ],
+)
+def test_models_without_a_single_codebook_are_refused(model, expected, capsys, tmp_path):
+    (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": model}))
+    words = ["--config", str(tmp_path / "model.yaml"), *QUICK, "--out", str(tmp_path / "out")]
+    assert main(["profile", *words]) == 2
+    assert expected in capsys.readouterr().err

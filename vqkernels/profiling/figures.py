@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .style import colour
 from .svg import Box, Labels, LogAxis, element, text, text_box
 from .units import percent, power, scaled, seconds
 
@@ -136,7 +137,9 @@ def _points(document: dict[str, Any], axes: tuple[LogAxis, LogAxis], canvas: Can
         share = percent(kernel["share_of_roof"])
         hint = f"{name}: {scaled(kernel['flops_per_second'], 'FLOP/s')}, {share} of its roof ({kernel['ceiling']})"
         title = element("title", {}, text(hint))
-        parts.append(element("circle", {"cx": x, "cy": y, "r": canvas.radius, "class": f"point c-{name}"}, title))
+        parts.append(
+            element("circle", {"cx": x, "cy": y, "r": canvas.radius, "class": f"point c-{colour(name)}"}, title)
+        )
         content = f"{name} {share}" if canvas.details else name
         place = labels.place(content, x, y)
         leaders.append(_leader(x, y, text_box(content, place[0], place[1], canvas.font, place[2]), canvas.radius))
@@ -174,14 +177,14 @@ def roofline(document: dict[str, Any], canvas: Canvas) -> str:
 
 
 def stacked_bar(parts: Mapping[str, float], described: str) -> str:
-    """One bar of parts in proportion, as wide as the page; a part's class is its name."""
+    """One bar of parts in proportion, as wide as the page."""
     total, before, drawn = sum(parts.values()) or 1.0, 0.0, []
     for name, value in parts.items():
         share = value / total
         if share > 0:
             title = element("title", {}, text(f"{name}: {seconds(value)}, {percent(share)}"))
             place = {"x": f"{100 * before:.3f}%", "width": f"{100 * share:.3f}%", "y": 0, "height": 34}
-            drawn.append(element("rect", {**place, "class": f"part c-{name}"}, title))
+            drawn.append(element("rect", {**place, "class": f"part c-{colour(name)}"}, title))
         before += share
     attributes = {"class": "bar", "height": 34, "role": "img", "aria-label": described}
     return element("svg", {**attributes, "width": "100%"}, *drawn)
