@@ -3,67 +3,37 @@
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from profiles import SECTIONS, TRAINING, D, K, N, parse_page, profile
 from safetensors.torch import save_file
 
 import vqkernels
 from vqkernels.backends import use_backend
 from vqkernels.cli.main import main
 from vqkernels.cli.profile_inputs import load_codebook, load_tokens
-from vqkernels.cli.profile_training import PARTS as SPANS
-from vqkernels.cli.profile_training import QuantizerWatch
-from vqkernels.nn import EntropyOptions, VectorQuantizer
 from vqkernels.profiling import units
 from vqkernels.profiling.advice import hints
-from vqkernels.profiling.clock import Clock
-from vqkernels.profiling.kmeans import Lloyd
 from vqkernels.profiling.measure import measure_subject
-from vqkernels.profiling.page import WORDS, render
+from vqkernels.profiling.page import render
 from vqkernels.profiling.peaks import Peaks
 from vqkernels.profiling.roofline import Sizes, kernel_work, place
 from vqkernels.profiling.search import STAGES
 from vqkernels.profiling.subject import StepOptions, Subject
 from vqkernels.profiling.svg import Box, Labels, LogAxis
 
-SECTIONS = {"advice", "stages", "roofline", "kernels", "exactness", "memory", "trace", "machine", "words"}
-N, K, D = 700, 300, 24
-QUICK = ["--seconds", "0.1", "--threads", "1", "--device", "cpu"]
-TRAINING = {
-    "image_size": 16,
-    "batch_size": 2,
-    "steps": 3,
-    "warmup_steps": 0,
-    "gradient_accumulation": 2,
-    "threads": 1,
-    "model": {
-        "channels": 8,
-        "channel_multipliers": [1, 2],
-        "blocks": 1,
-        "latent_channels": 6,
-        "quantizer": {"codebook_size": 16, "codebook_dim": 4, "dead_code_threshold": 0.0},
-    },
-}
-
-
-def _profile(folder: Path, *words: str) -> dict:
-    assert main(["profile", *words, *QUICK, "--out", str(folder)]) == 0
-    return json.loads((folder / "report.json").read_text())
-
 
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory) -> tuple[Path, dict]:
     """The folder and the document of a drawn problem."""
     folder = tmp_path_factory.mktemp("profile")
-    return folder, _profile(folder, "--shape", f"{N},{K},{D}")
+    return folder, profile(folder, "--shape", f"{N},{K},{D}")
 
 
 @pytest.fixture(scope="module")
@@ -71,52 +41,7 @@ def training(tmp_path_factory) -> tuple[Path, dict]:
     """The folder and the document of a tiny model's training, on generated pictures."""
     folder = tmp_path_factory.mktemp("training")
     (folder / "model.yaml").write_text(yaml.safe_dump(TRAINING))
-    return folder, _profile(folder, "--config", str(folder / "model.yaml"), "--steps", "3")
-
-
-@pytest.fixture(scope="module")
-def softmax(tmp_path_factory) -> tuple[Path, dict]:
-    """The folder and the document of a step with an entropy loss, and of k-means."""
-    folder = tmp_path_factory.mktemp("softmax")
-    words = ["--entropy_temperature", "2", "--kmeans_iterations", "3"]
-    return folder, _profile(folder, "--shape", f"{N},{K},{D}", *words)
-
-
-class _Page(HTMLParser):
-    """Checks that tags close in order; collects ids and addresses."""
-
-    EMPTY = ("meta", "br", "line", "rect", "circle")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.tags: set[str] = set()
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list) -> None:
-        self.tags.add(tag)
-        self.ids += [value for name, value in attributes if name == "id"]
-        assert not {name for name, _ in attributes} & {"src", "href", "onclick", "style"}, (tag, attributes)
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list) -> None:
-        self.tags.add(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def _parse(markup: str) -> _Page:
-    page = _Page()
-    page.feed(markup)
-    page.close()
-    assert page.open == []
-    return page
+    return folder, profile(folder, "--config", str(folder / "model.yaml"), "--steps", "3")
 
 
 # The numbers
@@ -201,6 +126,7 @@ def test_memory_is_measured_beside_the_formula(shape):
     assert memory["inputs_bytes"] == 4 * (N + K) * D
     assert memory["scores_bytes"] == 4 * N * K
     assert memory["one_hot_bytes"] == 12 * N * K
+    assert memory["entropy"] is None
 
 
 def test_profiling_changes_neither_tokens_nor_codes():
@@ -219,120 +145,9 @@ def test_a_backend_that_cannot_be_seen_from_inside_says_so(shape):
     assert "runs on reference" in document["search"]["not_seen_because"]
     assert document["step"]["stages"]["search"] == document["search"]["seconds"]
     document |= {name: shape[1][name] for name in ("memory", "trace")}
-    shown = "".join(_parse(render(document)).text)
+    shown = "".join(parse_page(render(document)).text)
     assert "runs on reference" in shown
     assert "Certified" not in shown
-
-
-# The softmax over the codebook, and k-means
-
-
-def test_the_entropy_loss_is_part_of_the_step(softmax):
-    document = softmax[1]
-    step, kernels = document["step"], document["kernels"]
-    assert {"entropy forward", "entropy backward", "statistics", "ema"} < set(step["stages"])
-    assert sum(step["stages"].values()) == pytest.approx(step["seconds"])
-    assert kernels["entropy forward"]["flops"] == 4 * N * K * D
-    assert kernels["entropy backward"]["flops"] == 4 * N * K * D  # moving averages: no gradient of the codebook
-    assert kernels["entropy forward"]["bytes"] == 4 * (N * D + K * D) + 8 * N + 4 * K
-    assert kernels["entropy forward"]["seconds"] == step["stages"]["entropy forward"]
-    assert document["subject"]["entropy"]["temperature"] == 2
-    assert document["subject"]["backends"]["softmax_code_sums"]
-
-
-def test_the_entropy_loss_has_its_memory_beside_the_unfused_form(softmax, shape):
-    memory = softmax[1]["memory"]["entropy"]
-    assert memory["ours_bytes"] is not None, memory["ours_method"]
-    assert memory["probabilities_bytes"] == 4 * N * K
-    assert memory["autograd_bytes"] == 12 * N * K
-    assert shape[1]["memory"]["entropy"] is None
-
-
-def test_the_page_shows_the_entropy_loss_and_kmeans(softmax):
-    folder, document = softmax
-    page = _parse((folder / "report.html").read_text())
-    assert set(page.ids) == {name for each in SECTIONS | {"kmeans"} for name in (each, f"{each}-title")}
-    shown = "".join(page.text)
-    for kernel in ("entropy forward", "entropy backward", "k-means assignment", "k-means sums", "k-means update"):
-        assert kernel in document["kernels"]
-        assert document["kernels"][kernel]["flops_formula"] in shown
-    assert document["memory"]["entropy"]["autograd_formula"] in shown
-    assert WORDS["entropy backward"] in shown
-    assert WORDS["propagation"] not in shown  # no part of this step
-    with gzip.open(folder / document["trace"]["file"], "rt") as file:
-        names = {event.get("name") for event in json.load(file)["traceEvents"]}
-    assert {"vqkernels.entropy forward", "vqkernels.entropy backward"} <= names
-
-
-def test_kmeans_adds_up(softmax):
-    kmeans = softmax[1]["kmeans"]
-    assert set(kmeans["stages"]) == {"start", "assignment", "sums", "update", "last pass"}
-    assert min(kmeans["stages"].values()) > 0
-    assert sum(kmeans["stages"].values()) == pytest.approx(kmeans["seconds"])
-    assert len(kmeans["rounds"]) == kmeans["iterations"] == 3
-    for name in ("assignment", "sums", "update"):
-        assert sum(each[name] for each in kmeans["rounds"]) == pytest.approx(kmeans["stages"][name])
-    passed = [*(each["inertia"] for each in kmeans["rounds"]), kmeans["inertia"]]
-    assert passed == sorted(passed, reverse=True)
-
-
-@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-def test_kmeans_in_the_profile_is_kmeans(metric):
-    x, count = torch.randn(200, 6), 9
-    lloyd = Lloyd(Subject(x, torch.randn(count, 6), "test", StepOptions(metric=metric)), seed=3)
-    for _ in range(4):
-        lloyd.iterate()
-    expected = vqkernels.kmeans(x, count, iterations=4, metric=metric, seed=3)
-    assert torch.equal(lloyd.rows, expected.centroids)
-    assert lloyd.finish()[1] == float(expected.inertia)
-
-
-def test_index_propagation_has_a_step_of_its_own(tmp_path):
-    words = ["--gradient", "index_propagation", "--metric", "dot", "--entropy_temperature", "0.5"]
-    document = _profile(tmp_path, "--shape", "60,20,5", *words)
-    parts = {"search", "gather", "losses", "propagation", "entropy forward", "entropy backward"}
-    assert set(document["step"]["stages"]) == parts
-    assert document["kernels"]["propagation"]["flops"] == 10 * 60 * 20 * 5
-    assert document["kernels"]["entropy backward"]["flops"] == 6 * 60 * 20 * 5
-    assert document["kernels"]["search"]["ceiling"] in ("float32", "bandwidth")
-    assert document["memory"]["ours_bytes"] is None
-    assert "plain torch" in document["search"]["not_seen_because"]
-    assert "largest product" in "".join(_parse((tmp_path / "report.html").read_text()).text)
-
-
-def test_products_choose_what_index_propagation_chooses():
-    x, codebook = torch.randn(50, 4), torch.randn(11, 4)
-    options = StepOptions(metric="dot", gradient="index_propagation", update="gradient")
-    assert torch.equal(Subject(x, codebook, "test", options).codes, vqkernels.index_propagation(x, codebook).codes)
-
-
-@pytest.mark.parametrize("update", ["ema", "gradient"])
-def test_the_step_is_that_of_its_options(update):
-    options = StepOptions(update=update, sampling_temperature=0.5, entropy=EntropyOptions(batch_weight=0.0))
-    document = measure_subject(Subject(torch.randn(40, 3), torch.randn(8, 3), "t", options), seconds=0.01, threads=1)
-    learning = {"ema": {"statistics", "ema"}, "gradient": {"codebook gradient"}}[update]
-    expected = {"sampling", "gather", "losses", *learning, "backward", "entropy forward", "entropy backward"}
-    assert set(document["step"]["stages"]) == expected  # codes are drawn: no search
-    assert expected - {"losses"} < set(document["kernels"])
-    assert document["kernels"]["entropy forward"]["flops"] == 2 * 40 * 8 * 3  # no mean distribution
-    assert "softmax_sample" in document["subject"]["backends"]
-    assert "softmax_code_sums" not in document["subject"]["backends"]
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"metric": "dot"}, "metric: expected dot only"),
-        ({"gradient": "index_propagation"}, "update: expected gradient"),
-        (
-            {"gradient": "index_propagation", "update": "gradient", "sampling_temperature": 1.0},
-            "sampling_temperature: expected 0",
-        ),
-    ],
-)
-def test_steps_that_no_quantizer_makes(options, expected):
-    with pytest.raises(ValueError, match=expected):
-        StepOptions(**options)
 
 
 # The page and the trace
@@ -340,7 +155,7 @@ def test_steps_that_no_quantizer_makes(options, expected):
 
 def test_the_page_holds_every_section_and_nothing_from_outside(shape):
     markup = (shape[0] / "report.html").read_text()
-    page = _parse(markup)
+    page = parse_page(markup)
     assert set(page.ids) == SECTIONS | {f"{name}-title" for name in SECTIONS}
     assert not page.tags & {"script", "link", "img", "iframe", "object", "image", "use"}
     assert not re.search(r"https?:|//\w+\.|@import|url\(", markup)
@@ -350,7 +165,7 @@ def test_the_page_holds_every_section_and_nothing_from_outside(shape):
 
 def test_the_page_says_what_was_measured(shape):
     folder, document = shape
-    shown = "".join(_parse((folder / "report.html").read_text()).text).replace("\u202f", "")
+    shown = "".join(parse_page((folder / "report.html").read_text()).text).replace("\u202f", "")
     assert f"{N} tokens × {K} codes × {D} dimensions" in shown
     assert units.seconds(document["search"]["seconds"]) in shown
     assert document["machine"]["cpu"] in shown
@@ -431,11 +246,11 @@ def test_own_tokens_and_codebook(tmp_path):
     state = {"quantizer.codebook": codebook, "quantizer.embed_sum": codebook, "decoder.weight": torch.randn(11, 5)}
     save_file({name: value.clone() for name, value in state.items()}, tmp_path / "model.safetensors")
     words = ["--tokens", str(tmp_path / "a<b>&.npy"), "--codebook", str(tmp_path / "model.safetensors")]
-    document = _profile(tmp_path / "out", *words, "--metric", "cosine", "--dtype", "float64")
+    document = profile(tmp_path / "out", *words, "--metric", "cosine", "--dtype", "float64")
     subject = document["subject"]
     assert (subject["tokens"], subject["codes"], subject["dim"]) == (60, 11, 5)
     assert (subject["metric"], subject["dtype"]) == ("cosine", "float64")
-    assert "a<b>&.npy" in "".join(_parse((tmp_path / "out" / "report.html").read_text()).text)
+    assert "a<b>&.npy" in "".join(parse_page((tmp_path / "out" / "report.html").read_text()).text)
 
 
 def test_codebooks_are_found_in_checkpoints(tmp_path):
@@ -512,7 +327,7 @@ def test_a_training_config_is_profiled_on_its_own_tokens(training):
     subject = document["subject"]
     assert (subject["tokens"], subject["codes"], subject["dim"]) == (2 * 8 * 8, 16, 4)
     assert "encoder" in subject["source"]
-    page = _parse((folder / "report.html").read_text())
+    page = parse_page((folder / "report.html").read_text())
     assert "training" in page.ids
     assert "generated pictures" in "".join(page.text)
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -526,62 +341,3 @@ def test_the_trace_of_a_training_step_names_the_quantizer(training):
         names = {event.get("name") for event in json.load(file)["traceEvents"]}
     assert {"quantizer forward", "quantizer codebook update"} <= names
     assert document["trace"]["of"] == "one training step"
-
-
-def _train(folder: Path, *words: str, **quantizer: object) -> dict:
-    model = {**TRAINING["model"], "quantizer": quantizer}
-    (folder / "model.yaml").write_text(yaml.safe_dump({**TRAINING, "model": model}))
-    return _profile(folder, "--config", str(folder / "model.yaml"), "--steps", "2", *words)
-
-
-def test_the_entropy_loss_of_a_training_config_is_a_part_of_its_step(tmp_path):
-    entropy = {"weight": 0.1, "temperature": 0.5}
-    document = _train(
-        tmp_path, codebook_size=16, codebook_dim=4, dead_code_threshold=0.0, entropy=entropy, sampling_temperature=0.7
-    )
-    parts = document["training"]["parts"]
-    inside = {"quantizer forward", "quantizer backward", "codebook update", "entropy forward", "entropy backward"}
-    assert set(parts) == inside | {"rest"}
-    assert all(seconds > 0 for seconds in parts.values())
-    assert sum(parts.values()) == pytest.approx(document["training"]["step_seconds"])
-    assert document["subject"]["entropy"]["temperature"] == 0.5
-    assert {"sampling", "entropy forward", "entropy backward"} < set(document["step"]["stages"])
-
-
-def test_a_training_config_with_index_propagation(tmp_path):
-    entropy = {"weight": 0.1, "temperature": 0.5}
-    quantizer = {"codebook_size": 16, "metric": "dot", "gradient": "index_propagation", "update": "gradient"}
-    document = _train(tmp_path, **quantizer, entropy=entropy)
-    parts = document["training"]["parts"]
-    assert {"quantizer forward", "quantizer backward", "entropy forward", "entropy backward"} < set(parts)
-    assert sum(parts.values()) == pytest.approx(document["training"]["step_seconds"])
-    assert (document["subject"]["metric"], document["subject"]["gradient"]) == ("dot", "index_propagation")
-    assert "propagation" in document["step"]["stages"]
-
-
-def test_spans_of_the_entropy_loss_are_no_part_of_the_quantizers():
-    """With a clock that counts its own calls: spans of one step may touch, but none lies inside another."""
-    quantizer = VectorQuantizer(4, 8, entropy=EntropyOptions())
-    clock = Clock(torch.device("cpu"))
-    clock.now = itertools.count().__next__
-    watch = QuantizerWatch(quantizer, clock, [])
-    tokens = torch.randn(20, 4, requires_grad=True)
-    out = quantizer(tokens * 1)
-    (out.quantized.square().mean() + out.loss).backward()
-    assert {name for name, *_ in watch.spans} >= set(SPANS) - {"codebook update"}
-    spans = sorted((start, end) for _, _, start, end in watch.spans)
-    assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-
-
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        ({"quantizer": {"kind": "lfq", "codebook_dim": 4}}, "(kind vq), got a quantizer of kind lfq"),
-        ({"kind": "vqvae2"}, "(kind vq), got a model of kind vqvae2"),
-    ],
-)
-def test_models_without_a_single_codebook_are_refused(model, expected, capsys, tmp_path):
-    (tmp_path / "model.yaml").write_text(yaml.safe_dump({"model": model}))
-    words = ["--config", str(tmp_path / "model.yaml"), *QUICK, "--out", str(tmp_path / "out")]
-    assert main(["profile", *words]) == 2
-    assert expected in capsys.readouterr().err
