@@ -58,8 +58,8 @@ def write_report(document: dict[str, Any], folder: Path) -> None:
 def _print_kmeans(console: Console, kmeans: dict[str, Any]) -> None:
     rows = [(name, seconds(value), percent(value / kmeans["seconds"])) for name, value in kmeans["stages"].items()]
     passed = [*(each["inertia"] for each in kmeans["rounds"]), kmeans["inertia"]]
-    title = f"k-means, {kmeans['iterations']} iterations: inertia {digits(passed[0], 5)} to {digits(passed[-1], 5)}"
-    console.print(make_table(title, ("stage", "time", "share"), rows))
+    console.print(make_table(f"k-means, {kmeans['iterations']} iterations", ("stage", "time", "share"), rows))
+    console.print(f"inertia {digits(passed[0], 5)} to {digits(passed[-1], 5)}\n")
 
 
 def _print(console: Console, document: dict[str, Any], folder: Path) -> None:

@@ -14,6 +14,7 @@ LARGE_STAGE = 0.1  # of the search
 SMALL_DIM, FEW_CODES = 48, 2048  # below, the arithmetic peak cannot be reached
 FEW_TOKENS = 512  # per thread: packing and splitting show
 LARGE_ENTROPY = 0.3  # of a step of the quantizer
+LARGE_START = 0.5  # of k-means
 SMALL_GAIN = 0.001  # of the inertia, by the last iteration
 SMALL_QUANTIZER = 0.15  # of a training step
 Hint = tuple[str, str]  # what is so, what to do
@@ -148,6 +149,12 @@ def _kmeans(document: dict[str, Any]) -> Iterator[Hint]:
     kmeans = document.get("kmeans")
     if not kmeans:
         return
+    start = kmeans["stages"]["start"] / kmeans["seconds"]
+    if start > LARGE_START:
+        yield (
+            f"The first centroids take {percent(start)} of k-means.",
+            'init="random" takes tokens at once; it may need more iterations from there.',
+        )
     passed = [*(each["inertia"] for each in kmeans["rounds"]), kmeans["inertia"]]
     gain = 1 - passed[-1] / passed[-2] if passed[-2] > 0 else 0.0
     if gain < SMALL_GAIN:

@@ -140,7 +140,7 @@ def _points(document: dict[str, Any], axes: tuple[LogAxis, LogAxis], canvas: Can
         parts.append(
             element("circle", {"cx": x, "cy": y, "r": canvas.radius, "class": f"point c-{colour(name)}"}, title)
         )
-        content = f"{name} {share}" if canvas.details else name
+        content = f"{name} {share}" if canvas.details else name.removeprefix("k-means ")
         place = labels.place(content, x, y)
         leaders.append(_leader(x, y, text_box(content, place[0], place[1], canvas.font, place[2]), canvas.radius))
         parts.append(_label(content, *place, "point-label"))

@@ -270,9 +270,14 @@ def _training(document: dict[str, Any]) -> str:
         ("step", f"{seconds(training['step_seconds'])}; half of the {training['steps']} steps lie in {low} to {high}"),
         ("quantizer", f"{seconds(training['quantizer_seconds'])}, {percent(training['quantizer_share'])} of the step"),
     ]
+    entropy = sum(each for name, each in training["parts"].items() if name.startswith("entropy"))
+    if entropy:
+        share = percent(entropy / training["step_seconds"])
+        rows.append(("entropy loss", f"{seconds(entropy)} of it, {share} of the step"))
     intro = (
         "Steps of vqkernels train itself; the first ones, which allocate and place the first codebook, are left out. "
-        "Forward and backward of the quantizer hold its search, lookup, losses, statistics and projections."
+        "Forward and backward of the quantizer hold its search, lookup, losses, statistics and projections; an entropy "
+        "loss has parts of its own."
     )
     return section("training", "Share of the training step", paragraph(intro), facts(rows))
 
