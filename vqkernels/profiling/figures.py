@@ -108,7 +108,8 @@ def _roofs(document: dict[str, Any], axes: tuple[LogAxis, LogAxis], canvas: Canv
         parts.append(element("line", {"x1": start, "x2": x_axis.end, "y1": y, "y2": y, "class": kind}))
         content = f"{RATE_NAMES.get(name, name)} {scaled(rate, 'FLOP/s')}"
         content = content if canvas.details else f"{name} {scaled(rate, '')}"
-        place = (ridge + canvas.font, y - 0.45 * canvas.font)
+        beside = -0.45 if rate == top else 1.15  # apart, however close the roofs are
+        place = (ridge + canvas.font, y + beside * canvas.font)
         parts.append(_label(content, *place, "start", "roof-label"))
         labels.taken += [text_box(content, *place, canvas.font, "start"), Box(start, y - 2, x_axis.end, y + 2)]
     parts.append(_slope(peaks["bandwidth"], top, x_axis, y_axis, "roof"))
