@@ -180,11 +180,12 @@ def _memory_bars(entries: Sequence[tuple[str, int | None, str, str]]) -> list[st
 
 def _memory(document: dict[str, Any]) -> str:
     memory, entropy = document["memory"], document["memory"]["entropy"]
+    one_hot = [("and one-hot for EMA", *_theirs(memory, "one_hot"))]
     rows = _memory_bars(
         [
             ("this search, measured", memory["ours_bytes"], "ours", _peak_note(memory)),
             ("scores of every pair", *_theirs(memory, "scores")),
-            ("and one-hot for EMA", *_theirs(memory, "one_hot")),
+            *(one_hot if document["subject"]["update"] == "ema" else []),
         ]
     )
     if entropy:
@@ -200,7 +201,8 @@ def _memory(document: dict[str, Any]) -> str:
 
 
 def _peak_note(part: Mapping[str, Any]) -> str:
-    return f"peak beyond its inputs ({part['ours_method']})"
+    measured = part["ours_bytes"] is not None
+    return f"peak beyond its inputs ({part['ours_method']})" if measured else part["ours_method"]
 
 
 def _theirs(part: Mapping[str, Any], name: str) -> tuple[int, str, str]:
