@@ -95,8 +95,8 @@ section > :last-child {{ margin-bottom: 0; }}
 {_COLOURS}
 .legend {{ list-style: none; margin: 10px 0 0; padding: 0; display: grid; gap: 4px 28px;
   grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); }}
-.legend li {{ display: grid; grid-template-columns: 14px 1fr auto minmax(3.7em, max-content); gap: 6px; align-items: center;
-  font-variant-numeric: tabular-nums; }}
+.legend li {{ display: grid; grid-template-columns: 14px 1fr auto minmax(3.7em, max-content); gap: 6px;
+  align-items: center; font-variant-numeric: tabular-nums; }}
 .legend i {{ width: 12px; height: 12px; border-radius: 3px; display: block; }}
 .legend .share {{ color: var(--soft); text-align: right; white-space: nowrap; }}
 .scroll {{ overflow-x: auto; margin: 0 -24px; padding: 0 24px; }}
