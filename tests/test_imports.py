@@ -28,7 +28,7 @@ ALLOWED = {
         ),
         "_dtypes",
     },
-    "profiling": {"benchmarks", "ops", "backends", "kernels", "_dtypes"},
+    "profiling": {"benchmarks", "nn", "ops", "backends", "kernels", "_dtypes"},
     "audit": {"nn", "ops", "testing"},
     "export": {"ops"},
     "benchmarks": {"compat", "nn", "ops", "backends", "kernels", "_extension", "testing", "_version", "models"},

@@ -5,13 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from profiles import SECTIONS, TRAINING, D, K, N, parse_page, profile
 from safetensors.torch import save_file
 
 import vqkernels
@@ -25,39 +25,15 @@ from vqkernels.profiling.page import render
 from vqkernels.profiling.peaks import Peaks
 from vqkernels.profiling.roofline import Sizes, kernel_work, place
 from vqkernels.profiling.search import STAGES
-from vqkernels.profiling.subject import Subject
+from vqkernels.profiling.subject import StepOptions, Subject
 from vqkernels.profiling.svg import Box, Labels, LogAxis
-
-SECTIONS = {"advice", "stages", "roofline", "kernels", "exactness", "memory", "trace", "machine", "words"}
-N, K, D = 700, 300, 24
-QUICK = ["--seconds", "0.1", "--threads", "1", "--device", "cpu"]
-TRAINING = {
-    "image_size": 16,
-    "batch_size": 2,
-    "steps": 3,
-    "warmup_steps": 0,
-    "gradient_accumulation": 2,
-    "threads": 1,
-    "model": {
-        "channels": 8,
-        "channel_multipliers": [1, 2],
-        "blocks": 1,
-        "latent_channels": 6,
-        "quantizer": {"codebook_size": 16, "codebook_dim": 4, "dead_code_threshold": 0.0},
-    },
-}
-
-
-def _profile(folder: Path, *words: str) -> dict:
-    assert main(["profile", *words, *QUICK, "--out", str(folder)]) == 0
-    return json.loads((folder / "report.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory) -> tuple[Path, dict]:
     """The folder and the document of a drawn problem."""
     folder = tmp_path_factory.mktemp("profile")
-    return folder, _profile(folder, "--shape", f"{N},{K},{D}")
+    return folder, profile(folder, "--shape", f"{N},{K},{D}")
 
 
 @pytest.fixture(scope="module")
@@ -65,44 +41,7 @@ def training(tmp_path_factory) -> tuple[Path, dict]:
     """The folder and the document of a tiny model's training, on generated pictures."""
     folder = tmp_path_factory.mktemp("training")
     (folder / "model.yaml").write_text(yaml.safe_dump(TRAINING))
-    return folder, _profile(folder, "--config", str(folder / "model.yaml"), "--steps", "3")
-
-
-class _Page(HTMLParser):
-    """Checks that tags close in order; collects ids and addresses."""
-
-    EMPTY = ("meta", "br", "line", "rect", "circle")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.ids: list[str] = []
-        self.tags: set[str] = set()
-        self.text: list[str] = []
-
-    def handle_starttag(self, tag: str, attributes: list) -> None:
-        self.tags.add(tag)
-        self.ids += [value for name, value in attributes if name == "id"]
-        assert not {name for name, _ in attributes} & {"src", "href", "onclick", "style"}, (tag, attributes)
-        if tag not in ("meta", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list) -> None:
-        self.tags.add(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-
-def _parse(markup: str) -> _Page:
-    page = _Page()
-    page.feed(markup)
-    page.close()
-    assert page.open == []
-    return page
+    return folder, profile(folder, "--config", str(folder / "model.yaml"), "--steps", "3")
 
 
 # The numbers
@@ -164,14 +103,16 @@ def test_kernels_lie_where_their_formulas_say(shape):
 )
 def test_the_search_is_held_against_the_arithmetic_that_it_ran(coarse_pass, ceiling):
     rates = {"int16": 4e11, "float32": 2e11}
-    work = kernel_work(Sizes(1000, 1000, 100, 4), coarse_pass=coarse_pass, rotation=False, rates=rates)
+    work = kernel_work(Sizes(1000, 1000, 100, 4), StepOptions(), coarse_pass=coarse_pass, rates=rates)
     assert work["search"].rate == ceiling
     assert ("coarse" in work) == (coarse_pass is not None)
 
 
 def test_the_roof_is_the_lower_of_peak_and_bandwidth():
     peaks = Peaks({"float32": 100.0}, bandwidth=10.0, cache_bandwidth=None, method={})
-    work = kernel_work(Sizes(1000, 1000, 1000, 4), coarse_pass=None, rotation=True, rates=peaks.rates)
+    work = kernel_work(
+        Sizes(1000, 1000, 1000, 4), StepOptions(gradient="rotation"), coarse_pass=None, rates=peaks.rates
+    )
     busy = place(work["search"], seconds=work["search"].flops / 50.0, peaks=peaks)
     assert (busy["ceiling"], busy["share_of_roof"], busy["share_of_peak"]) == ("float32", 0.5, 0.5)
     starved = place(work["ema"], seconds=work["ema"].bytes / 5.0, peaks=peaks)
@@ -185,6 +126,7 @@ def test_memory_is_measured_beside_the_formula(shape):
     assert memory["inputs_bytes"] == 4 * (N + K) * D
     assert memory["scores_bytes"] == 4 * N * K
     assert memory["one_hot_bytes"] == 12 * N * K
+    assert memory["entropy"] is None
 
 
 def test_profiling_changes_neither_tokens_nor_codes():
@@ -196,14 +138,14 @@ def test_profiling_changes_neither_tokens_nor_codes():
 
 
 def test_a_backend_that_cannot_be_seen_from_inside_says_so(shape):
-    subject = Subject(torch.randn(30, 4), torch.randn(6, 4), "test", gradient="rotation")
+    subject = Subject(torch.randn(30, 4), torch.randn(6, 4), "test", StepOptions(gradient="rotation"))
     with use_backend("reference"):
         document = measure_subject(subject, seconds=0.01, threads=1)
     assert document["search"]["unchanged"] is None
     assert "runs on reference" in document["search"]["not_seen_because"]
     assert document["step"]["stages"]["search"] == document["search"]["seconds"]
     document |= {name: shape[1][name] for name in ("memory", "trace")}
-    shown = "".join(_parse(render(document)).text)
+    shown = "".join(parse_page(render(document)).text)
     assert "runs on reference" in shown
     assert "Certified" not in shown
 
@@ -213,7 +155,7 @@ def test_a_backend_that_cannot_be_seen_from_inside_says_so(shape):
 
 def test_the_page_holds_every_section_and_nothing_from_outside(shape):
     markup = (shape[0] / "report.html").read_text()
-    page = _parse(markup)
+    page = parse_page(markup)
     assert set(page.ids) == SECTIONS | {f"{name}-title" for name in SECTIONS}
     assert not page.tags & {"script", "link", "img", "iframe", "object", "image", "use"}
     assert not re.search(r"https?:|//\w+\.|@import|url\(", markup)
@@ -223,7 +165,7 @@ def test_the_page_holds_every_section_and_nothing_from_outside(shape):
 
 def test_the_page_says_what_was_measured(shape):
     folder, document = shape
-    shown = "".join(_parse((folder / "report.html").read_text()).text).replace("\u202f", "")
+    shown = "".join(parse_page((folder / "report.html").read_text()).text).replace("\u202f", "")
     assert f"{N} tokens × {K} codes × {D} dimensions" in shown
     assert units.seconds(document["search"]["seconds"]) in shown
     assert document["machine"]["cpu"] in shown
@@ -304,11 +246,11 @@ def test_own_tokens_and_codebook(tmp_path):
     state = {"quantizer.codebook": codebook, "quantizer.embed_sum": codebook, "decoder.weight": torch.randn(11, 5)}
     save_file({name: value.clone() for name, value in state.items()}, tmp_path / "model.safetensors")
     words = ["--tokens", str(tmp_path / "a<b>&.npy"), "--codebook", str(tmp_path / "model.safetensors")]
-    document = _profile(tmp_path / "out", *words, "--metric", "cosine", "--dtype", "float64")
+    document = profile(tmp_path / "out", *words, "--metric", "cosine", "--dtype", "float64")
     subject = document["subject"]
     assert (subject["tokens"], subject["codes"], subject["dim"]) == (60, 11, 5)
     assert (subject["metric"], subject["dtype"]) == ("cosine", "float64")
-    assert "a<b>&.npy" in "".join(_parse((tmp_path / "out" / "report.html").read_text()).text)
+    assert "a<b>&.npy" in "".join(parse_page((tmp_path / "out" / "report.html").read_text()).text)
 
 
 def test_codebooks_are_found_in_checkpoints(tmp_path):
@@ -343,6 +285,16 @@ def test_tokens_that_are_none(tmp_path):
         (["--tokens", "x.npy"], "--tokens and --codebook: expected both"),
         (["--shape", "1,2"], "expected N,K,D"),
         (["--shape", "1,2,3", "--steps", "0"], "--steps: expected a positive number, got 0"),
+        (
+            ["--shape", "1,2,3", "--entropy_temperature", "0"],
+            "--entropy_temperature: expected a positive number, got 0",
+        ),
+        (["--shape", "1,2,3", "--kmeans_iterations", "-1"], "--kmeans_iterations: expected a positive number, got -1"),
+        (["--shape", "1,2,3", "--metric", "dot"], "--metric dot: expected --gradient index_propagation with it"),
+        (
+            ["--shape", "1,2,3", "--gradient", "index_propagation", "--update", "ema"],
+            "--update: expected gradient with --gradient index_propagation, got ema",
+        ),
         (["--shape", "1,2,3", "--images", "x"], "--images: expected a training config"),
         (["--tokens", "none.npy", "--codebook", "none.npy"], "No such file"),
         (["-c", "nowhere.yaml"], "neither a file nor a bundled config"),
@@ -375,7 +327,7 @@ def test_a_training_config_is_profiled_on_its_own_tokens(training):
     subject = document["subject"]
     assert (subject["tokens"], subject["codes"], subject["dim"]) == (2 * 8 * 8, 16, 4)
     assert "encoder" in subject["source"]
-    page = _parse((folder / "report.html").read_text())
+    page = parse_page((folder / "report.html").read_text())
     assert "training" in page.ids
     assert "generated pictures" in "".join(page.text)
     assert sorted(path.name for path in folder.iterdir()) == [

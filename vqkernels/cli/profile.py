@@ -16,7 +16,7 @@ from vqkernels.profiling.measure import measure_memory, measure_subject
 from vqkernels.profiling.page import render
 from vqkernels.profiling.subject import Subject, step_calls
 from vqkernels.profiling.trace import trace_calls
-from vqkernels.profiling.units import percent, seconds
+from vqkernels.profiling.units import digits, percent, seconds
 
 from .loading import choose_device
 from .profile_inputs import make_subject
@@ -36,7 +36,8 @@ def _profile(config: ProfileConfig, device: torch.device, folder: Path, threads:
     else:
         subject = make_subject(config, device)
         trace = _trace_kernels(subject, folder / TRACE)
-    document = measure_subject(subject, seconds=config.seconds, threads=threads)
+    rounds = config.kmeans_iterations or 0
+    document = measure_subject(subject, seconds=config.seconds, threads=threads, kmeans_iterations=rounds)
     memory = measure_memory(subject, threads)
     return {**document, "memory": memory, "training": training, "trace": {"file": TRACE, **trace}}
 
@@ -54,13 +55,22 @@ def write_report(document: dict[str, Any], folder: Path) -> None:
     (folder / PAGE).write_text(render(document), encoding="utf-8")
 
 
+def _print_kmeans(console: Console, kmeans: dict[str, Any]) -> None:
+    rows = [(name, seconds(value), percent(value / kmeans["seconds"])) for name, value in kmeans["stages"].items()]
+    passed = [*(each["inertia"] for each in kmeans["rounds"]), kmeans["inertia"]]
+    console.print(make_table(f"k-means, {kmeans['iterations']} iterations", ("stage", "time", "share"), rows))
+    console.print(f"inertia {digits(passed[0], 5)} to {digits(passed[-1], 5)}\n")
+
+
 def _print(console: Console, document: dict[str, Any], folder: Path) -> None:
     subject, parts = document["subject"], document["step"]["stages"]
     total = document["step"]["seconds"]
     rows = [(name, seconds(value), percent(value / total)) for name, value in parts.items()]
     sizes = f"{subject['tokens']} tokens x {subject['codes']} codes x {subject['dim']}"
     console.print(f"[bold]{sizes}[/bold]: {headline(document)}\n", soft_wrap=True)
-    console.print(make_table("A training step", ("stage", "time", "share"), rows))
+    console.print(make_table("A training step of the quantizer", ("stage", "time", "share"), rows))
+    if document["kmeans"]:
+        _print_kmeans(console, document["kmeans"])
     for what, help_ in hints(document):
         console.print(f"* {what} {help_}", markup=False, soft_wrap=True)
     console.print(

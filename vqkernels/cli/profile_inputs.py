@@ -12,7 +12,8 @@ from torch import Tensor
 
 from vqkernels.benchmarks.problem import make_inputs
 from vqkernels.benchmarks.shapes import parse_shape
-from vqkernels.profiling.subject import Subject
+from vqkernels.nn.entropy import EntropyOptions
+from vqkernels.profiling.subject import StepOptions, Subject
 
 from .profile_options import ProfileConfig
 
@@ -114,5 +115,16 @@ def make_subject(config: ProfileConfig, device: torch.device) -> Subject:
         codebook = load_codebook(config.codebook, config.codebook_name, x.shape[1])
         source = f"tokens of {config.tokens}, codes of {config.codebook}"
     dtype = getattr(torch, config.dtype)
-    options = {"metric": config.metric, "precision": config.precision, "gradient": config.gradient}
-    return Subject(x.to(device, dtype).contiguous(), codebook.to(device, dtype).contiguous(), source, **options)
+    return Subject(x.to(device, dtype).contiguous(), codebook.to(device, dtype).contiguous(), source, _options(config))
+
+
+def _options(config: ProfileConfig) -> StepOptions:
+    temperature = config.entropy_temperature
+    return StepOptions(
+        metric=config.metric,
+        precision=config.precision,
+        gradient=config.gradient,
+        update=config.update or ("gradient" if config.gradient == "index_propagation" else "ema"),
+        entropy=None if temperature is None else EntropyOptions(temperature=temperature),
+        sampling_temperature=config.sampling_temperature or 0.0,
+    )

@@ -8,6 +8,8 @@ from typing import Literal
 from vqkernels.benchmarks.config import Data
 from vqkernels.benchmarks.shapes import parse_shape
 
+POSITIVE = ("steps", "seconds", "threads", "entropy_temperature", "sampling_temperature", "kmeans_iterations")
+
 
 @dataclass
 class ProfileConfig:
@@ -40,12 +42,24 @@ class ProfileConfig:
     """where to run; auto takes the GPU where there is one"""
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
     """element type of tokens and codes"""
-    metric: Literal["euclidean", "cosine"] = "euclidean"
-    """what nearest means; a training config brings its own"""
+    metric: Literal["euclidean", "cosine", "dot"] = "euclidean"
+    """what nearest means, dot (the largest product) only with gradient index_propagation; a training config brings its
+    own"""
     precision: Literal["exact", "fast"] = "exact"
     """exact nearest codes, or plain float32 scores; a training config brings its own"""
-    gradient: Literal["straight_through", "rotation"] = "straight_through"
-    """how the gradient passes the quantizer; a training config brings its own"""
+    gradient: Literal["straight_through", "rotation", "index_propagation"] = "straight_through"
+    """how the gradient passes the quantizer, index_propagation: to all codes (IBQ); a training config brings its own"""
+    update: Literal["ema", "gradient"] | None = None
+    """how the codebook learns; when left out gradient with index_propagation, else ema; a training config brings its
+    own"""
+    entropy_temperature: float | None = None
+    """an entropy loss over the codebook as part of the step, with its softmax at this temperature; none when left out;
+    a training config brings its own"""
+    sampling_temperature: float | None = None
+    """codes of the step drawn from the softmax at this temperature in place of the search; none when left out; a
+    training config brings its own"""
+    kmeans_iterations: int | None = None
+    """iterations of k-means on the tokens besides, for as many centroids as there are codes; none when left out"""
     seed: int = 0
     """seed of the drawn inputs"""
 
@@ -57,9 +71,20 @@ class ProfileConfig:
             raise ValueError("--tokens and --codebook: expected both or neither")
         if self.shape is not None:
             parse_shape(self.shape)
-        for name in ("steps", "seconds", "threads"):
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"--{name}: expected a positive number, got {value!r}")
         if self.images is not None and self.training is None:
             raise ValueError("--images: expected a training config with it")
+        if self.training is None:
+            self._check_gradient()
+
+    def _check_gradient(self) -> None:
+        propagates = self.gradient == "index_propagation"
+        if self.metric == "dot" and not propagates:
+            raise ValueError(f"--metric dot: expected --gradient index_propagation with it, got {self.gradient}")
+        if propagates and self.update == "ema":
+            raise ValueError("--update: expected gradient with --gradient index_propagation, got ema")
+        if propagates and self.sampling_temperature is not None:
+            raise ValueError("--sampling_temperature: expected none with --gradient index_propagation")

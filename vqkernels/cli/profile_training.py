@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,10 @@ from torch import Tensor
 
 from vqkernels.benchmarks.runner import quartiles
 from vqkernels.models import TrainConfig, TrainProgress, VectorQuantizerConfig, load_config
-from vqkernels.nn import QuantizerOutput, VectorQuantizer
-from vqkernels.profiling.subject import Subject
+from vqkernels.nn import EntropyOptions, IndexPropagationQuantizer, QuantizerOutput, VectorQuantizer
+from vqkernels.ops import EntropyLoss
+from vqkernels.profiling.clock import Clock
+from vqkernels.profiling.subject import StepOptions, Subject
 from vqkernels.profiling.trace import make_profiler, named_range, start, stop, write_trace
 
 from .profile_options import ProfileConfig
@@ -27,7 +28,7 @@ from .profile_options import ProfileConfig
 WARM_UP_STEPS = 3  # the first one runs k-means, the next ones still allocate
 PICTURES = 8
 NEVER = 1 << 30
-PARTS = ("quantizer forward", "quantizer backward", "codebook update")
+PARTS = ("quantizer forward", "entropy forward", "quantizer backward", "entropy backward", "codebook update")
 GRAIN = 16  # pixels of a generated picture's coarsest pattern
 
 
@@ -42,38 +43,20 @@ def generate_pictures(folder: Path, size: int, seed: int) -> None:
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{number}.png")
 
 
-class Clock:
-    """Seconds between two points: of the CPU, or of the GPU by its own events."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def now(self) -> Any:
-        """A point in time."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, start: Any, end: Any) -> float:
-        """Seconds from one point to a later one."""
-        if self.device.type != "cuda":
-            return end - start
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-
 @dataclass
 class QuantizerWatch:
-    """Hooks of one quantizer: when its forward, its backward and its codebook's update begin and end."""
+    """Hooks of one quantizer: when its forward, its backward and its codebook's update begin and end.
 
-    quantizer: VectorQuantizer
+    The entropy loss inside it has spans of its own, which are no part of the quantizer's.
+    """
+
+    quantizer: VectorQuantizer | IndexPropagationQuantizer
     clock: Clock
     ends: list[Any]  # of the steps so far
     spans: list[tuple[str, int, Any, Any]] = field(default_factory=list)  # what, in which step, from, to
     seen: Tensor | None = None  # the newest input, [B, dim, *spatial] or [..., dim]
     _begun: dict[str, Any] = field(default_factory=dict)
+    _interrupted: set[str] = field(default_factory=set)
     _ranges: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -88,6 +71,40 @@ class QuantizerWatch:
             self._end("codebook update")
 
         self.quantizer.update_codebook = timed_update  # type: ignore[method-assign]
+        self._watch_entropy()
+
+    def _watch_entropy(self) -> None:
+        entropy_of = self.quantizer.entropy_of
+
+        def timed_entropy(
+            tokens: Tensor,  # [B, T, D]
+            rows: Tensor,  # [K, D]
+            mask: Tensor | None,  # bool [B, T]
+        ) -> EntropyLoss:
+            own = tokens.view_as(tokens)  # its gradient is that of the entropy loss alone
+            self._interrupt("quantizer forward", "entropy forward")
+            with named_range("quantizer entropy forward", self.clock.device):
+                found = entropy_of(own, rows, mask)
+            self._resume("quantizer forward", "entropy forward")
+            if own.requires_grad:
+                found.loss.register_hook(lambda _gradient: self._interrupt("quantizer backward", "entropy backward"))
+                own.register_hook(lambda _gradient: self._resume("quantizer backward", "entropy backward"))
+            return found
+
+        self.quantizer.entropy_of = timed_entropy  # type: ignore[method-assign]
+
+    def _interrupt(self, outer: str, name: str) -> None:
+        """Begins a span, and stops the one around it where there is one."""
+        if outer in self._begun:
+            self._end(outer)
+            self._interrupted.add(outer)
+        self._begin(name)
+
+    def _resume(self, outer: str, name: str) -> None:
+        self._end(name)
+        if outer in self._interrupted:
+            self._interrupted.remove(outer)
+            self._begin(outer)
 
     def _begin(self, name: str) -> None:
         self._begun[name] = self.clock.now()
@@ -118,7 +135,7 @@ class QuantizerWatch:
         """The newest input as the search saw it."""
         assert self.seen is not None
         quantizer, x = self.quantizer, self.seen
-        tokens = x.flatten(2).transpose(1, 2) if quantizer.channels == "first" else x
+        tokens = x.flatten(2).transpose(1, 2) if quantizer.layout.first else x
         with torch.no_grad():
             return quantizer.project_in(tokens.float()).reshape(-1, quantizer.codebook_dim).contiguous()
 
@@ -151,10 +168,11 @@ def _prepare(options: ProfileConfig, device: torch.device, scratch: Path) -> tup
     folder = options.images or config.data
     pictures = f"the images in {folder}"
     quantizer = getattr(config.model, "quantizer", None)
-    if not isinstance(quantizer, VectorQuantizerConfig) or quantizer.gradient == "index_propagation":
+    if not isinstance(quantizer, VectorQuantizerConfig):
+        got = getattr(quantizer, "kind", None)
+        kind = f"a quantizer of kind {got}" if got else f"a model of kind {getattr(config.model, 'kind', 'unknown')}"
         raise ValueError(
-            f"{options.training}: expected a model whose quantizer searches a codebook (kind vq and a gradient of "
-            "straight_through or rotation)"
+            f"{options.training}: expected a model with one quantizer that searches a codebook (kind vq), got {kind}"
         )
     if folder is None:
         folder = str(scratch / "pictures")
@@ -186,7 +204,8 @@ def _parts(watch: QuantizerWatch, clock: Clock) -> dict[str, Any]:
     for name, step, since, until in watch.spans:
         if step < len(ends):
             sums[name][step] += clock.between(since, until)
-    parts = {name: statistics.median(sums[name][step] for step in timed) for name in PARTS}
+    occurred = {name for name, _, _, _ in watch.spans}
+    parts = {name: statistics.median(sums[name][step] for step in timed) for name in PARTS if name in occurred}
     step_seconds, quantizer = statistics.median(times), sum(parts.values())
     return {
         "step_seconds": step_seconds,
@@ -196,6 +215,18 @@ def _parts(watch: QuantizerWatch, clock: Clock) -> dict[str, Any]:
         "quantizer_share": quantizer / step_seconds,
         "parts": {**parts, "rest": max(0.0, step_seconds - quantizer)},
     }
+
+
+def _step_options(config: VectorQuantizerConfig) -> StepOptions:
+    entropy = config.entropy
+    return StepOptions(
+        metric=config.metric,
+        precision=config.precision,
+        gradient=config.gradient,
+        update=config.update,
+        entropy=EntropyOptions(**dataclasses.asdict(entropy)) if entropy.weight > 0 else None,
+        sampling_temperature=config.sampling_temperature,
+    )
 
 
 def profile_training(
@@ -234,13 +265,10 @@ def profile_training(
     size, batch, micro = config.image_size, config.batch_size, config.gradient_accumulation
     training = {"config": str(options.training), "pictures": pictures, **_parts(watch, clock)}
     training["batch"] = f"{batch} pictures of {size} x {size}" + (f", {micro} of them a step" if micro > 1 else "")
-    quantizer = config.model.quantizer
     subject = Subject(
         watch.tokens(),
         trainer.raw_model.quantizer.codebook.detach().clone(),
         f"tokens of the encoder of {options.training} after {config.steps} steps on {pictures}, and its codebook",
-        metric=quantizer.metric,
-        precision=quantizer.precision,
-        gradient=quantizer.gradient,
+        _step_options(config.model.quantizer),
     )
     return training, {"of": "one training step", "operators": operators}, subject

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops import Quantized, entropy_loss, index_propagation, lookup, nearest
+from ..ops import EntropyLoss, Quantized, entropy_loss, index_propagation, lookup, nearest
 from ..ops._library import check_choice
 from ..ops._logits import METRICS, check_temperature
 from .codebook import Codebook, CodebookOptions, check_options, check_positive
@@ -111,6 +111,15 @@ class IndexPropagationQuantizer(Codebook):
                 self._after_search(tokens.detach(), found.codes)
             return self._output(x, tokens, real, found)
 
+    def entropy_of(
+        self,
+        tokens: Tensor,  # [B, T, D]
+        rows: Tensor,  # [K, D]
+        mask: Tensor | None,  # bool [B, T]
+    ) -> EntropyLoss:
+        """The unweighted entropy loss of a training forward; a method, so that it can be watched by itself."""
+        return entropy_loss(tokens, rows, metric=self.metric, weight=mask, **self.entropy.of_loss())
+
     @torch.no_grad()
     def encode(
         self,
@@ -187,8 +196,7 @@ class IndexPropagationQuantizer(Codebook):
             loss = loss + self.propagation_weight * mean_error(error, mask, self.codebook_dim)
         entropies = no_entropy(loss)
         if self.training and self.entropy.weight > 0:
-            options = self.entropy.of_loss()
-            entropies = entropy_loss(tokens, self.codebook, metric=self.metric, weight=mask, **options)
+            entropies = self.entropy_of(tokens, self.codebook, mask)
             loss = loss + self.entropy.weight * entropies.loss
         usage, perplexity = self._health(tokens.detach(), found.codes)
         invalid = found.codes < 0

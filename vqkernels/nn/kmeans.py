@@ -92,7 +92,7 @@ def kmeans(
         rows = _given(init, codebook_size)
     else:
         start, work = _start_tokens(work, isinstance(x, Tensor) or max_tokens is not None, again, codebook_size, seed)
-        rows = _first(init, start, codebook_size, seed, metric)
+        rows = first_centroids(init, start, codebook_size, seed, metric)
     run = mini_batches_ if mini_batch else lloyd_
     totals, made = run(rows, work, measure, torch.tensor(seed, device=rows.device), iterations, tolerance)
     if assign and isinstance(x, Tensor):
@@ -133,24 +133,25 @@ def _opened(
         got = "one tensor" if isinstance(x, Tensor) else f"max_tokens={max_tokens}"
         raise ValueError(f"mini_batch: expected batches, as x.split(4096), and all of them; got {got}")
     if isinstance(x, Tensor):
-        return _held([_prepared(x, measure)]), True
+        return _held([prepared(x, measure)]), True
     if not isinstance(x, Iterable):
         raise TypeError(f"x: expected a tensor or an iterable of them, got {type(x).__name__}")
     again = not isinstance(x, Iterator)
     if not again and max_tokens is None and not (mini_batch and iterations <= 1):
         expected = "a list or a DataLoader, or max_tokens, or mini_batch with iterations=1"
         raise ValueError(f"x: expected batches that can be gone over again ({expected}), got {type(x).__name__}")
-    return lambda: (_prepared(batch, measure) for batch in x), again
+    return lambda: (prepared(batch, measure) for batch in x), again
 
 
 def _held(batches: list[Tensor]) -> Batches:
     return lambda: batches
 
 
-def _prepared(
+def prepared(
     batch: Tensor,  # [..., D]
     measure: Measure,
 ) -> Tensor:  # [n, D]
+    """A batch as the kernels take it: of length 1 for the cosine."""
     if not isinstance(batch, Tensor) or batch.dtype not in DTYPES:
         got = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
         raise TypeError(f"x: expected tensors of float32, float16, bfloat16 or float64, got {got}")
@@ -186,13 +187,14 @@ def _start_tokens(
     return torch.cat(head), lambda: chain(head, remaining)
 
 
-def _first(
+def first_centroids(
     init: str,
     tokens: Tensor,  # [n, D] of this rank
     codebook_size: int,
     seed: int,
     metric: str,
 ) -> Tensor:  # [K, D]
+    """Where the iterations start; codes that find no token repeat one."""
     none = tokens.new_full((codebook_size, tokens.shape[1]), torch.nan, dtype=accumulation_dtype(tokens.dtype))
     rows = first_rows(init, tokens, none, torch.tensor(seed, device=tokens.device), metric)
     found = rows.isfinite().all(1)  # [K]

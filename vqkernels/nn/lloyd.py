@@ -132,6 +132,18 @@ def unit(
     return l2_normalize(rows) if metric == "cosine" else rows
 
 
+def moved(
+    rows: Tensor,  # [K, D]
+    totals: Totals,
+    measure: Measure,
+    seed: Tensor,  # int64 []
+    draw: int,
+) -> Tensor:  # [K, D]
+    """The means of the tokens, and a place for every centroid that has none."""
+    split, _ = _split(_means(rows, totals), totals, seed, draw, measure.metric)
+    return unit(split, measure.metric)
+
+
 def _settled(totals: Totals, inertias: list[float], tolerance: float) -> bool:
     """Whether the inertia fell by no more than ``tolerance`` of it. Waits for the device."""
     inertias.append(float(total_of(totals.inertia)))
@@ -150,8 +162,7 @@ def lloyd_(
     totals, inertias = None, [float("inf")]
     for i in range(iterations):
         totals = assigned_totals(batches(), rows, measure)
-        split, _ = _split(_means(rows, totals), totals, seed, i, measure.metric)
-        rows.copy_(unit(split, measure.metric))  # in place: the search packs it where it packed it before
+        rows.copy_(moved(rows, totals, measure, seed, i))  # in place: the search packs it where it packed it before
         if tolerance is not None and _settled(totals, inertias, tolerance):
             return totals, i + 1
     return totals, iterations

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..ops import Quantized, entropy_loss, lookup, nearest, quantize
+from ..ops import EntropyLoss, Quantized, entropy_loss, lookup, nearest, quantize
 from ..ops._library import check_choice
 from ..ops.quantize import GRADIENTS
 from .codebook import Codebook, CodebookOptions, check_options, check_positive
@@ -202,7 +202,7 @@ class VectorQuantizer(Codebook):
         found, loss = no_entropy(out.loss), out.loss
         if self.training and self.entropy.weight > 0:
             rows = rows.clone() if self.options.update == "ema" else rows  # an update may come before the backward
-            found = entropy_loss(tokens, rows, metric=self.options.metric, weight=mask, **self.entropy.of_loss())
+            found = self.entropy_of(tokens, rows, mask)
             loss = loss + self.entropy.weight * found.loss
         return EntropyQuantizerOutput(
             quantized=out.quantized,
@@ -217,6 +217,16 @@ class VectorQuantizer(Codebook):
             token_entropy=found.token_entropy,
             batch_entropy=found.batch_entropy,
         )
+
+    def entropy_of(
+        self,
+        tokens: Tensor,  # [B, T, D]
+        rows: Tensor,  # [K, D]
+        mask: Tensor | None,  # bool [B, T]
+    ) -> EntropyLoss:
+        """The unweighted entropy loss of a training forward; a method, so that it can be watched by itself."""
+        assert self.entropy is not None
+        return entropy_loss(tokens, rows, metric=self.options.metric, weight=mask, **self.entropy.of_loss())
 
     @torch.no_grad()
     def encode(

@@ -66,7 +66,7 @@ def _fake_choose(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     return x.new_empty(x.shape[:2], dtype=torch.int64)
 
 
-_choose = define("softmax_choose(Tensor x, Tensor codebook, str metric) -> Tensor", _run_choose, _fake_choose)
+softmax_choose = define("softmax_choose(Tensor x, Tensor codebook, str metric) -> Tensor", _run_choose, _fake_choose)
 
 
 def _plain_choose(x: Tensor, codebook: Tensor, metric: str) -> Tensor:  # [B, T, D], [K, D] -> int64 [B, T]
@@ -90,7 +90,7 @@ class _IndexPropagation(torch.autograd.Function):
         metric: str,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        choose = _plain_choose if plain.active() else _choose
+        choose = _plain_choose if plain.active() else softmax_choose
         codes = choose(x, codebook, metric) if chosen is None else chosen.clone()
         if mask is not None:
             codes = torch.where(mask, codes, -1)

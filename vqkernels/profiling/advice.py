@@ -13,6 +13,9 @@ FEW_CERTIFIED = 0.9
 LARGE_STAGE = 0.1  # of the search
 SMALL_DIM, FEW_CODES = 48, 2048  # below, the arithmetic peak cannot be reached
 FEW_TOKENS = 512  # per thread: packing and splitting show
+LARGE_ENTROPY = 0.3  # of a step of the quantizer
+LARGE_START = 0.5  # of k-means
+SMALL_GAIN = 0.001  # of the inertia, by the last iteration
 SMALL_QUANTIZER = 0.15  # of a training step
 Hint = tuple[str, str]  # what is so, what to do
 
@@ -131,6 +134,36 @@ def _training(training: dict[str, Any]) -> Iterator[Hint]:
         )
 
 
+def _entropy(document: dict[str, Any]) -> Iterator[Hint]:
+    stages = document["step"]["stages"]
+    share = sum(stages.get(f"entropy {way}", 0.0) for way in ("forward", "backward")) / document["step"]["seconds"]
+    if share > LARGE_ENTROPY:
+        yield (
+            f"The entropy loss takes {percent(share)} of a training step of the quantizer.",
+            "It meets every code several times, in float32: a loss of some of the tokens, or of every few steps, costs "
+            "less; for a codebook of signs sign_entropy_loss knows a closed form.",
+        )
+
+
+def _kmeans(document: dict[str, Any]) -> Iterator[Hint]:
+    kmeans = document.get("kmeans")
+    if not kmeans:
+        return
+    start = kmeans["stages"]["start"] / kmeans["seconds"]
+    if start > LARGE_START:
+        yield (
+            f"The first centroids take {percent(start)} of k-means.",
+            'init="random" takes tokens at once; it may need more iterations from there.',
+        )
+    passed = [*(each["inertia"] for each in kmeans["rounds"]), kmeans["inertia"]]
+    gain = 1 - passed[-1] / passed[-2] if passed[-2] > 0 else 0.0
+    if gain < SMALL_GAIN:
+        yield (
+            f"The last iteration of k-means lowered the inertia by {percent(max(gain, 0.0))}.",
+            "Fewer iterations would do; tolerance ends them by itself.",
+        )
+
+
 def _use(document: dict[str, Any]) -> Iterator[Hint]:
     use, subject = document["code_use"], document["subject"]
     if use["usage"] < 0.5 and subject["tokens"] >= 4 * subject["codes"]:
@@ -149,7 +182,7 @@ def hints(document: dict[str, Any]) -> list[Hint]:
     found += _parallel(document)
     if document.get("training"):
         found += _training(document["training"])
-    return [*found, *_use(document)]
+    return [*found, *_entropy(document), *_kmeans(document), *_use(document)]
 
 
 def headline(document: dict[str, Any]) -> str:

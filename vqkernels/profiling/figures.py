@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .style import colour
 from .svg import Box, Labels, LogAxis, element, text, text_box
 from .units import percent, power, scaled, seconds
 
@@ -107,7 +108,8 @@ def _roofs(document: dict[str, Any], axes: tuple[LogAxis, LogAxis], canvas: Canv
         parts.append(element("line", {"x1": start, "x2": x_axis.end, "y1": y, "y2": y, "class": kind}))
         content = f"{RATE_NAMES.get(name, name)} {scaled(rate, 'FLOP/s')}"
         content = content if canvas.details else f"{name} {scaled(rate, '')}"
-        place = (ridge + canvas.font, y - 0.45 * canvas.font)
+        beside = -0.45 if rate == top else 1.15  # apart, however close the roofs are
+        place = (ridge + canvas.font, y + beside * canvas.font)
         parts.append(_label(content, *place, "start", "roof-label"))
         labels.taken += [text_box(content, *place, canvas.font, "start"), Box(start, y - 2, x_axis.end, y + 2)]
     parts.append(_slope(peaks["bandwidth"], top, x_axis, y_axis, "roof"))
@@ -136,8 +138,10 @@ def _points(document: dict[str, Any], axes: tuple[LogAxis, LogAxis], canvas: Can
         share = percent(kernel["share_of_roof"])
         hint = f"{name}: {scaled(kernel['flops_per_second'], 'FLOP/s')}, {share} of its roof ({kernel['ceiling']})"
         title = element("title", {}, text(hint))
-        parts.append(element("circle", {"cx": x, "cy": y, "r": canvas.radius, "class": f"point c-{name}"}, title))
-        content = f"{name} {share}" if canvas.details else name
+        parts.append(
+            element("circle", {"cx": x, "cy": y, "r": canvas.radius, "class": f"point c-{colour(name)}"}, title)
+        )
+        content = f"{name} {share}" if canvas.details else name.removeprefix("k-means ")
         place = labels.place(content, x, y)
         leaders.append(_leader(x, y, text_box(content, place[0], place[1], canvas.font, place[2]), canvas.radius))
         parts.append(_label(content, *place, "point-label"))
@@ -174,14 +178,14 @@ def roofline(document: dict[str, Any], canvas: Canvas) -> str:
 
 
 def stacked_bar(parts: Mapping[str, float], described: str) -> str:
-    """One bar of parts in proportion, as wide as the page; a part's class is its name."""
+    """One bar of parts in proportion, as wide as the page."""
     total, before, drawn = sum(parts.values()) or 1.0, 0.0, []
     for name, value in parts.items():
         share = value / total
         if share > 0:
             title = element("title", {}, text(f"{name}: {seconds(value)}, {percent(share)}"))
             place = {"x": f"{100 * before:.3f}%", "width": f"{100 * share:.3f}%", "y": 0, "height": 34}
-            drawn.append(element("rect", {**place, "class": f"part c-{name}"}, title))
+            drawn.append(element("rect", {**place, "class": f"part c-{colour(name)}"}, title))
         before += share
     attributes = {"class": "bar", "height": 34, "role": "img", "aria-label": described}
     return element("svg", {**attributes, "width": "100%"}, *drawn)

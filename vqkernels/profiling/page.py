@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from .advice import headline, hints
 from .figures import NARROW, WIDE, roofline, single_bar, stacked_bar
 from .markup import facts, paragraph, section, table, whole_page
-from .style import STYLE
+from .style import STYLE, colour
 from .units import count, digits, percent, scaled, seconds
 
+GENERAL = {
+    "certified": "decided by the coarse pass alone: its error bound proves which group of codes holds the nearest one",
+    "candidates": "mean number of code groups per token inside the bound, the best included",
+    "roof": "the most that the machine allows a kernel: its arithmetic peak, or memory bandwidth times its operations "
+    "per byte, whichever is less",
+}
+MOST_ROUNDS = 20  # rows of k-means
 WORDS = {
     "prepare": "the codebook is scaled, rounded and packed for the coarse pass; not again while it is unchanged",
     "tokens": "the tokens are read, scaled, rounded and packed",
@@ -25,11 +32,20 @@ WORDS = {
     "statistics": "tokens per code and their sum, for the moving averages",
     "ema": "the moving averages and the codebook that follows from them",
     "backward": "the gradient for the tokens",
+    "sampling": "codes drawn from the softmax over the codebook, in place of the search",
+    "codebook gradient": "the gradient of the codebook loss for the codes",
+    "propagation": "the gradient for the tokens and for every code, through the softmax over the codebook",
+    "entropy forward": "the entropy loss: two walks over all codes, for the softmax of each token and for their mean",
+    "entropy backward": "its gradient; the softmax is computed again, as it was never written down",
+    "quantizer forward": "search, lookup, losses, statistics and projections",
+    "quantizer backward": "from the gradient of the quantized tokens to that of the encoder's output",
+    "codebook update": "the statistics of the step before become the codebook",
+    "start": "the first centroids: candidates drawn from the tokens, and K of these chosen (k-means||)",
+    "assignment": "a search with centroids that have moved since the last",
+    "sums": "tokens, distances and their number, by centroid",
+    "update": "means, and a place beside the centroid with the largest inertia for each that has no token",
+    "last pass": "assignment and sums once more, for codes, counts and inertia at the final centroids",
     "rest": "everything else in the step: network, optimizer, data",
-    "certified": "decided by the coarse pass alone: its error bound proves which group of codes holds the nearest one",
-    "candidates": "mean number of code groups per token inside the bound, the best included",
-    "roof": "the most that the machine allows a kernel: its arithmetic peak, or memory bandwidth times its operations "
-    "per byte, whichever is less",
 }
 
 
@@ -49,6 +65,14 @@ def _cards(document: dict[str, Any]) -> str:
     if memory["ours_bytes"] is not None:
         note = f"{scaled(memory['scores_bytes'], 'B')} for the N × K scores"
         entries.append(("Extra memory", scaled(memory["ours_bytes"], "B"), note))
+    stages = document["step"]["stages"]
+    if "entropy forward" in stages:
+        entropy = stages["entropy forward"] + stages["entropy backward"]
+        note = f"{percent(entropy / document['step']['seconds'])} of a step of the quantizer"
+        entries.append(("Entropy loss", seconds(entropy), note))
+    if document.get("kmeans"):
+        note = f"{document['kmeans']['iterations']} iterations and the start"
+        entries.append(("k-means", seconds(document["kmeans"]["seconds"]), note))
     if training:
         note = f"of {seconds(training['step_seconds'])} a step"
         entries.append(("Quantizer in training", percent(training["quantizer_share"]), note))
@@ -77,21 +101,17 @@ def _header(document: dict[str, Any]) -> str:
 def _legend(parts: Mapping[str, float]) -> str:
     total = sum(parts.values()) or 1.0
     items = (
-        f'<li title="{escape(WORDS.get(name, ""))}"><i class="c-{_colour(name)}"></i><span>{escape(name)}</span>'
+        f'<li title="{escape(WORDS.get(name, ""))}"><i class="c-{colour(name)}"></i><span>{escape(name)}</span>'
         f'<span>{seconds(value)}</span><span class="share">{percent(value / total)}</span></li>'
         for name, value in parts.items()
     )
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def _colour(name: str) -> str:
-    return {"quantizer forward": "coarse", "quantizer backward": "backward", "codebook update": "ema"}.get(name, name)
-
-
 def _bar(title: str, parts: Mapping[str, float]) -> str:
     total = sum(parts.values())
     described = ", ".join(f"{name} {percent(value / (total or 1))}" for name, value in parts.items())
-    bar = stacked_bar({_colour(name): value for name, value in parts.items()}, f"{title}: {described}")
+    bar = stacked_bar(parts, f"{title}: {described}")
     return f"<h3>{escape(title)} <span>{seconds(total)}</span></h3>{bar}{_legend(parts)}"
 
 
@@ -104,6 +124,9 @@ def _stages(document: dict[str, Any]) -> str:
     bars.append(_bar("One training step of the quantizer, codebook changed", document["step"]["stages"]))
     if training:
         bars.append(_bar("One training step of the whole model", training["parts"]))
+    if document.get("kmeans"):
+        iterations = document["kmeans"]["iterations"]
+        bars.append(_bar(f"k-means, {iterations} iteration{'s' * (iterations > 1)}", document["kmeans"]["stages"]))
     intro = "Wall time. Each stage of the search is the time of all its threads divided by their number."
     return section("stages", "Where the time goes", paragraph(intro), *bars)
 
@@ -145,20 +168,45 @@ def _kernels(document: dict[str, Any]) -> str:
     return section("kernels", "Kernels", table(head, rows), formulas, paragraph(meaning, "quiet"))
 
 
-def _memory(document: dict[str, Any]) -> str:
-    memory, rows = document["memory"], []
-    entries = [
-        ("this search, measured", memory["ours_bytes"], "ours", f"peak beyond its inputs ({memory['ours_method']})"),
-        ("scores of every pair", memory["scores_bytes"], "theirs", memory["scores_formula"]),
-        ("and one-hot for EMA", memory["one_hot_bytes"], "theirs", memory["one_hot_formula"]),
-    ]
-    most = max(value for _, value, _, _ in entries if value is not None)
+def _memory_bars(entries: Sequence[tuple[str, int | None, str, str]]) -> list[str]:
+    """Names, bytes, kinds and notes, the largest as wide as the page."""
+    most, rows = max(value for _, value, _, _ in entries if value is not None), []
     for name, value, kind, note in entries:
         size = scaled(value, "B") if value is not None else "not measured"
         bar = single_bar(value / most, kind, f"{name}: {size}") if value is not None else ""
         rows.append(f'<h3>{name} <span>{size}</span></h3>{bar}<span class="quiet">{escape(note)}</span>')
+    return rows
+
+
+def _memory(document: dict[str, Any]) -> str:
+    memory, entropy = document["memory"], document["memory"]["entropy"]
+    one_hot = [("and one-hot for EMA", *_theirs(memory, "one_hot"))]
+    rows = _memory_bars(
+        [
+            ("this search, measured", memory["ours_bytes"], "ours", _peak_note(memory)),
+            ("scores of every pair", *_theirs(memory, "scores")),
+            *(one_hot if document["subject"]["update"] == "ema" else []),
+        ]
+    )
+    if entropy:
+        rows += _memory_bars(
+            [
+                ("entropy loss, forward and backward, measured", entropy["ours_bytes"], "ours", _peak_note(entropy)),
+                ("probabilities of every pair", *_theirs(entropy, "probabilities")),
+                ("and what autograd keeps", *_theirs(entropy, "autograd")),
+            ]
+        )
     inputs = f"Tokens and codebook themselves take {scaled(memory['inputs_bytes'], 'B')}."
     return section("memory", "Memory beside the unfused form", paragraph(inputs), *rows)
+
+
+def _peak_note(part: Mapping[str, Any]) -> str:
+    measured = part["ours_bytes"] is not None
+    return f"peak beyond its inputs ({part['ours_method']})" if measured else part["ours_method"]
+
+
+def _theirs(part: Mapping[str, Any], name: str) -> tuple[int, str, str]:
+    return part[f"{name}_bytes"], "theirs", part[f"{name}_formula"]
 
 
 def _certificate(document: dict[str, Any]) -> str:
@@ -181,8 +229,35 @@ def _certificate(document: dict[str, Any]) -> str:
         "are decided in float64."
     )
     fast = "Precision is fast: a code may be farther than the nearest by the rounding of float32 scores."
+    product = "Every code is the one with the largest product in float32 arithmetic, the lowest index on ties."
     intro = exact if document["subject"]["precision"] == "exact" else fast
+    intro = product if document["subject"]["metric"] == "dot" else intro
     return section("exactness", "Certificate and code use", paragraph(intro), facts(rows))
+
+
+def _kmeans(document: dict[str, Any]) -> str:
+    kmeans = document.get("kmeans")
+    if not kmeans:
+        return ""
+    tokens, rounds = document["subject"]["tokens"], kmeans["rounds"]
+    every = max(1, -(-len(rounds) // MOST_ROUNDS))
+    rows = [
+        (
+            str(number + 1),
+            *(seconds(each[name]) for name in ("assignment", "sums", "update")),
+            digits(each["inertia"] / tokens, 5),
+            count(each["without_tokens"]),
+        )
+        for number, each in enumerate(rounds)
+        if number % every == 0 or number == len(rounds) - 1
+    ]
+    intro = (
+        f"From {kmeans['init']}, {kmeans['metric']}. Inertia is the distance of the tokens to their centroids, here "
+        "the mean of a token, before the centroids move; a centroid without tokens is placed beside the one with the "
+        f"largest. At the end it is {digits(kmeans['inertia'] / tokens, 5)}."
+    )
+    head = ("iteration", "assignment", "sums", "update", "inertia", "without tokens")
+    return section("kmeans", "k-means", paragraph(intro), table(head, rows))
 
 
 def _training(document: dict[str, Any]) -> str:
@@ -197,9 +272,14 @@ def _training(document: dict[str, Any]) -> str:
         ("step", f"{seconds(training['step_seconds'])}; half of the {training['steps']} steps lie in {low} to {high}"),
         ("quantizer", f"{seconds(training['quantizer_seconds'])}, {percent(training['quantizer_share'])} of the step"),
     ]
+    entropy = sum(each for name, each in training["parts"].items() if name.startswith("entropy"))
+    if entropy:
+        share = percent(entropy / training["step_seconds"])
+        rows.append(("entropy loss", f"{seconds(entropy)} of it, {share} of the step"))
     intro = (
         "Steps of vqkernels train itself; the first ones, which allocate and place the first codebook, are left out. "
-        "Forward and backward of the quantizer hold its search, lookup, losses, statistics and projections."
+        "Forward and backward of the quantizer hold its search, lookup, losses, statistics and projections; an entropy "
+        "loss has parts of its own."
     )
     return section("training", "Share of the training step", paragraph(intro), facts(rows))
 
@@ -229,8 +309,12 @@ def _machine(document: dict[str, Any]) -> str:
     return section("machine", "Machine and versions", facts((name, escape(fact)) for name, fact in rows))
 
 
-def _words() -> str:
-    rows = [(name, escape(meaning)) for name, meaning in WORDS.items()]
+def _words(document: dict[str, Any]) -> str:
+    """Those that stand on the page."""
+    search, training, kmeans = document["search"]["unchanged"], document.get("training"), document.get("kmeans")
+    used = {*document["step"]["stages"], *document["kernels"], *(search["stages"] if search else ())}
+    used |= {*(training["parts"] if training else ()), *(kmeans["stages"] if kmeans else ())}
+    rows = [(name, escape(meaning)) for name, meaning in {**WORDS, **GENERAL}.items() if name in used | set(GENERAL)]
     return section("words", "Words", facts(rows))
 
 
@@ -248,8 +332,20 @@ def render(document: dict[str, Any]) -> str:
     """The page of a document of ``measure_subject``, with ``memory``, ``trace`` and ``training`` (or None) beside."""
     subject = document["subject"]
     title = f"{subject['tokens']} x {subject['codes']} x {subject['dim']}, vqkernels profile"
-    parts = (_header, _cards, _advice, _stages, _roofline, _kernels, _certificate, _memory, _training, _operators)
-    body = "".join(part(document) for part in parts) + _machine(document) + _words()
+    parts = (
+        _header,
+        _cards,
+        _advice,
+        _stages,
+        _roofline,
+        _kernels,
+        _certificate,
+        _kmeans,
+        _memory,
+        _training,
+        _operators,
+    )
+    body = "".join(part(document) for part in parts) + _machine(document) + _words(document)
     version = document["versions"].get("vqkernels", "")
     footer = f"Written by vqkernels {version}; report.json beside this page holds the same numbers."
     return whole_page(title, body, footer, STYLE)

@@ -18,6 +18,8 @@ OTHER = "other"  # of the call: Python, the op's dispatch, the allocation of out
 def no_report(subject: Subject) -> str | None:
     """None where the search can be seen from inside, otherwise why not."""
     backend = subject.backend()
+    if subject.options.metric == "dot":
+        return "the largest products are found by plain torch, a block of codes at a time"
     if backend != "compiled" or subject.device.type != "cpu":
         return f"the stages are timed by the compiled CPU search alone; this one runs on {backend}, {subject.device}"
     return None
@@ -37,7 +39,8 @@ class Watch:
         if self.changed:  # by a rounding, and never back: the last few dozen codebooks may all be kept prepared
             first.copy_(torch.nextafter(first, torch.full_like(first, torch.inf)))
         start = time.perf_counter()
-        report = compiled.nearest_report(subject.batch, self.codebook, subject.metric, subject.precision)
+        options = subject.options
+        report = compiled.nearest_report(subject.batch, self.codebook, options.metric, options.precision)
         seconds = time.perf_counter() - start
         self.samples.append(
             {

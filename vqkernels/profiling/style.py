@@ -4,18 +4,41 @@ _LIGHT = """
   --ground: #f6f7f5; --card: #ffffff; --ink: #191d21; --soft: #55606b; --line: #dde2e5; --accent: #0a6480;
   --prepare: #93add0; --tokens: #4d86c9; --coarse: #114f91; --rerank: #128a86; --scan: #5cb28a; --other: #aab2b9;
   --search: #191d21; --gather: #d99a1e; --losses: #ecc75a; --statistics: #d56f35; --ema: #b23b4a;
-  --backward: #83509c; --rest: #c6cdd2;
+  --backward: #83509c; --rest: #c6cdd2; --entropy: #5f7d16; --entropy-back: #9bb83f;
 """
 _DARK = """
   --ground: #101418; --card: #181e24; --ink: #e9edf0; --soft: #a7b2bc; --line: #313a43; --accent: #62c6e0;
   --prepare: #7f9cc4; --tokens: #5c9ae0; --coarse: #3a7fd0; --rerank: #35b3ad; --scan: #7bd0a6; --other: #7d8790;
   --search: #e9edf0; --gather: #e8ad3c; --losses: #f2d67c; --statistics: #ea8a52; --ema: #e06676;
-  --backward: #b583cf; --rest: #4a545d;
+  --backward: #b583cf; --rest: #4a545d; --entropy: #93b53a; --entropy-back: #cbdf8d;
 """
 _PARTS = (
     *("prepare", "tokens", "coarse", "rerank", "scan", "other", "search"),
-    *("gather", "losses", "statistics", "ema", "backward", "rest"),
+    *("gather", "losses", "statistics", "ema", "backward", "rest", "entropy", "entropy-back"),
 )
+_ALIKE = {  # drawn in the colour of what does the same work
+    "sampling": "rerank",
+    "codebook gradient": "ema",
+    "propagation": "backward",
+    "entropy forward": "entropy",
+    "entropy backward": "entropy-back",
+    "quantizer forward": "coarse",
+    "quantizer backward": "backward",
+    "codebook update": "ema",
+    "start": "prepare",
+    "assignment": "coarse",
+    "sums": "statistics",
+    "update": "ema",
+    "last pass": "tokens",
+}
+
+
+def colour(name: str) -> str:
+    """The CSS class of a stage or kernel, without its c-."""
+    name = name.removeprefix("k-means ")
+    return _ALIKE.get(name, name)
+
+
 _COLOURS = "\n".join(f".c-{name} {{ fill: var(--{name}); background: var(--{name}); }}" for name in _PARTS)
 
 STYLE = f"""
@@ -72,10 +95,10 @@ section > :last-child {{ margin-bottom: 0; }}
 {_COLOURS}
 .legend {{ list-style: none; margin: 10px 0 0; padding: 0; display: grid; gap: 4px 28px;
   grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)); }}
-.legend li {{ display: grid; grid-template-columns: 14px 1fr auto 4.2em; gap: 8px; align-items: center;
-  font-variant-numeric: tabular-nums; }}
+.legend li {{ display: grid; grid-template-columns: 14px 1fr auto minmax(3.7em, max-content); gap: 6px;
+  align-items: center; font-variant-numeric: tabular-nums; }}
 .legend i {{ width: 12px; height: 12px; border-radius: 3px; display: block; }}
-.legend .share {{ color: var(--soft); text-align: right; }}
+.legend .share {{ color: var(--soft); text-align: right; white-space: nowrap; }}
 .scroll {{ overflow-x: auto; margin: 0 -24px; padding: 0 24px; }}
 table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: right; padding: 7px 0 7px 20px; border-bottom: 1px solid var(--line); vertical-align: top;
