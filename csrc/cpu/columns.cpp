@@ -1,0 +1,100 @@
+// Candidates of the columns, and the decision between them.
+#include "columns.h"
+
+namespace vqkernels {
+namespace cpu {
+
+void Columns::finish_block(const CoarseBlock& block, int64_t count, ColumnState& state) const {
+  const CoarsePass& pass = *coarse_.pass;
+  const int64_t slots = block.count * coarse_.width, first_slot = block.first_panel * coarse_.width;
+  const int64_t together = state.together, groups = ceil_div(count, together);
+  float* upper = state.upper.data() + first_slot;
+  for (int64_t g = 0; g < groups; ++g) {
+    if (state.errors[g] < 0.0) continue;
+    pass.lower_columns(least_of(block, g * together, state), slots, static_cast<float>(state.errors[g]),
+                       upper);
+  }
+  for (int64_t g = 0; g < groups; ++g) {
+    if (state.errors[g] < 0.0) continue;
+    const float* least = least_of(block, g * together, state);
+    const float error = static_cast<float>(state.errors[g]);
+    const int64_t number = pass.find_columns(least, upper, slots, error, state.found.data());
+    const int64_t first = g * together;
+    const int32_t tokens = static_cast<int32_t>(std::min(together, count - first));
+    for (int64_t i = 0; i < number; ++i) {
+      const int32_t slot = state.found[i];
+      if (slot >= block.codes) break;  // the same codes again
+      state.add(static_cast<int32_t>(first_slot) + slot, state.first + first, tokens, least[slot] - error);
+    }
+  }
+}
+
+Columns::Candidates Columns::gather() const {
+  Candidates left;
+  std::vector<float> upper(slots_);
+  for (int64_t slot = 0; slot < slots_; ++slot) upper[slot] = merged(&ColumnState::upper, slot);
+  const auto each = [&](const auto& take) {
+    for (const auto& state : states_) {
+      for (const ColumnCandidate& candidate : state->candidates) {
+        if (candidate.lower <= upper[candidate.slot]) take(Found{state.get(), &candidate});
+      }
+    }
+  };
+  left.starts.assign(slots_ + 1, 0);
+  each([&](const Found& one) { ++left.starts[one.candidate->slot + 1]; });
+  for (int64_t slot = 0; slot < slots_; ++slot) left.starts[slot + 1] += left.starts[slot];
+  left.found.resize(left.starts[slots_]);
+  std::vector<int64_t> next = left.starts;
+  each([&](const Found& one) { left.found[next[one.candidate->slot]++] = one; });
+  return left;
+}
+
+bool Columns::decide_slot(int64_t slot, const Candidates& left, const Book<float>& tokens,
+                          const Book<float>& codes, DecideScratch<float>& scratch, const Outputs& out) const {
+  const int64_t k = coarse_.code_of(slot);
+  if (codes.cosine && codes.inverse_norm[k] == 0.0) {  // every cosine is 0
+    write(out, k, tokens, {first_, 0.0});
+    return true;
+  }
+  if (merged(&ColumnState::lost, slot) <= merged(&ColumnState::upper, slot)) return false;
+  scratch.codes.count = 0;
+  for (int64_t i = left.starts[slot]; i < left.starts[slot + 1]; ++i) {
+    const Found& found = left.found[i];
+    const int64_t* members = found.state->tokens.data() + found.candidate->first;
+    for (int32_t j = 0; j < found.candidate->number; ++j) {
+      if (members[j] >= 0) scratch.codes.add(members[j]);
+    }
+  }
+  if (scratch.codes.count == 0) return false;
+  decide_token(tokens, codes.row(k), scratch, out, k);
+  return true;
+}
+
+std::vector<int64_t> Columns::decide(const Book<float>& tokens, const Book<float>& codes,
+                                     const Outputs& out) const {
+  constexpr int64_t SLOTS = 64;  // decided as one piece of work
+  std::vector<uint8_t> decided(codes.size, 0);
+  const bool complete =
+      std::all_of(states_.begin(), states_.end(), [](const auto& state) { return state->complete; });
+  if (complete) {
+    const Candidates left = gather();
+    for (const CoarseBlock& block : coarse_.blocks) {
+      const int64_t first_slot = block.first_panel * coarse_.width;
+      for_each_item<DecideScratch<float>>(
+          ceil_div(block.codes, SLOTS), 64.0 * block.codes * codes.dim, [] { return DecideScratch<float>(); },
+          [&](int64_t item, DecideScratch<float>& scratch) {
+            const int64_t end = first_slot + std::min(block.codes, (item + 1) * SLOTS);
+            for (int64_t slot = first_slot + item * SLOTS; slot < end; ++slot)
+              decided[coarse_.code_of(slot)] = decide_slot(slot, left, tokens, codes, scratch, out);
+          });
+    }
+  }
+  std::vector<int64_t> rest;
+  for (int64_t k = 0; k < codes.size; ++k) {
+    if (decided[k] == 0) rest.push_back(k);
+  }
+  return rest;
+}
+
+}  // namespace cpu
+}  // namespace vqkernels
