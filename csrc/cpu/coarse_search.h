@@ -277,9 +277,13 @@ class CoarseSearch {
     const CoarseBlock& block = coarse_.blocks[b];
     const char* panels = coarse_.panels.memory.get() + block.first_panel * coarse_.panel_bytes();
     scratch.watch.time(Stage::COARSE, [&] {
-      if (columns_ != nullptr) columns_->start_block(block, *scratch.columns);
-      for (int64_t base = 0; base < scratch.count; base += pass_.rows) score(b, block, panels, base, scratch);
-      if (columns_ != nullptr) columns_->finish_block(block, scratch.count, *scratch.columns);
+      const int64_t span = columns_ == nullptr ? scratch.count : columns_->span(block);
+      for (int64_t first = 0; first < scratch.count; first += span) {
+        const int64_t end = std::min(first + span, scratch.count);
+        if (columns_ != nullptr) columns_->start_span(first, *scratch.columns);
+        for (int64_t base = first; base < end; base += pass_.rows) score(b, block, panels, base, scratch);
+        if (columns_ != nullptr) columns_->finish_span(block, end, *scratch.columns);
+      }
     });
   }
 

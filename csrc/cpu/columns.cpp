@@ -4,29 +4,27 @@
 namespace vqkernels {
 namespace cpu {
 
-void Columns::finish_block(const CoarseBlock& block, int64_t count, ColumnState& state) const {
+void Columns::finish_span(const CoarseBlock& block, int64_t end, ColumnState& state) const {
   const CoarsePass& pass = *coarse_.pass;
   const int64_t slots = block.count * coarse_.width, first_slot = block.first_panel * coarse_.width;
-  const int64_t together = state.together, groups = ceil_div(count, together);
   float* upper = state.upper.data() + first_slot;
-  for (int64_t g = 0; g < groups; ++g) {
-    if (state.errors[g] < 0.0) continue;
-    pass.lower_columns(least_of(block, g * together, state), slots, static_cast<float>(state.errors[g]),
-                       upper);
-  }
-  for (int64_t g = 0; g < groups; ++g) {
-    if (state.errors[g] < 0.0) continue;
-    const float* least = least_of(block, g * together, state);
-    const float error = static_cast<float>(state.errors[g]);
+  const auto each_tile = [&](const auto& work) {
+    for (int64_t first = state.span_first; first < end; first += pass.rows) {
+      const double error = state.errors[tile_of(first, state)];
+      if (error >= 0.0) work(first, least_of(block, first, state), static_cast<float>(error));
+    }
+  };
+  each_tile(
+      [&](int64_t, const float* least, float error) { pass.lower_columns(least, slots, error, upper); });
+  each_tile([&](int64_t first, const float* least, float error) {
     const int64_t number = pass.find_columns(least, upper, slots, error, state.found.data());
-    const int64_t first = g * together;
-    const int32_t tokens = static_cast<int32_t>(std::min(together, count - first));
+    const int32_t tokens = static_cast<int32_t>(std::min<int64_t>(pass.rows, end - first));
     for (int64_t i = 0; i < number; ++i) {
       const int32_t slot = state.found[i];
       if (slot >= block.codes) break;  // the same codes again
       state.add(static_cast<int32_t>(first_slot) + slot, state.first + first, tokens, least[slot] - error);
     }
-  }
+  });
 }
 
 Columns::Candidates Columns::gather() const {

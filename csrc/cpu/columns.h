@@ -1,6 +1,6 @@
 // The columns of a search: the nearest token of every code, out of the same scores.
 //
-//   sweep    of every code the least value over a few tiles of tokens: value = score / unit + |x|^2 / 2
+//   sweep    of every code the least value over a tile of tokens: value = score / unit + |x|^2 / 2
 //   stands for
 //            |x - c|^2 / 2 (or the cosine, negative) within an error that is known, so {value - error <=
 //            least (value + error)} holds every true minimiser
@@ -28,13 +28,13 @@
 namespace vqkernels {
 namespace cpu {
 
-constexpr int64_t COLUMN_BYTES = 512 * 1024;       // of a block's least values
-constexpr uint8_t COLUMN_CAPACITY = 32;            // groups of tiles that a thread keeps of a code
+constexpr int64_t COLUMN_BYTES = 512 * 1024;       // of the least values that some tiles leave of a block
+constexpr uint8_t COLUMN_CAPACITY = 32;            // tiles that a thread keeps of a code
 constexpr double COLUMN_ROUNDING = 8.0 * 0x1p-24;  // float32's, of a value and of sums with its error
 
-// Tokens that may be the nearest of a code.
+// A tile whose tokens may be the nearest of a code.
 struct ColumnCandidate {
-  int64_t first;  // in the thread's `tokens`
+  int64_t first;  // of its tokens, in the thread's `tokens`
   int32_t number;
   int32_t slot;
   float lower;  // none of them has a lower real value
@@ -48,15 +48,15 @@ struct ColumnState {
   std::vector<ColumnCandidate> candidates;
   std::vector<int64_t> tokens;  // in the order of the tiles; -1: may not be chosen
   bool complete = true;         // no token without scores
-  int64_t together = 0;         // tokens in a group, a multiple of the tile
 
   // Of the tokens at hand.
   int64_t first = 0;           // of `tokens`
   std::vector<float> squares;  // [tokens]
   std::vector<float> factors;  // [tokens], in the order of the tiles, as the next
   std::vector<float> offsets;  // [tokens]
-  std::vector<double> errors;  // [groups] within the block of codes at hand, below 0 where there is no token
-  Buffer<float> least;         // [groups, slots of the block]
+  std::vector<double> errors;  // [tiles] of the span at hand, below 0 where there is no token
+  Buffer<float> least;         // [tiles of the span, slots of the block]
+  int64_t span_first = 0;      // token
   std::vector<int32_t> found;  // [slots of the block]
   double relative = 0.0;       // error of `squares`
 
@@ -85,17 +85,14 @@ class Columns {
   ColumnState* add_state(int64_t tokens) {
     auto state = std::make_unique<ColumnState>();
     const int64_t rows = coarse_.pass->rows, tiles = ceil_div(tokens, rows);
-    const int64_t bytes = tiles * most_ * static_cast<int64_t>(sizeof(float));
-    state->together = ceil_div(bytes, COLUMN_BYTES) * rows;
-    const int64_t groups = ceil_div(tokens, state->together);
     state->upper.assign(slots_, std::numeric_limits<float>::infinity());
     state->lost.assign(slots_, std::numeric_limits<float>::infinity());
     state->kept.assign(slots_, 0);
     state->squares.resize(tokens);
     state->factors.resize(tiles * rows);
     state->offsets.resize(tiles * rows);
-    state->errors.resize(groups);
-    state->least = Buffer<float>(groups * most_);
+    state->errors.resize(tiles);
+    state->least = Buffer<float>(std::max(COLUMN_BYTES / FLOAT_BYTES, most_));
     state->found.resize(most_);
     state->relative =
         1.02 * (static_cast<double>(coarse_.dim) / 16.0 + 10.0) * 0x1p-24;  // as measure_rows says
@@ -129,15 +126,20 @@ class Columns {
     if (state.tokens[state.first + position] >= 0) state.complete = false;
   }
 
-  void start_block(const CoarseBlock& block, ColumnState& state) const {
-    std::fill(state.errors.begin(), state.errors.end(), -1.0);
-    std::fill_n(state.least.get(), static_cast<int64_t>(state.errors.size()) * block.count * coarse_.width,
-                std::numeric_limits<float>::infinity());
+  // Tokens whose tiles are looked at together, against one block of codes.
+  int64_t span(const CoarseBlock& block) const {
+    const int64_t tiles = COLUMN_BYTES / (block.count * coarse_.width * FLOAT_BYTES);
+    return std::max(tiles, int64_t{1}) * coarse_.pass->rows;
   }
 
-  // [slots of the block], of the group that has the token at `position`
+  void start_span(int64_t first, ColumnState& state) const {
+    state.span_first = first;
+    std::fill(state.errors.begin(), state.errors.end(), -1.0);
+  }
+
+  // [slots of the block], of the tile that has the token at `position`
   float* least_of(const CoarseBlock& block, int64_t position, ColumnState& state) const {
-    return state.least.get() + position / state.together * block.count * coarse_.width;
+    return state.least.get() + tile_of(position, state) * block.count * coarse_.width;
   }
 
   // The token's values are right within what `error` in score units makes of them.
@@ -149,17 +151,19 @@ class Columns {
     const double of_score = state.factors[position] * (error + relative * score);
     const double of_square = state.offsets[position] * (COLUMN_ROUNDING + state.relative);
     const double sum = (of_score + of_square) * (1.0 + COLUMN_ROUNDING) + 0x1p-100;
-    double& most = state.errors[position / state.together];
+    double& most = state.errors[tile_of(position, state)];
     most = std::max(most, sum);
   }
 
-  // The candidates that the block leaves.
-  void finish_block(const CoarseBlock& block, int64_t count, ColumnState& state) const;
+  // The candidates that the span leaves, which ends before the token at `end`.
+  void finish_span(const CoarseBlock& block, int64_t end, ColumnState& state) const;
 
   // Decides the codes; returns those that it cannot. `tokens` are the rows of x, `codes` those of the sweep.
   std::vector<int64_t> decide(const Book<float>& tokens, const Book<float>& codes, const Outputs& out) const;
 
  private:
+  static constexpr int64_t FLOAT_BYTES = sizeof(float);
+
   struct Found {
     const ColumnState* state;
     const ColumnCandidate* candidate;
@@ -170,6 +174,9 @@ class Columns {
     std::vector<Found> found;
   };
 
+  int64_t tile_of(int64_t position, const ColumnState& state) const {
+    return (position - state.span_first) / coarse_.pass->rows;
+  }
   Candidates gather() const;
   bool decide_slot(int64_t slot, const Candidates& left, const Book<float>& tokens, const Book<float>& codes,
                    DecideScratch<float>& scratch, const Outputs& out) const;

@@ -47,25 +47,36 @@ struct Scores {
     }
   }
 
-  // What else is made of the sums: nothing, or the columns.
+  // What else is made of the sums, row by row: nothing, or the columns.
   struct RowsAlone {
-    static inline __attribute__((always_inline)) void take(const Sums& /*sums*/, int64_t /*panel*/) {}
+    struct Least {};
+    static inline __attribute__((always_inline)) void take(int /*row*/, const Vector* /*sums*/,
+                                                           Least& /*least*/) {}
+    static inline __attribute__((always_inline)) void store(const Least& /*least*/, int64_t /*panel*/) {}
   };
   struct RowsAndColumns {
     const float* factors;  // [ROWS]
     const float* offsets;  // [ROWS]
     float* columns;        // [panels, WIDTH]
+    struct Least {
+      decltype(P::load_values(nullptr)) values[P::VECTORS];
 
-    inline __attribute__((always_inline)) void take(const Sums& sums, int64_t panel) const {
+      inline __attribute__((always_inline)) Least() {
+#pragma GCC unroll 4
+        for (auto& each : values) each = decltype(P::load_values(nullptr)){} + __builtin_inff();
+      }
+    };
+
+    inline __attribute__((always_inline)) void take(int row, const Vector* sums, Least& least) const {
 #pragma GCC unroll 4
       for (int v = 0; v < P::VECTORS; ++v) {
-        float* out = columns + panel * WIDTH + v * P::LANES;
-        auto least = P::load_values(out);
-#pragma GCC unroll 16
-        for (int row = 0; row < P::ROWS; ++row)
-          least = P::least_values(P::values(sums[row][v], factors[row], offsets[row]), least);
-        P::store_values(out, least);
+        least.values[v] = P::least_values(P::values(sums[v], factors[row], offsets[row]), least.values[v]);
       }
+    }
+    inline __attribute__((always_inline)) void store(const Least& least, int64_t panel) const {
+#pragma GCC unroll 4
+      for (int v = 0; v < P::VECTORS; ++v)
+        P::store_values(columns + panel * WIDTH + v * P::LANES, least.values[v]);
     }
   };
 
@@ -96,7 +107,7 @@ struct Scores {
         add_step(tile + step, run_time_steps, panel + step * WIDTH, sums);
       }
     }
-    also.take(sums, number);
+    typename Also::Least least_values;
 #pragma GCC unroll 16
     for (int row = 0; row < P::ROWS; ++row) {
       Word* out = granule_scores + row * stride;
@@ -110,7 +121,9 @@ struct Scores {
 #pragma GCC unroll 4
         for (int v = 0; v < P::VECTORS; ++v) P::store(out + v * P::LANES, sums[row][v]);
       }
+      also.take(row, sums[row], least_values);
     }
+    also.store(least_values, number);
   }
 
   template <int STEPS, class Also>
