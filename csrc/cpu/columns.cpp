@@ -18,11 +18,10 @@ void Columns::finish_span(const CoarseBlock& block, int64_t end, ColumnState& st
       [&](int64_t, const float* least, float error) { pass.lower_columns(least, slots, error, upper); });
   each_tile([&](int64_t first, const float* least, float error) {
     const int64_t number = pass.find_columns(least, upper, slots, error, state.found.data());
-    const int32_t tokens = static_cast<int32_t>(std::min<int64_t>(pass.rows, end - first));
     for (int64_t i = 0; i < number; ++i) {
       const int32_t slot = state.found[i];
       if (slot >= block.codes) break;  // the same codes again
-      state.add(static_cast<int32_t>(first_slot) + slot, state.first + first, tokens, least[slot] - error);
+      state.add(state.first + first, static_cast<int32_t>(first_slot) + slot, least[slot] - error);
     }
   });
 }
@@ -47,6 +46,19 @@ Columns::Candidates Columns::gather() const {
   return left;
 }
 
+// Of the candidates alone.
+std::vector<double> Columns::inverse_norms(const Candidates& left, const Book<float>& tokens) const {
+  std::vector<uint8_t> wanted(tokens.size, 0);
+  for (const Found& found : left.found) for_tokens(found, [&](int64_t token) { wanted[token] = 1; });
+  std::vector<double> inverse(tokens.size);
+  for_each_range(tokens.size, 256, 8.0 * tokens.size * tokens.dim, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      if (wanted[n] != 0) inverse[n] = inverse_norm_of(*tokens.table, tokens.row(n), tokens.dim);
+    }
+  });
+  return inverse;
+}
+
 bool Columns::decide_slot(int64_t slot, const Candidates& left, const Book<float>& tokens,
                           const Book<float>& codes, DecideScratch<float>& scratch, const Outputs& out) const {
   const int64_t k = coarse_.code_of(slot);
@@ -57,25 +69,22 @@ bool Columns::decide_slot(int64_t slot, const Candidates& left, const Book<float
   if (merged(&ColumnState::lost, slot) <= merged(&ColumnState::upper, slot)) return false;
   scratch.codes.count = 0;
   for (int64_t i = left.starts[slot]; i < left.starts[slot + 1]; ++i) {
-    const Found& found = left.found[i];
-    const int64_t* members = found.state->tokens.data() + found.candidate->first;
-    for (int32_t j = 0; j < found.candidate->number; ++j) {
-      if (members[j] >= 0) scratch.codes.add(members[j]);
-    }
+    for_tokens(left.found[i], [&](int64_t token) { scratch.codes.add(token); });
   }
   if (scratch.codes.count == 0) return false;
   decide_token(tokens, codes.row(k), scratch, out, k);
   return true;
 }
 
-std::vector<int64_t> Columns::decide(const Book<float>& tokens, const Book<float>& codes,
-                                     const Outputs& out) const {
+std::vector<int64_t> Columns::decide(Book<float> tokens, const Book<float>& codes, const Outputs& out) const {
   constexpr int64_t SLOTS = 64;  // decided as one piece of work
   std::vector<uint8_t> decided(codes.size, 0);
   const bool complete =
       std::all_of(states_.begin(), states_.end(), [](const auto& state) { return state->complete; });
   if (complete) {
     const Candidates left = gather();
+    const std::vector<double> inverse = codes.cosine ? inverse_norms(left, tokens) : std::vector<double>();
+    tokens.inverse_norm = codes.cosine ? inverse.data() : nullptr;
     for (const CoarseBlock& block : coarse_.blocks) {
       const int64_t first_slot = block.first_panel * coarse_.width;
       for_each_item<DecideScratch<float>>(

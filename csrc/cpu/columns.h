@@ -35,7 +35,6 @@ constexpr double COLUMN_ROUNDING = 8.0 * 0x1p-24;  // float32's, of a value and 
 // A tile whose tokens may be the nearest of a code.
 struct ColumnCandidate {
   int64_t first;  // of its tokens, in the thread's `tokens`
-  int32_t number;
   int32_t slot;
   float lower;  // none of them has a lower real value
 };
@@ -46,7 +45,7 @@ struct ColumnState {
   std::vector<float> lost;    // [slots]: the least `lower` that there was no room for
   std::vector<uint8_t> kept;  // [slots]
   std::vector<ColumnCandidate> candidates;
-  std::vector<int64_t> tokens;  // in the order of the tiles; -1: may not be chosen
+  std::vector<int64_t> tokens;  // in the order of the tiles, whole ones; -1: none that may be chosen
   bool complete = true;         // no token without scores
 
   // Of the tokens at hand.
@@ -60,12 +59,12 @@ struct ColumnState {
   std::vector<int32_t> found;  // [slots of the block]
   double relative = 0.0;       // error of `squares`
 
-  void add(int32_t slot, int64_t token, int32_t number, float lower) {
+  void add(int64_t tile, int32_t slot, float lower) {
     if (kept[slot] == COLUMN_CAPACITY) {
       lost[slot] = std::min(lost[slot], lower);
     } else {
       ++kept[slot];
-      candidates.push_back({token, number, slot, lower});
+      candidates.push_back({tile, slot, lower});
     }
   }
 };
@@ -108,6 +107,7 @@ class Columns {
       const int64_t token = first + order[i];
       state.tokens.push_back(allowed_[token] != 0 ? token : -1);
     }
+    state.tokens.resize(state.first + ceil_div(count, coarse_.pass->rows) * coarse_.pass->rows, -1);
     std::fill(state.factors.begin(), state.factors.end(), 0.0f);
     std::fill(state.offsets.begin(), state.offsets.end(), std::numeric_limits<float>::infinity());
   }
@@ -158,8 +158,9 @@ class Columns {
   // The candidates that the span leaves, which ends before the token at `end`.
   void finish_span(const CoarseBlock& block, int64_t end, ColumnState& state) const;
 
-  // Decides the codes; returns those that it cannot. `tokens` are the rows of x, `codes` those of the sweep.
-  std::vector<int64_t> decide(const Book<float>& tokens, const Book<float>& codes, const Outputs& out) const;
+  // Decides the codes; returns those that it cannot. `tokens` are the rows of x, without norms; `codes` those
+  // of the sweep.
+  std::vector<int64_t> decide(Book<float> tokens, const Book<float>& codes, const Outputs& out) const;
 
  private:
   static constexpr int64_t FLOAT_BYTES = sizeof(float);
@@ -178,6 +179,15 @@ class Columns {
     return (position - state.span_first) / coarse_.pass->rows;
   }
   Candidates gather() const;
+  // Calls f(token) for those of a candidate that may be chosen.
+  template <class F>
+  void for_tokens(const Found& found, const F& f) const {
+    const int64_t* tokens = found.state->tokens.data() + found.candidate->first;
+    for (int row = 0; row < coarse_.pass->rows; ++row) {
+      if (tokens[row] >= 0) f(tokens[row]);
+    }
+  }
+  std::vector<double> inverse_norms(const Candidates& left, const Book<float>& tokens) const;
   bool decide_slot(int64_t slot, const Candidates& left, const Book<float>& tokens, const Book<float>& codes,
                    DecideScratch<float>& scratch, const Outputs& out) const;
   float merged(std::vector<float> ColumnState::* values, int64_t slot) const {

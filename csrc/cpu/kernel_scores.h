@@ -216,10 +216,19 @@ struct Scores {
                               const float* upper,    // [count]
                               int64_t count, float error,
                               int32_t* found) {  // [count]
+    constexpr int VECTORS = WIDTH / P::LANES < 64 / P::LANES ? WIDTH / P::LANES : 64 / P::LANES;
+    static_assert(WIDTH % (VECTORS * P::LANES) == 0);
     int64_t number = 0;
-    for (int64_t i = 0; i < count; i += P::LANES) {
-      unsigned lanes = P::not_above(P::load_values(columns + i), P::load_values(upper + i) + error);
-      for (; lanes != 0; lanes &= lanes - 1) found[number++] = static_cast<int32_t>(i) + __builtin_ctz(lanes);
+    for (int64_t base = 0; base < count; base += VECTORS * P::LANES) {
+      uint64_t lanes = 0;  // as in find_scores, bits instead of branches
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        const int64_t i = base + v * P::LANES;
+        const uint64_t near = P::not_above(P::load_values(columns + i), P::load_values(upper + i) + error);
+        lanes |= near << (v * P::LANES);
+      }
+      for (; lanes != 0; lanes &= lanes - 1)
+        found[number++] = static_cast<int32_t>(base) + __builtin_ctzll(lanes);
     }
     return number;
   }

@@ -97,9 +97,7 @@ void search_both(const TokenRows& x, const Tensor& codebook, const CodebookRows<
   if (x.first == x.dense.size) return CoarseSearch<float>(codes, *prepared, tokens, rows, nullptr).run();
   Columns found(prepared->coarse, x.allowed.data(), x.first);
   CoarseSearch<float>(codes, *prepared, tokens, rows, nullptr, &found).run();
-  const std::vector<double> inverse = cosine ? x.dense.inverse_norms(table) : std::vector<double>();
-  const double* token_norms = cosine ? inverse.data() : nullptr;
-  const Book<float> book{&table, x.dense.rows, token_norms, x.dense.size, dense.dim, cosine, true};
+  const Book<float> book{&table, x.dense.rows, nullptr, x.dense.size, dense.dim, cosine, true};
   const std::vector<int64_t> left = found.decide(book, codes, columns);
   if (!left.empty()) search_columns(x, codes, left, columns);
 }
