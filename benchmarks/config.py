@@ -7,7 +7,9 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from .shapes import parse_shape
 
-Operation = Literal["search", "quantize", "ema", "train-step", "kmeans", "entropy", "nearest-k", "nearest-tokens"]
+Operation = Literal[
+    "search", "quantize", "ema", "train-step", "kmeans", "entropy", "nearest-k", "nearest-tokens", "nearest-both"
+]
 Data = Literal[
     "normal",
     "kmeans",
@@ -33,7 +35,7 @@ class BenchConfig:
     """what to measure: search | quantize (search, lookup, errors: what inference does) | ema (statistics and update) |
     train-step (forward, backward and EMA) | kmeans (Lloyd's iterations from given centroids) |
     entropy (the entropy loss over all codes, forward and backward) | nearest-k (the 8 nearest codes) |
-    nearest-tokens (the nearest token of every code)"""
+    nearest-tokens (the nearest token of every code) | nearest-both (search and nearest-tokens)"""
     shape: list[str] = field(default_factory=list)
     """N,K,D or a model's name (vqgan-1024, llamagen, open-magvit2, encodec ...); repeat for more"""
     provider: list[str] = field(default_factory=list)

@@ -16,7 +16,7 @@ from vqkernels.testing import true_codes, wrong_codes
 
 from .plain import blocked_argmin, lloyd_step
 from .problem import EMA_DECAY, Problem, entropy_temperature, initial_state
-from .providers import EntropyGradients, Lookup, Result
+from .providers import Both, EntropyGradients, Lookup, Result
 from .shapes import Shape
 
 UNIT = 2.0**-24  # float32 unit roundoff
@@ -203,7 +203,32 @@ class NearestKGate:
         return (self._x[:, None].double() - self._codebook[codes].double()).square().sum(-1)
 
 
-Gate = SearchGate | EmaGate | KMeansGate | EntropyGate | NearestKGate
+def _exchanged(problem: Problem) -> Problem:
+    """Codes in the place of tokens."""
+    shape = Shape(problem.shape.codes, problem.shape.tokens, problem.shape.dim)
+    return replace(problem, shape=shape, x=problem.codebook, codebook=problem.x)
+
+
+class BothGate:
+    """Rows and columns, each by the truth of a search."""
+
+    def __init__(self, problem: Problem, limit: int) -> None:
+        self._rows, self._columns = SearchGate(problem, limit), SearchGate(_exchanged(problem), limit)
+
+    def check(
+        self,
+        result: Result,
+        *,
+        lowest_on_ties: bool,
+    ) -> Verdict:
+        """The sum of both."""
+        assert isinstance(result, Both)
+        rows = self._rows.check(result.codes, lowest_on_ties=lowest_on_ties)
+        columns = self._columns.check(result.tokens, lowest_on_ties=lowest_on_ties)
+        return Verdict(rows.checked + columns.checked, rows.wrong + columns.wrong)
+
+
+Gate = SearchGate | EmaGate | KMeansGate | EntropyGate | NearestKGate | BothGate
 
 
 def make_gate(problem: Problem, limit: int) -> Gate:
@@ -214,7 +239,8 @@ def make_gate(problem: Problem, limit: int) -> Gate:
         return KMeansGate(problem)
     if problem.operation == "nearest-k":
         return NearestKGate(problem, limit)
-    if problem.operation == "nearest-tokens":  # the search with the roles exchanged
-        shape = Shape(problem.shape.codes, problem.shape.tokens, problem.shape.dim)
-        return SearchGate(replace(problem, shape=shape, x=problem.codebook, codebook=problem.x), limit)
+    if problem.operation == "nearest-tokens":
+        return SearchGate(_exchanged(problem), limit)
+    if problem.operation == "nearest-both":
+        return BothGate(problem, limit)
     return EmaGate(problem) if problem.operation == "ema" else SearchGate(problem, limit)

@@ -59,6 +59,7 @@ class Problem:
             "entropy": 3 * size * (n * d + k * d),
             "nearest-k": size * (n * d + k * d) + 12 * n * self.nearest,
             "nearest-tokens": size * (n * d + k * d) + 12 * k,
+            "nearest-both": size * (n * d + k * d) + 12 * (n + k),
             "kmeans": self.iterations * (2 * size * n * d + 20 * n + 3 * size * k * d),
         }[self.operation]
 
@@ -71,6 +72,7 @@ FLOPS_FORMULA = {
     "kmeans": "2*N*K*D an iteration (the search)",
     "nearest-k": "2*N*K*D (the search)",
     "nearest-tokens": "2*N*K*D (the search)",
+    "nearest-both": "2*N*K*D (one search)",
     "entropy": "6*N*K*D: logits, and the gradients of x and codebook, each once",
 }
 BYTES_FORMULA = {
@@ -81,6 +83,7 @@ BYTES_FORMULA = {
     " write dx; statistics and EMA",
     "nearest-k": "s*(N*D + K*D) + 12*N*k: read x and codebook, write k codes and distances",
     "nearest-tokens": "s*(N*D + K*D) + 12*K: read x and codebook, write indices and distances",
+    "nearest-both": "s*(N*D + K*D) + 12*(N + K): read x and codebook, write indices and distances",
     "entropy": "3*s*(N*D + K*D): read x and codebook forward and backward, write their gradients",
     "kmeans": "s*(2*N*D + 3*K*D) + 20*N an iteration: read x and the centroids, write codes and distance; read x and"
     " codes, write and read sums",

@@ -26,6 +26,13 @@ class Lookup(NamedTuple):
     errors: Tensor  # [N] |x - quantized|^2; or a peer's loss
 
 
+class Both(NamedTuple):
+    """What the operation "nearest-both" returns."""
+
+    codes: Tensor  # [N]
+    tokens: Tensor  # [K]
+
+
 class EntropyGradients(NamedTuple):
     """What the operation "entropy" returns."""
 
@@ -35,9 +42,9 @@ class EntropyGradients(NamedTuple):
 
 
 # codes [N] ("search", "train-step"), a Lookup ("quantize"), the new codebook [K, D] ("ema", "kmeans"),
-# codes [N, k] ("nearest-k"), tokens [K] ("nearest-tokens"),
+# codes [N, k] ("nearest-k"), tokens [K] ("nearest-tokens"), Both ("nearest-both"),
 # EntropyGradients ("entropy"); None: no check
-Result = Tensor | Lookup | EntropyGradients | None
+Result = Tensor | Lookup | Both | EntropyGradients | None
 Call = Callable[[], Result]  # what is timed
 PROVIDER_MODULES = (
     *("search_providers", "gpu_providers", "quantize_providers", "ema_providers", "step_providers", "kmeans_providers"),

@@ -8,6 +8,9 @@
 STABLE_TORCH_LIBRARY(vqkernels_C, m) {
   m.def("nearest(Tensor x, Tensor codebook, bool cosine, bool exact) -> (Tensor, Tensor)");
   m.def("nearest_report(Tensor x, Tensor codebook, bool cosine, bool exact) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "nearest_both(Tensor x, Tensor codebook, Tensor? mask, bool cosine) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
   m.def("nearest_k(Tensor x, Tensor codebook, int k, bool cosine) -> (Tensor, Tensor)");
   m.def("take_snapshot(Tensor codebook, bool cosine, bool exact) -> int");
   m.def("nearest_of_snapshot(Tensor x, int snapshot) -> (Tensor, Tensor)");
@@ -52,6 +55,7 @@ STABLE_TORCH_LIBRARY(vqkernels_C, m) {
 STABLE_TORCH_LIBRARY_IMPL(vqkernels_C, CPU, m) {
   m.impl("nearest", TORCH_BOX(&vqkernels::cpu::nearest));
   m.impl("nearest_report", TORCH_BOX(&vqkernels::cpu::nearest_report));
+  m.impl("nearest_both", TORCH_BOX(&vqkernels::cpu::nearest_both));
   m.impl("nearest_k", TORCH_BOX(&vqkernels::cpu::nearest_k));
   m.impl("take_snapshot", TORCH_BOX(&vqkernels::cpu::take_snapshot));
   m.impl("nearest_of_snapshot", TORCH_BOX(&vqkernels::cpu::nearest_of_snapshot));

@@ -6,8 +6,8 @@
 A case is a shape, a distribution, dtypes, a metric and a memory layout, all drawn from (seed, number). It is searched
 by the reference, by Triton where it is small enough (in its interpreter, or on a GPU) and by the C++ kernels with every
 instruction set that this CPU has, in either coarse pass and on one or two threads, each also with a prepared codebook;
-codes must be equal, distances too but for their last bit. Then the codebook may be changed in place, up to three times,
-and everything is searched again.
+codes must be equal, distances too but for their last bit. Some are searched for rows and columns at once, too. Then the
+codebook may be changed in place, up to three times, and everything is searched again.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ INTERPRETED_TOKENS = 16  # one that the coarse pass does not prove costs it tens
 INTERPRETED_TIES = 12  # and so does each pair that float64 cannot separate
 INTERPRETED_SHARE = 0.7  # of the cases that small; a call takes 0.1 to 0.5 s
 PREPARED_SHARE = 0.5  # of the cases that a run with a prepared codebook takes
+BOTH_SHARE = 0.4  # of the searches, in which ``nearest_both`` is asked too
 ANGLE = 2.0**-46  # 1 - cos cancels: float64's error of a cosine stays
 
 
@@ -158,6 +159,18 @@ def search(run: Run, problem: Problem) -> Answer | str:
                 codebook = _prepared(codebook, problem.metric)
             codes, distance = vq.nearest(x, codebook, metric=problem.metric)
         return codes.flatten().cpu(), distance.flatten().cpu()
+    except Exception as error:  # whatever it is, it is a failure of this run
+        return f"{type(error).__name__}: {error}"
+
+
+def search_both(run: Run, problem: Problem) -> Answer | str:
+    """The same of the tokens, and then of the codes among the tokens."""
+    try:
+        with settings(run):
+            x, codebook = problem.x.to(run.device), problem.codebook.to(run.device)
+            found = vq.nearest_both(x, codebook, metric=problem.metric)
+        codes, distance, tokens, token_distance = (part.flatten().cpu() for part in found)
+        return torch.cat([codes, tokens]), torch.cat([distance, token_distance])
     except Exception as error:  # whatever it is, it is a failure of this run
         return f"{type(error).__name__}: {error}"
 
@@ -271,13 +284,17 @@ def _first_difference(names: tuple[str, str], a: Answer | str, b: Answer | str, 
     return f"{len(wrong)} of {len(a[0])} tokens, first {at}; {said[0]}; {said[1]}"
 
 
-def check(problem: Problem, oracle: bool, interpreter: bool = True) -> list[str]:
+def check(problem: Problem, oracle: bool, interpreter: bool = True, both: bool = False) -> list[str]:
     """Searches once with every run and compares all pairs; returns what differs."""
     runs = [run for run in problem.runs if interpreter or run.backend != "triton" or run.device != "cpu"]
     answers: dict[str, Answer | str] = {str(run): search(run, problem) for run in runs}
     found = [
         _first_difference(pair, answers[pair[0]], answers[pair[1]], problem.metric) for pair in combinations(answers, 2)
     ]
+    if both:  # not in the interpreter: there may be many codes, each a token of the second search
+        able = [run for run in runs if not run.prepared and (run.backend, run.device) != ("triton", "cpu")]
+        two = {f"both by {run}": search_both(run, problem) for run in able}
+        found += [_first_difference(pair, two[pair[0]], two[pair[1]], problem.metric) for pair in combinations(two, 2)]
     if oracle:
         found.append(_against_oracle(problem, answers["reference on cpu"]))
     return [f"{problem}\n    {text}" for text in dict.fromkeys(found) if text is not None]
@@ -300,9 +317,9 @@ def _against_oracle(problem: Problem, answer: Answer | str) -> str | None:
 def run_case(seed: int, number: int, runs: list[Run], oracle_share: float) -> tuple[Problem, list[str]]:
     """One case with all its changes; stops at the first that fails."""
     problem = make_problem(seed, number, runs)
-    rng = np.random.default_rng([seed, number, 1])
+    rng, other = (np.random.default_rng([seed, number, i]) for i in (1, 2))
     with torch.inference_mode(problem.inference):
-        wrong = check(problem, rng.random() < oracle_share)
+        wrong = check(problem, rng.random() < oracle_share, both=other.random() < BOTH_SHARE)
         for change in problem.changes:
             if wrong:
                 break
@@ -312,7 +329,8 @@ def run_case(seed: int, number: int, runs: list[Run], oracle_share: float) -> tu
             problem.codebook = change.apply(rng, problem.codebook, _other_token(rng, problem))
             problem.done.append(change.name)
             last = len(problem.done) == len(problem.changes)
-            wrong = check(problem, rng.random() < oracle_share, interpreter=last)
+            both = other.random() < BOTH_SHARE
+            wrong = check(problem, rng.random() < oracle_share, interpreter=last, both=both)
     return problem, wrong
 
 

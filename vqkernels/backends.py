@@ -27,6 +27,7 @@ ORDER = {"cpu": ("compiled", "reference"), "cuda": ("triton", "compiled", "refer
 DEFAULTS: dict[str, tuple[Any, ...]] = {  # completes explain's arguments
     "nearest": ("euclidean", "exact"),
     "nearest_prepared": ("exact",),
+    "nearest_both": (None, "euclidean"),
 }
 
 _MODULES = {

@@ -8,6 +8,8 @@
 //   scan     tokens that have lost a candidate for want of room, or whose bound is not finite: together, in
 //   float64
 //
+// With `Columns` the same sweep finds the candidates of columns.h.
+//
 // Which thread does what, and how tokens and codes are split, cannot change a code.
 #pragma once
 
@@ -22,6 +24,7 @@
 #include "../checks.h"
 #include "candidates.h"
 #include "coarse.h"
+#include "columns.h"
 #include "decide.h"
 #include "parallel.h"
 #include "prepared.h"
@@ -84,7 +87,7 @@ template <class Element>
 class CoarseSearch {
  public:
   CoarseSearch(const Book<float>& book, const PreparedCodebook& prepared, const Tokens<const Element>& tokens,
-               const Outputs& out, SearchReport* report)
+               const Outputs& out, SearchReport* report, Columns* columns = nullptr)
       : book_(book),
         coarse_(prepared.coarse),
         prepared_(prepared),
@@ -93,7 +96,8 @@ class CoarseSearch {
         split_(choose_split(coarse_, tokens.count())),
         tokens_(tokens),
         out_(out),
-        report_(report) {}
+        report_(report),
+        columns_(columns) {}
 
   void run() {
     if (split_.chunks == 1) {
@@ -119,6 +123,7 @@ class CoarseSearch {
     Buffer<TokenState> states;  // [tokens]
     DecideScratch<float> decide;
     Stopwatch watch;
+    ColumnState* columns;  // null without columns
     RowBlock<const float> given{nullptr, 0};
     int64_t first = 0;
     int64_t count = 0;
@@ -141,7 +146,8 @@ class CoarseSearch {
                          Buffer<TokenBound>(split_.tokens),
                          Buffer<TokenState>(split_.tokens),
                          DecideScratch<float>(),
-                         Stopwatch(report_)};
+                         Stopwatch(report_),
+                         columns_ == nullptr ? nullptr : columns_->add_state(split_.tokens)};
         },
         work);
   }
@@ -196,6 +202,8 @@ class CoarseSearch {
       const Packing packing = coarse_.packing(scale, scratch.given[scratch.count - 1] + book_.dim);
       measure_tokens(packing, scratch);
       sort_tokens(0.5 * scale.reach, scratch);
+      if (columns_ != nullptr)
+        columns_->start_tokens(scratch.first, scratch.order.get(), scratch.count, *scratch.columns);
       for (int64_t base = 0; base < scratch.count; base += pass_.rows) {
         pack_tile(scale, packing, base, std::min<int64_t>(pass_.rows, scratch.count - base), scratch);
       }
@@ -215,6 +223,7 @@ class CoarseSearch {
       own = book_.cosine ? scale_pair(direction_exponent(row)) : ScalePair{packing.scale, packing.scale2};
       float square;
       table_.measure_rows(row, 1, scaled_by(packing, own), &square);
+      if (columns_ != nullptr) scratch.columns->squares[i] = square;
       scratch.norms[i] = std::sqrt(static_cast<double>(square)) * (1.0 + 1e-4) + 0x1p-50;
       if (square < LARGEST_SQUARE) continue;
       scratch.norms[i] = 0.0;
@@ -246,11 +255,14 @@ class CoarseSearch {
       if (scratch.states[token].road == Road::COARSE) {
         pass_.pack_token(row, scaled_by(packing, scratch.scales[token]), scratch.norms[token], largest,
                          static_cast<int>(i), tile, &bound);
+        if (columns_ != nullptr)
+          columns_->pack_token(base + i, scratch.columns->squares[token], bound.unit, *scratch.columns);
         if (!book_.cosine) bound.unit *= scale.square;
         scratch.states[token].use_unit(bound.unit);
       } else {
         const int64_t bytes = coarse_.row_bytes();
         std::fill_n(tile + i * bytes, bytes, char{0});
+        if (columns_ != nullptr) columns_->leave_out(base + i, *scratch.columns);
       }
     }
   }
@@ -265,7 +277,13 @@ class CoarseSearch {
     const CoarseBlock& block = coarse_.blocks[b];
     const char* panels = coarse_.panels.memory.get() + block.first_panel * coarse_.panel_bytes();
     scratch.watch.time(Stage::COARSE, [&] {
-      for (int64_t base = 0; base < scratch.count; base += pass_.rows) score(b, block, panels, base, scratch);
+      const int64_t span = columns_ == nullptr ? scratch.count : columns_->span(block);
+      for (int64_t first = 0; first < scratch.count; first += span) {
+        const int64_t end = std::min(first + span, scratch.count);
+        if (columns_ != nullptr) columns_->start_span(first, *scratch.columns);
+        for (int64_t base = first; base < end; base += pass_.rows) score(b, block, panels, base, scratch);
+        if (columns_ != nullptr) columns_->finish_span(block, end, *scratch.columns);
+      }
     });
   }
 
@@ -276,8 +294,7 @@ class CoarseSearch {
                      [&](int32_t i) { return scratch.states[i].road == Road::COARSE; }))
       return;
     double least[MOST_ROWS];
-    pass_.score_panels(scratch.tiles.get() + base / pass_.rows * coarse_.tile_bytes(), panels, block.count,
-                       book_.dim, coarse_.group, scratch.scores.get(), least);
+    score_tile(block, panels, base, scratch, least);
     const int64_t granules = coarse_.granules(block);
     const double reach = block.bound.largest;
     for (int64_t i = 0; i < rows; ++i) {
@@ -287,14 +304,29 @@ class CoarseSearch {
       const double error = book_.exact ? error_of(bound, block.bound) : 0.0;
       if (!((bound.norm + reach) * reach + error < pass_.largest_score)) {
         state.road = Road::SCAN;
+        if (columns_ != nullptr) columns_->leave_out(base + i, *scratch.columns);
         continue;
       }
+      if (columns_ != nullptr) columns_->note_error(base + i, bound, block.bound, error, *scratch.columns);
       if (least[i] + error < state.ceiling) state.lower_to(least[i] + error);
       const double limit =
           state.ceiling + error + std::fabs(state.ceiling) * 0x1p-48;  // for the changes of unit
       if (!(least[i] <= limit)) continue;
       collect(b, block, scratch.scores.get() + i * granules * pass_.word_bytes, granules, least[i], error,
               limit, state);
+    }
+  }
+
+  void score_tile(const CoarseBlock& block, const char* panels, int64_t base, Scratch& scratch,
+                  double* least) {
+    const char* tile = scratch.tiles.get() + base / pass_.rows * coarse_.tile_bytes();
+    if (columns_ == nullptr) {
+      pass_.score_panels(tile, panels, block.count, book_.dim, coarse_.group, scratch.scores.get(), least);
+    } else {
+      ColumnState& columns = *scratch.columns;
+      pass_.score_both(tile, panels, block.count, book_.dim, coarse_.group, scratch.scores.get(), least,
+                       &columns.factors[base], &columns.offsets[base],
+                       columns_->least_of(block, base, columns));
     }
   }
 
@@ -467,6 +499,7 @@ class CoarseSearch {
   const Tokens<const Element>& tokens_;
   const Outputs& out_;
   SearchReport* report_;
+  Columns* columns_;
   std::once_flag wide_once_;
   std::unique_ptr<CoarseBook> wide_;
 };

@@ -6,6 +6,8 @@
 // store, broadcast, start(biases, shared) (where sums begin), accumulate(sum, token, code), minimum,
 // least(v), limit_of(double) (no word above it stands for a score that is not above the limit), below(v,
 // limit) (which lanes are not above it, as bits).
+// Where columns can be had also: Values (floats, one a lane), values(sum, factor, offset), least_values(a, b)
+// (b where a is NaN), load_values, store_values, not_above(values, limits) (as bits).
 #pragma once
 
 #include "kernel_table.h"
@@ -45,14 +47,48 @@ struct Scores {
     }
   }
 
+  // What else is made of the sums, row by row: nothing, or the columns.
+  struct RowsAlone {
+    struct Least {};
+    static inline __attribute__((always_inline)) void take(int /*row*/, const Vector* /*sums*/,
+                                                           Least& /*least*/) {}
+    static inline __attribute__((always_inline)) void store(const Least& /*least*/, int64_t /*panel*/) {}
+  };
+  struct RowsAndColumns {
+    const float* factors;  // [ROWS]
+    const float* offsets;  // [ROWS]
+    float* columns;        // [panels, WIDTH]
+    struct Least {
+      decltype(P::load_values(nullptr)) values[P::VECTORS];
+
+      inline __attribute__((always_inline)) Least() {
+#pragma GCC unroll 4
+        for (auto& each : values) each = decltype(P::load_values(nullptr)){} + __builtin_inff();
+      }
+    };
+
+    inline __attribute__((always_inline)) void take(int row, const Vector* sums, Least& least) const {
+#pragma GCC unroll 4
+      for (int v = 0; v < P::VECTORS; ++v) {
+        least.values[v] = P::least_values(P::values(sums[v], factors[row], offsets[row]), least.values[v]);
+      }
+    }
+    inline __attribute__((always_inline)) void store(const Least& least, int64_t panel) const {
+#pragma GCC unroll 4
+      for (int v = 0; v < P::VECTORS; ++v)
+        P::store_values(columns + panel * WIDTH + v * P::LANES, least.values[v]);
+    }
+  };
+
   // One tile against one panel: rows x vectors sums stay in registers. STEPS = 0: not known to the compiler.
   // FOLD: of every lane only the least.
-  template <int STEPS, bool FOLD>
+  template <int STEPS, bool FOLD, class Also>
   static inline __attribute__((always_inline)) void score_panel(const Word* tile,   // [ROWS, steps] and one
                                                                 const Word* panel,  // [1 + steps, WIDTH]
                                                                 int64_t run_time_steps, bool first,
                                                                 Word* granule_scores,  // [ROWS, stride]
-                                                                int64_t stride) {
+                                                                int64_t stride, const Also& also,
+                                                                int64_t number) {
     const Vector shared = P::broadcast(tile[P::ROWS * (STEPS > 0 ? STEPS : run_time_steps)]);
     Sums sums;
 #pragma GCC unroll 4
@@ -71,6 +107,7 @@ struct Scores {
         add_step(tile + step, run_time_steps, panel + step * WIDTH, sums);
       }
     }
+    typename Also::Least least_values;
 #pragma GCC unroll 16
     for (int row = 0; row < P::ROWS; ++row) {
       Word* out = granule_scores + row * stride;
@@ -84,34 +121,39 @@ struct Scores {
 #pragma GCC unroll 4
         for (int v = 0; v < P::VECTORS; ++v) P::store(out + v * P::LANES, sums[row][v]);
       }
+      also.take(row, sums[row], least_values);
     }
+    also.store(least_values, number);
   }
 
-  template <int STEPS>
+  template <int STEPS, class Also>
   static void sweep(const Word* tile, const Word* panels, int64_t count, int64_t dim, int64_t group,
-                    Word* granule_scores, int64_t stride) {
+                    Word* granule_scores, int64_t stride, Also also) {
     const int64_t words = panel_words(dim), steps = P::steps(dim);
     for (int64_t base = 0; base < count; base += group, granule_scores += P::LANES) {
       const int64_t end = count - base < group ? count : base + group;
       for (int64_t panel = base; panel < end; ++panel) {
-        score_panel<STEPS, true>(tile, panels + panel * words, steps, panel == base, granule_scores, stride);
+        score_panel<STEPS, true>(tile, panels + panel * words, steps, panel == base, granule_scores, stride,
+                                 also, panel);
       }
     }
   }
 
   // With few steps the loop over them would cost as much as its body: it is unrolled for these numbers.
-  template <int... STEPS>
+  template <class Also, int... STEPS>
   static auto choose_sweep(int64_t steps) {
-    auto chosen = &sweep<0>;
-    ((chosen = steps == STEPS ? &sweep<STEPS> : chosen), ...);
+    auto chosen = &sweep<0, Also>;
+    ((chosen = steps == STEPS ? &sweep<STEPS, Also> : chosen), ...);
     return chosen;
   }
 
+  template <class Also>
   static void sweep_apart(const Word* tile, const Word* panels, int64_t count, int64_t dim, Word* scores,
-                          int64_t stride) {
+                          int64_t stride, Also also) {
     const int64_t words = panel_words(dim), steps = P::steps(dim);
     for (int64_t panel = 0; panel < count; ++panel) {
-      score_panel<0, false>(tile, panels + panel * words, steps, true, scores + panel * WIDTH, stride);
+      score_panel<0, false>(tile, panels + panel * words, steps, true, scores + panel * WIDTH, stride, also,
+                            panel);
     }
   }
 
@@ -130,22 +172,65 @@ struct Scores {
         P::least(P::minimum(P::minimum(best[0], best[1]), P::minimum(best[2], best[3]))));
   }
 
-  static void score_panels(const void* tile,    // [tile_words]
-                           const void* panels,  // [count, panel_words]
-                           int64_t count, int64_t dim, int64_t group,
-                           void* granule_scores,  // [ROWS, granules]
-                           double* least) {       // [ROWS]
+  template <class Also>
+  static inline __attribute__((always_inline)) void score(const void* tile,    // [tile_words]
+                                                          const void* panels,  // [count, panel_words]
+                                                          int64_t count, int64_t dim, int64_t group,
+                                                          void* granule_scores,  // [ROWS, granules]
+                                                          double* least,         // [ROWS]
+                                                          Also also) {
     const Word* tokens = static_cast<const Word*>(tile);
     const Word* codes = static_cast<const Word*>(panels);
     Word* out = static_cast<Word*>(granule_scores);
     const int64_t granules = group == 0 ? count * WIDTH : (count + group - 1) / group * P::LANES;
     if (group == 0) {
-      sweep_apart(tokens, codes, count, dim, out, granules);
+      sweep_apart(tokens, codes, count, dim, out, granules, also);
     } else {
-      const auto sweep = choose_sweep<1, 2, 3, 4, 6, 8, 9, 16, 32>(P::steps(dim));
-      sweep(tokens, codes, count, dim, group, out, granules);
+      const auto sweep = choose_sweep<Also, 1, 2, 3, 4, 6, 8, 9, 16, 32>(P::steps(dim));
+      sweep(tokens, codes, count, dim, group, out, granules, also);
     }
     for (int row = 0; row < P::ROWS; ++row) least[row] = least_of(out + row * granules, granules);
+  }
+
+  static void score_panels(const void* tile, const void* panels, int64_t count, int64_t dim, int64_t group,
+                           void* granule_scores, double* least) {
+    score(tile, panels, count, dim, group, granule_scores, least, RowsAlone());
+  }
+
+  static void score_both(const void* tile, const void* panels, int64_t count, int64_t dim, int64_t group,
+                         void* granule_scores, double* least, const float* factors, const float* offsets,
+                         float* columns) {
+    score(tile, panels, count, dim, group, granule_scores, least, RowsAndColumns{factors, offsets, columns});
+  }
+
+  static void lower_columns(const float* columns,  // [count]
+                            int64_t count, float error,
+                            float* upper) {  // [count]
+    for (int64_t i = 0; i < count; i += P::LANES) {
+      const auto raised = P::load_values(columns + i) + error;
+      P::store_values(upper + i, P::least_values(raised, P::load_values(upper + i)));
+    }
+  }
+
+  static int64_t find_columns(const float* columns,  // [count]
+                              const float* upper,    // [count]
+                              int64_t count, float error,
+                              int32_t* found) {  // [count]
+    constexpr int VECTORS = WIDTH / P::LANES < 64 / P::LANES ? WIDTH / P::LANES : 64 / P::LANES;
+    static_assert(WIDTH % (VECTORS * P::LANES) == 0);
+    int64_t number = 0;
+    for (int64_t base = 0; base < count; base += VECTORS * P::LANES) {
+      uint64_t lanes = 0;  // as in find_scores, bits instead of branches
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) {
+        const int64_t i = base + v * P::LANES;
+        const uint64_t near = P::not_above(P::load_values(columns + i), P::load_values(upper + i) + error);
+        lanes |= near << (v * P::LANES);
+      }
+      for (; lanes != 0; lanes &= lanes - 1)
+        found[number++] = static_cast<int32_t>(base) + __builtin_ctzll(lanes);
+    }
+    return number;
   }
 
   static int64_t find_scores(const void* words,  // [count]
@@ -229,8 +314,15 @@ struct Scores {
   static constexpr CoarsePass make_pass(const char* name, double largest_score,
                                         decltype(CoarsePass::pack_panel) pack_panel,
                                         decltype(CoarsePass::pack_token) pack_token) {
-    return {name,       sizeof(Word), P::ROWS,      P::LANES,    P::VECTORS, largest_score, P::steps,
-            tile_words, panel_words,  score_panels, find_scores, pack_panel, pack_token,    run_peak};
+    CoarsePass pass{name,     sizeof(Word), P::ROWS,     P::LANES,     P::VECTORS, largest_score,
+                    P::steps, tile_words,   panel_words, score_panels, nullptr,    nullptr,
+                    nullptr,  find_scores,  pack_panel,  pack_token,   run_peak};
+    if constexpr (requires { typename P::Values; }) {
+      pass.score_both = score_both;
+      pass.lower_columns = lower_columns;
+      pass.find_columns = find_columns;
+    }
+    return pass;
   }
 };
 

@@ -56,6 +56,28 @@ struct CoarsePass {
                        void* granule_scores,  // [rows, granules]
                        double* least);        // [rows]
 
+  // The same, and the least value of every code over the tile's tokens into `columns`, where that is less
+  // than what is there: value = score * factor + offset, by row. Null in the float64 pass, as the next two.
+  void (*score_both)(const void* tile,    // [tile_words]
+                     const void* panels,  // [count, panel_words]
+                     int64_t count, int64_t dim, int64_t group,
+                     void* granule_scores,  // [rows, granules]
+                     double* least,         // [rows]
+                     const float* factors,  // [rows]
+                     const float* offsets,  // [rows]
+                     float* columns);       // [count, WIDTH]
+
+  // upper = min(upper, columns + error)
+  void (*lower_columns)(const float* columns,  // [count], count a multiple of WIDTH
+                        int64_t count, float error,
+                        float* upper);  // [count]
+
+  // Positions of columns <= upper + error, in order; returns how many.
+  int64_t (*find_columns)(const float* columns,  // [count], count a multiple of WIDTH
+                          const float* upper,    // [count]
+                          int64_t count, float error,
+                          int32_t* found);  // [count]
+
   // Positions and values of the scores <= limit, in order; returns how many there are, writes at most
   // `capacity`.
   int64_t (*find_scores)(const void* scores,  // [count], count a multiple of lanes

@@ -23,7 +23,24 @@ inline Word least_of_lanes(const Word (&lanes)[LANES]) {
   return least;
 }
 
-struct Float32 {
+// Columns of the passes with eight 32-bit lanes.
+struct Columns {
+  using Values = __m256;
+  static Values load_values(const float* p) { return _mm256_loadu_ps(p); }
+  static void store_values(float* p, Values v) { _mm256_storeu_ps(p, v); }
+  static Values least_values(Values a, Values b) { return _mm256_min_ps(a, b); }
+  static unsigned not_above(Values v, Values limits) {
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, limits, _CMP_LE_OQ)));
+  }
+  static Values values(__m256 sums, float factor, float offset) {
+    return _mm256_fmadd_ps(sums, _mm256_set1_ps(factor), _mm256_set1_ps(offset));
+  }
+  static Values values(__m256i sums, float factor, float offset) {
+    return values(_mm256_cvtepi32_ps(sums), factor, offset);
+  }
+};
+
+struct Float32 : Columns {
   using Word = float;
   using Vector = __m256;
   static constexpr int ROWS = 6, VECTORS = 2, LANES = 8, DEPTH = 1;
@@ -69,7 +86,7 @@ struct Float64 {
   }
 };
 
-struct Int16 {
+struct Int16 : Columns {
   using Word = int32_t;
   using Vector = __m256i;
   static constexpr int ROWS = 6, VECTORS = 2, LANES = 8, DEPTH = 2;

@@ -37,6 +37,19 @@ struct Portable {
   }
 };
 
+struct Float32 : Portable<float> {
+  using Values = Vector;
+  static Values load_values(const float* p) { return load(p); }
+  static void store_values(float* p, Values v) { store(p, v); }
+  static Values least_values(Values a, Values b) { return minimum(a, b); }
+  static Values values(Vector sums, float factor, float offset) { return sums * factor + offset; }
+  static unsigned not_above(Values v, Values limits) {
+    unsigned lanes = 0;
+    for (int lane = 0; lane < LANES; ++lane) lanes |= (v[lane] <= limits[lane] ? 1u : 0u) << lane;
+    return lanes;
+  }
+};
+
 struct Unit {
   typedef uint64_t Words __attribute__((vector_size(16)));
   static Words product_of_halves(Words word) { return (word & 0xffffffff) * (word >> 32); }
@@ -51,7 +64,7 @@ struct Unit {
 namespace vqkernels {
 namespace cpu {
 namespace {
-constexpr CoarsePass FLOAT32 = make_wide_pass<Portable<float>>("float32", 0x1p120);
+constexpr CoarsePass FLOAT32 = make_wide_pass<Float32>("float32", 0x1p120);
 constexpr CoarsePass FLOAT64 = make_wide_pass<Portable<double>>("float64", __builtin_inf());
 constexpr KernelTable TABLE = make_table<Unit>("portable", &FLOAT32, &FLOAT64, nullptr);
 }  // namespace

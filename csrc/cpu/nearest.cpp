@@ -14,6 +14,7 @@
 #include "coarse_search.h"
 #include "codebook_rows.h"
 #include "ops.h"
+#include "search.h"
 #include "snapshot.h"
 
 namespace vqkernels {
@@ -44,7 +45,8 @@ void search_double(const Book<double>& book, const Tokens<const double>& tokens,
       });
 }
 
-// int16 where the CPU has it; VQKERNELS_CPU_PASS asks for one of them.
+}  // namespace
+
 const CoarsePass& choose_pass(const KernelTable& table, int64_t dim, bool exact) {
   const char* name = std::getenv("VQKERNELS_CPU_PASS");
   const bool asked = name != nullptr && name[0] != '\0';
@@ -63,7 +65,6 @@ void prepare(const KernelTable& table, const CoarsePass& pass, const CodebookRow
   prepared.coarse = pack_coarse(table, pass, codes, std::move(spare));
 }
 
-// The codebook as it is now: kept from an earlier call, or prepared and kept.
 std::shared_ptr<const PreparedCodebook> current(const KernelTable& table, const CoarsePass& pass,
                                                 const CodebookRows<float>& dense, const Tensor& codebook,
                                                 bool cosine, SearchReport* report) {
@@ -79,6 +80,8 @@ std::shared_ptr<const PreparedCodebook> current(const KernelTable& table, const 
   if (fingerprint() == key.fingerprint) keep_prepared(key, tensor, made);
   return made;
 }
+
+namespace {
 
 template <class Element>
 void search(const Tensor& x, const Tensor& codebook, bool cosine, bool exact, const Outputs& out,

@@ -22,6 +22,13 @@ std::tuple<Tensor, Tensor> nearest(Tensor x,         // [B, T, D]
 // int16, 1 float32, 2 float64).
 std::tuple<Tensor, Tensor, Tensor> nearest_report(Tensor x, Tensor codebook, bool cosine, bool exact);
 
+// `nearest`, exact, and the same with the roles exchanged, of the tokens that the mask has; float64 aside.
+std::tuple<Tensor, Tensor, Tensor, Tensor> nearest_both(
+    Tensor x,                    // [B, T, D]
+    Tensor codebook,             // [K, D]
+    std::optional<Tensor> mask,  // bool [B, T]
+    bool cosine);                // -> codes [B, T], distance [B, T], tokens [K], token_distance [K]
+
 std::tuple<Tensor, Tensor> nearest_k(Tensor x,         // [B, T, D]
                                      Tensor codebook,  // [K, D]
                                      int64_t k,

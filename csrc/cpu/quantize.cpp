@@ -141,22 +141,6 @@ void backward_into(const BackwardViews<T>& views) {
       });
 }
 
-// A mask [B, T] as it lies in memory, made dense; null where there is none.
-struct DenseMask {
-  std::optional<Tensor> held;
-
-  DenseMask(const std::optional<Tensor>& mask, const Tensor& x) {
-    if (!mask.has_value()) return;
-    check_rank(*mask, "mask", 2, "[B, T]");
-    check_type(*mask, "mask", ScalarType::Bool);
-    for (int64_t axis = 0; axis < 2; ++axis) check_size(*mask, "mask", axis, x.size(axis), "as x");
-    held = torch::stable::contiguous(*mask);
-  }
-  const bool* get() const {
-    return held.has_value() ? static_cast<const bool*>(held->const_data_ptr()) : nullptr;
-  }
-};
-
 std::tuple<Tensor, Tensor> look_up(const Tensor& x, const Tensor& codebook, const Tensor& codes,
                                    const bool* mask) {
   Tensor quantized = torch::stable::empty_like(x);

@@ -1,6 +1,7 @@
 // Tokens with any strides and any of the four element types, read and written as rows of float or double.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -8,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <type_traits>
 
 #include "../checks.h"
@@ -210,6 +212,22 @@ void store_rows(const Tokens<T>& tokens, int64_t begin, int64_t end,
                  [&](T& value, int64_t i, int64_t d) { value = static_cast<T>(in[i * dim + d]); });
   });
 }
+
+// A mask [B, T] as it lies in memory, made dense; null where there is none.
+struct DenseMask {
+  std::optional<Tensor> held;
+
+  DenseMask(const std::optional<Tensor>& mask, const Tensor& x) {
+    if (!mask.has_value()) return;
+    check_rank(*mask, "mask", 2, "[B, T]");
+    check_type(*mask, "mask", ScalarType::Bool);
+    for (int64_t axis = 0; axis < 2; ++axis) check_size(*mask, "mask", axis, x.size(axis), "as x");
+    held = torch::stable::contiguous(*mask);
+  }
+  const bool* get() const {
+    return held.has_value() ? static_cast<const bool*>(held->const_data_ptr()) : nullptr;
+  }
+};
 
 }  // namespace cpu
 }  // namespace vqkernels

@@ -14,7 +14,15 @@ from torch import Tensor
 
 from .. import _extension
 from .._dtypes import DTYPES
-from .in_steps import add_in_steps, clear_consumed, gradient_in_steps, quantize_in_steps, step_in_steps
+from .in_steps import (
+    add_in_steps,
+    both_details,
+    both_in_steps,
+    clear_consumed,
+    gradient_in_steps,
+    quantize_in_steps,
+    step_in_steps,
+)
 from .registry import register
 
 NON_FINITE = "codebook: expected finite values, got NaN or Inf"  # as csrc/cpu/coarse.cpp says it
@@ -42,6 +50,22 @@ def value_errors() -> Iterator[None]:
         if NON_FINITE in line or CODES_BEYOND in line:
             raise ValueError(line) from None
         raise
+
+
+def nearest_both(
+    x: Tensor,  # [B, T, D]
+    codebook: Tensor,  # [K, D]
+    mask: Tensor | None,  # bool [B, T]
+    metric: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # codes [B, T], distance [B, T], tokens [K], token_distance [K]
+    """See ``vqkernels.nearest_both``."""
+    if x.is_cuda or x.dtype == torch.float64:
+        return _both_in_steps(x, codebook, mask, metric)
+    with value_errors():
+        return torch.ops.vqkernels_C.nearest_both(x, codebook, mask, metric == "cosine")
+
+
+_both_in_steps = both_in_steps(nearest)
 
 
 def nearest_k(
@@ -281,6 +305,12 @@ def nearest_details(x: Tensor, _codebook: Tensor, _metric: str, precision: str) 
     return f"{name} pass ({isa}): {reason}"
 
 
+def _both_details(x: Tensor, codebook: Tensor, _mask: Tensor | None, metric: str) -> str:
+    if x.is_cuda or x.dtype == torch.float64:
+        return both_details()
+    return f"one sweep, {nearest_details(x, codebook, metric, 'exact')}"
+
+
 def _cuda_details(x: Tensor) -> str | None:
     if x.dtype == torch.float64:
         return "float64 pass: as precise as the input"
@@ -299,6 +329,7 @@ def _coarse_pass(dim: int, exact: bool) -> str:
 
 
 register("nearest", "compiled", nearest, supports=supports, details=nearest_details)
+register("nearest_both", "compiled", nearest_both, supports=supports, details=_both_details)
 register("nearest_k", "compiled", nearest_k, supports=supports_on_cpu)
 _TRAINING = (quantize_backward, codebook_gradient, codebook_stats, add_statistics_, ema_update_, ema_step_)
 for _op in (gather, quantize, *_TRAINING):

@@ -1,4 +1,4 @@
-"""Training ops made of smaller ones, for the backends that have no kernel of their own for the whole."""
+"""Ops made of smaller ones, for the backends that have no kernel of their own for the whole."""
 
 from __future__ import annotations
 
@@ -118,3 +118,49 @@ def or_zeros(
 def masked(mask: Tensor | None, dx: Tensor) -> Tensor:  # bool [B, T], [B, T, D] -> [B, T, D]
     """No gradient for what is masked."""
     return dx if mask is None else dx.masked_fill_(~mask[..., None], 0)
+
+
+def columns_in_steps(
+    nearest: Nearest,
+    x: Tensor,  # [B, T, D]
+    codebook: Tensor,  # [K, D]
+    mask: Tensor | None,  # bool [B, T]
+    metric: str,
+) -> tuple[Tensor, Tensor]:  # index int64 [K], distance float32 [K]
+    """``nearest_tokens``: the search with the roles exchanged. In the place of a token that may not win stands a copy
+    of the first that may: the two tie, and whichever index comes out is taken for that token's."""
+    tokens = x.reshape(-1, x.shape[-1])  # [N, D]
+    if tokens.shape[0] == 0:
+        shape = codebook.shape[:1]
+        return x.new_full(shape, -1, dtype=torch.int64), x.new_full(shape, torch.nan, dtype=torch.float32)
+    valid = tokens.abs().amax(1) < torch.inf  # [N]; NaN is not; a tenth of the time of isfinite().all(1)
+    if mask is not None:
+        valid = valid & mask.reshape(-1)
+    first = valid.long().argmax()  # the lowest index that may win; 0 where none may
+    stand_in = torch.where(valid.any(), tokens.index_select(0, first[None]), 0)  # [1, D]
+    rows = torch.where(valid[:, None], tokens, stand_in)
+    index, distance = (found[0] for found in nearest(codebook[None], rows, metric, "exact"))
+    index = torch.where(valid[index.clamp(min=0)], index, first)
+    known = (distance == distance) & valid.any()  # NaN: a code that is not finite
+    return torch.where(known, index, -1), torch.where(known, distance, torch.nan)
+
+
+def both_in_steps(nearest: Nearest) -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """``nearest_both`` out of two searches."""
+
+    def nearest_both(
+        x: Tensor,  # [B, T, D]
+        codebook: Tensor,  # [K, D]
+        mask: Tensor | None,  # bool [B, T]
+        metric: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # codes [B, T], distance [B, T], tokens [K], token_distance [K]
+        """See ``vqkernels.nearest_both``."""
+        codes, distance = nearest(x, codebook, metric, "exact")
+        return codes, distance, *columns_in_steps(nearest, x, codebook, mask, metric)
+
+    return nearest_both
+
+
+def both_details(*_args: object) -> str:
+    """What ``explain`` says of ``both_in_steps``."""
+    return "two searches, the second with the roles exchanged"

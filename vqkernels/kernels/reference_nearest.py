@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import UNIT, accumulation_dtype
+from .in_steps import both_details, both_in_steps
 from .registry import register
 
 UNIT64 = UNIT[torch.float64]
@@ -215,3 +216,4 @@ def _best_candidate(
 
 
 register("nearest", "reference", nearest)
+register("nearest_both", "reference", both_in_steps(nearest), details=both_details)

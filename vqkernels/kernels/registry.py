@@ -12,6 +12,7 @@ from typing import Any
 OPS = (
     "nearest",
     "nearest_k",
+    "nearest_both",
     "nearest_prepared",
     "nearest_k_prepared",
     "gather",

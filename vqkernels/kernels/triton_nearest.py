@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 
 from . import triton_configs
+from .in_steps import both_details, both_in_steps
 from .prepared import PreparedCodebook
 from .registry import register
 from .triton_coarse import coarse_kernel
@@ -197,6 +198,10 @@ def _supports(x: Tensor, codebook: Tensor | PreparedCodebook, *_rest: object) ->
     return unsupported(x)
 
 
+def _supports_both(x: Tensor, codebook: Tensor, *_rest: object) -> str | None:
+    return _supports(x, codebook) or _supports(x, x.reshape(-1, x.shape[-1]))
+
+
 def nearest(
     x: Tensor,  # [B, T, D]
     codebook: Tensor,  # [K, D]
@@ -299,4 +304,5 @@ def _prepared_details(*_args: object) -> str:
 
 
 register("nearest", "triton", nearest, supports=_supports)
+register("nearest_both", "triton", both_in_steps(nearest), supports=_supports_both, details=both_details)
 register("nearest_prepared", "triton", nearest_prepared, supports=_supports, details=_prepared_details)

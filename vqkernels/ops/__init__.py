@@ -7,6 +7,7 @@ from .entropy_loss import EntropyLoss, entropy_loss
 from .index_propagation import index_propagation
 from .lookup import lookup
 from .nearest import nearest
+from .nearest_both import nearest_both
 from .nearest_k import nearest_k
 from .nearest_tokens import nearest_tokens
 from .prepare_codebook import PreparedCodebook, prepare_codebook
@@ -29,6 +30,7 @@ __all__ = [
     "index_propagation",
     "lookup",
     "nearest",
+    "nearest_both",
     "nearest_k",
     "nearest_tokens",
     "prepare_codebook",

@@ -2,34 +2,22 @@
 
 euclidean   index[k] = argmin_n |x_n - c_k|^2,   distance[k] = min_n |x_n - c_k|^2
 cosine      index[k] = argmax_n cos(x_n, c_k),   distance[k] = 1 - max_n cos(x_n, c_k)
-
-It is the search with the roles exchanged. In the place of a token that may not win stands a copy of the first that may:
-the two tie, and whichever index comes out is taken for that token's.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from ..kernels.in_steps import columns_in_steps
 from ._library import as_tokens, check_choice, check_mask, check_tokens, define, promoted, run
 from .nearest import METRICS
 
 
 def _run(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str) -> tuple[Tensor, Tensor]:
-    tokens = x.reshape(-1, x.shape[-1])  # [N, D]
-    if tokens.shape[0] == 0:
-        return _fake(x, codebook, mask, metric)[0].fill_(-1), x.new_full(codebook.shape[:1], torch.nan).float()
-    valid = tokens.abs().amax(1) < torch.inf  # [N]; NaN is not; a tenth of the time of isfinite().all(1)
-    if mask is not None:
-        valid = valid & mask.reshape(-1)
-    first = valid.long().argmax()  # the lowest index that may win; 0 where none may
-    stand_in = torch.where(valid.any(), tokens.index_select(0, first[None]), 0)  # [1, D]
-    rows = torch.where(valid[:, None], tokens, stand_in)
-    index, distance = (found[0] for found in run("nearest", codebook[None], rows, metric, "exact"))
-    index = torch.where(valid[index.clamp(min=0)], index, first)
-    known = (distance == distance) & valid.any()  # NaN: a code that is not finite
-    return torch.where(known, index, -1), torch.where(known, distance, torch.nan)
+    return columns_in_steps(partial(run, "nearest"), x, codebook, mask, metric)
 
 
 def _fake(x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str) -> tuple[Tensor, Tensor]:
@@ -70,7 +58,8 @@ def nearest_tokens(
     Raises:
         TypeError, ValueError: a bad argument, named.
 
-    Extra memory is O((N + K) D); no N x K array is formed, and nothing waits for the device.
+    Extra memory is O((N + K) D); no N x K array is formed, and nothing waits for the device. Where the codes of the
+    tokens are wanted too, ``nearest_both`` finds both in one sweep on CPU.
     """
     check_choice("metric", metric, METRICS)
     check_tokens(x, codebook)
