@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.prepared import PreparedCodebook
+from ..backends import PreparedCodebook
 
 
 def opened(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.prepared import PreparedCodebook
+from ..backends import PreparedCodebook
 from . import plain
 from ._library import as_tokens, check_choice, check_tokens, define, promoted, run
 from ._prepared import opened, prepared_search

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import DTYPES
-from ..kernels.prepared import PreparedCodebook
+from ..backends import PreparedCodebook
 from ._library import check_choice, run
 from .nearest import METRICS
 

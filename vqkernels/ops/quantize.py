@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulation_dtype
-from ..kernels.prepared import PreparedCodebook
+from ..backends import PreparedCodebook
 from . import plain
 from ._library import as_tokens, check_choice, check_codes, check_mask, check_tokens, define, promoted, run
 from ._once import once_differentiable
