@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .kernels.in_steps import columns_in_steps as columns_in_steps  # what ops make of any backend's kernels
 from .kernels.prepared import PreparedCodebook
 from .kernels.registry import OPS, lookup_kernel
 

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..kernels.in_steps import columns_in_steps
+from ..backends import columns_in_steps
 from ._library import as_tokens, check_choice, check_mask, check_tokens, define, promoted, run
 from .nearest import METRICS
 
