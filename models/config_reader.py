@@ -83,7 +83,7 @@ def from_dict(kind: type[Config], values: Any, name: str = "") -> Config:
         name: path of these options in the file, for error messages.
 
     Raises:
-        ValueError: an unknown option, or a value of the wrong type; names the option.
+        ValueError: an unknown option, or a value of the wrong type or out of range; names the option with its path.
     """
     if dataclasses.is_dataclass(values) and isinstance(values, kind):
         return values
@@ -96,7 +96,11 @@ def from_dict(kind: type[Config], values: Any, name: str = "") -> Config:
             close = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"; did you mean {prefix + close[0]!r}?" if close else f", expected one of {', '.join(hints)}"
             raise ValueError(f"unknown option {prefix + str(key)!r}{hint}")
-    return kind(**{key: convert(value, hints[key], prefix + key) for key, value in values.items()})
+    options = {key: convert(value, hints[key], prefix + key) for key, value in values.items()}
+    try:
+        return kind(**options)
+    except ValueError as error:  # of its __post_init__, which names the option and not where the group lies
+        raise ValueError(f"{prefix}{error}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -206,7 +206,15 @@ def test_bundled_configs_load_and_survive_a_round_trip(name, tmp_path):
         ("mixed_precision: fp8", r"option 'mixed_precision' must be one of no, bf16, fp16, got 'fp8'"),
         ("model: 3", r"option 'model' must be a group of options, got 3"),
         ("model: {channel_multipliers: [1, two]}", r"option 'model.channel_multipliers\[1\]' must be of type int"),
-        ("image_size: 66", r"image_size must be divisible by the model's factor 4, got 66"),
+        ("discriminator: {channels: 0}", r"bad.yaml: discriminator\.channels must be at least 1, got 0"),
+        ("discriminator: {crop: 2}", r"bad.yaml: discriminator\.crop must lie in \[0, 1\], got 2"),
+        ("model: {channels: 0}", r"bad.yaml: model\.channels must be at least 1, got 0"),
+        ("model: {quantizer: {update: ema, metric: dot}}", r"bad.yaml: model\.quantizer\.gradient must be"),
+        (
+            "model: {quantizer: {entropy: {weight: -1}}}",
+            r"bad.yaml: model\.quantizer\.entropy\.weight must be 0 or greater, got -1",
+        ),
+        ("image_size: 66", r"bad.yaml: image_size must be divisible by the model's factor 4, got 66"),
         ("steps: [", r"bad.yaml"),
     ],
 )

@@ -19,6 +19,8 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from vqkernels.models.config_reader import from_dict
+
 Config = TypeVar("Config")
 
 KINDS = {"NoneType": "null", "str": "text", "int": "an integer", "float": "a number", "bool": "true or false"}
@@ -218,8 +220,8 @@ def parse_config(
     words = _with_bundled(_respell(words, config), bundled)
     parser = build_parser(_narrowed(config, words), prog, description)
     try:
-        values: dict[str, Any] = parser.instantiate(parser.parse_args(words)).as_dict()
+        values: dict[str, Any] = parser.parse_args(words).as_dict()
     except Exception as error:  # argparse's, yaml's, or a TypeError, after jsonargparse's version
         raise ValueError(explain_error(str(error), parser, [] if _takes_config(config) else words)) from error
     values.pop("config", None)
-    return config(**values)
+    return from_dict(config, values)
