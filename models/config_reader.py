@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -26,9 +27,12 @@ def _number(value: Any, kind: type, name: str) -> Any:
         raise _mismatch(value, f"of type {kind.__name__}", name)
     if kind is float and isinstance(value, int | float | str):
         try:
-            return float(value)
-        except ValueError:
-            pass
+            number = float(value)
+        except (ValueError, OverflowError):  # text, or an integer beyond float64
+            raise _mismatch(value, "of type float", name) from None
+        if not math.isfinite(number):
+            raise _mismatch(value, "a finite number", name)
+        return number
     if kind is int and isinstance(value, int):
         return value
     raise _mismatch(value, f"of type {kind.__name__}", name)

@@ -266,6 +266,8 @@ def test_bench_runs_the_given_shapes(tmp_path, capsys):
         (["train", "--discriminator.channels", "0"], [" discriminator.channels must be at least 1, got 0"]),
         (["train", "--discriminator.crop", "2"], [" discriminator.crop must lie in [0, 1], got 2.0"]),
         (["train", "--model.quantizer.entropy.weight", "-1"], [" model.quantizer.entropy.weight must be 0 or greater"]),
+        (["train", "--learning_rate", ".inf"], ["'learning_rate' must be a finite number, got inf"]),
+        (["train", "--discriminator.weight", ".nan"], ["'discriminator.weight' must be a finite number, got nan"]),
         (["train", "--image_size", "33"], ["image_size", "factor 4", "got 33"]),
         (["train", "-c", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
         (["train", "-c", "nowhere"], ["--config", "demo", "vqgan-small", "vqvae-f8", "nowhere"]),
