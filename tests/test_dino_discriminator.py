@@ -212,7 +212,10 @@ def test_what_does_not_suit_the_backbone_is_refused():
         ({"blocks": [2, 2]}, r"discriminator\.blocks"),
         ({"crop": 1.5}, r"discriminator\.crop"),
         ({"r1_weight": 1.0}, r"discriminator\.r1_weight must be 0 with kind dino"),
-        ({"kind": "patch", "weights_file": "dino.pth"}, r"discriminator\.kind must be dino where weights_file is given, got patch"),
+        (
+            {"kind": "patch", "weights_file": "dino.pth"},
+            r"discriminator\.kind must be dino where weights_file is given, got patch",
+        ),
         ({"bcr_fake_weight": -1.0}, r"discriminator\.bcr_fake_weight must be 0 or greater"),
     ],
 )
