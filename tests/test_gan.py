@@ -52,6 +52,14 @@ def test_images_of_any_size_divisible_by_the_factor(grid, model):
         model.generate(0)
 
 
+def test_wrong_latents_are_refused(model):
+    channels = model.config.latent_channels
+    shapes = ((1, channels + 1, 2, 2), (channels, 2, 2))
+    for latents in (*map(torch.zeros, shapes), torch.zeros(1, channels, 2, 2, dtype=torch.long)):
+        with pytest.raises(ValueError, match=rf"latents must be floats of shape \[B, {channels}, h, w\], got torch"):
+            model.decode(latents)
+
+
 def test_a_seed_gives_the_same_images_and_changes_nothing(model):
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     first = model.generate(3, seed=5)
