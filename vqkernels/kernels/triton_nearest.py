@@ -297,6 +297,7 @@ def tune(
 
 
 def prepared_details(*_args: object) -> str:
+    """What a search of kept operands says of itself."""
     return (
         "prepared codebook: its fp16 operand, biases and bounds are kept, no launch works on codes before the product"
     )
