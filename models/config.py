@@ -106,6 +106,12 @@ class DiscriminatorConfig:
                 "r1_weight must be 0 with kind dino, whose logits of an image depend on its neighbours, "
                 f"got {self.r1_weight}"
             )
+        for name in ("bcr_real_weight", "bcr_fake_weight"):
+            if self.kind == "dino" and self.crop and getattr(self, name):
+                raise ValueError(
+                    f"{name} must be 0 with kind dino and crop above 0, which cuts another square out of each of the "
+                    f"images that are compared, got {getattr(self, name)}"
+                )
         if self.kind != "dino" and self.weights_file is not None:
             raise ValueError(f"kind must be dino where weights_file is given, got {self.kind}")
 
