@@ -94,24 +94,26 @@ class DiscriminatorConfig:
         patch = int(self.backbone.removeprefix("vit_s"))
         if self.input_side % patch or self.input_side < 2 * patch:
             raise ValueError(
-                f"discriminator.input_side must be a multiple of {self.backbone}'s patch of {patch} pixels, "
+                f"input_side must be a multiple of {self.backbone}'s patch of {patch} pixels, "
                 f"from {2 * patch}, got {self.input_side}"
             )
         if len({*self.blocks}) != len(self.blocks) or not {*self.blocks} <= {*range(DINO_DEPTH)}:
-            raise ValueError(
-                f"discriminator.blocks must be distinct numbers from 0 to {DINO_DEPTH - 1}, got {self.blocks}"
-            )
+            raise ValueError(f"blocks must be distinct numbers from 0 to {DINO_DEPTH - 1}, got {self.blocks}")
         if not 0 <= self.crop <= 1:
-            raise ValueError(f"discriminator.crop must lie in [0, 1], got {self.crop}")
+            raise ValueError(f"crop must lie in [0, 1], got {self.crop}")
         if self.kind == "dino" and self.r1_weight:
             raise ValueError(
-                "discriminator.r1_weight must be 0 with kind dino, whose logits of an image depend on its neighbours, "
+                "r1_weight must be 0 with kind dino, whose logits of an image depend on its neighbours, "
                 f"got {self.r1_weight}"
             )
+        for name in ("bcr_real_weight", "bcr_fake_weight"):
+            if self.kind == "dino" and self.crop and getattr(self, name):
+                raise ValueError(
+                    f"{name} must be 0 with kind dino and crop above 0, which cuts another square out of each of the "
+                    f"images that are compared, got {getattr(self, name)}"
+                )
         if self.kind != "dino" and self.weights_file is not None:
-            raise ValueError(
-                f"discriminator.kind must be dino where discriminator.weights_file is given, got {self.kind}"
-            )
+            raise ValueError(f"kind must be dino where weights_file is given, got {self.kind}")
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -26,9 +27,12 @@ def _number(value: Any, kind: type, name: str) -> Any:
         raise _mismatch(value, f"of type {kind.__name__}", name)
     if kind is float and isinstance(value, int | float | str):
         try:
-            return float(value)
-        except ValueError:
-            pass
+            number = float(value)
+        except (ValueError, OverflowError):  # text, or an integer beyond float64
+            raise _mismatch(value, "of type float", name) from None
+        if not math.isfinite(number):
+            raise _mismatch(value, "a finite number", name)
+        return number
     if kind is int and isinstance(value, int):
         return value
     raise _mismatch(value, f"of type {kind.__name__}", name)
@@ -83,7 +87,7 @@ def from_dict(kind: type[Config], values: Any, name: str = "") -> Config:
         name: path of these options in the file, for error messages.
 
     Raises:
-        ValueError: an unknown option, or a value of the wrong type; names the option.
+        ValueError: an unknown option, or a value of the wrong type or out of range; names the option with its path.
     """
     if dataclasses.is_dataclass(values) and isinstance(values, kind):
         return values
@@ -96,7 +100,11 @@ def from_dict(kind: type[Config], values: Any, name: str = "") -> Config:
             close = difflib.get_close_matches(str(key), hints, n=1)
             hint = f"; did you mean {prefix + close[0]!r}?" if close else f", expected one of {', '.join(hints)}"
             raise ValueError(f"unknown option {prefix + str(key)!r}{hint}")
-    return kind(**{key: convert(value, hints[key], prefix + key) for key, value in values.items()})
+    options = {key: convert(value, hints[key], prefix + key) for key, value in values.items()}
+    try:
+        return kind(**options)
+    except ValueError as error:  # of its __post_init__, which names the option and not where the group lies
+        raise ValueError(f"{prefix}{error}") from None
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -134,7 +134,15 @@ class GAN(
         self,
         latents: Tensor,  # [B, latent_channels, h, w]
     ) -> Tensor:  # [B, C, h * factor, w * factor]
-        """Images of latents, clamped to [-1, 1]; differentiable."""
+        """Images of latents, clamped to [-1, 1]; differentiable.
+
+        Raises:
+            ValueError: wrong shape or dtype of latents.
+        """
+        channels = self.config.latent_channels
+        if latents.dim() != 4 or latents.shape[1] != channels or not latents.is_floating_point():
+            expected = f"floats of shape [B, {channels}, h, w]"
+            raise ValueError(f"latents must be {expected}, got {latents.dtype} {list(latents.shape)}")
         return widened(self.decoder(latents.to(self.last_layer.weight.dtype))).clamp(-1, 1)
 
     def reconstruct(

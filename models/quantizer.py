@@ -27,7 +27,11 @@ ENTROPY_FIGURES = ("entropy_loss", "token_entropy", "batch_entropy")  # of those
 
 
 def make_quantizer(config: AnyQuantizerConfig, dim: int, codebook_dim: int | None) -> Quantizer:
-    """The quantizer of a channels-first map of `dim` channels."""
+    """The quantizer of a channels-first map of `dim` channels.
+
+    Raises:
+        ValueError: an option that the quantizer refuses, named as the module's argument.
+    """
     if isinstance(config, LookupFreeConfig):
         return LookupFreeQuantizer(
             dim,

@@ -28,9 +28,9 @@ class EntropyConfig:
     def __post_init__(self) -> None:
         for name in ("weight", "token_weight", "batch_weight", "eps"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"entropy.{name} must be 0 or greater, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be 0 or greater, got {getattr(self, name)}")
         if not self.temperature > 0:
-            raise ValueError(f"entropy.temperature must be greater than 0, got {self.temperature}")
+            raise ValueError(f"temperature must be greater than 0, got {self.temperature}")
 
 
 def _no_entropy() -> EntropyConfig:

@@ -262,6 +262,12 @@ def test_bench_runs_the_given_shapes(tmp_path, capsys):
         (["train", "--model.kind", "vqgam"], ["model.kind", "vqvae, vqgan", "'vqgam'"]),
         (["train", "--model.resolution", "64"], ["unknown argument --model.resolution"]),
         (["train", "--model.kind", "vqgan", "--model.norm_groups", "7"], ["norm_groups", "got 7"]),
+        (["train", "--model.channels", "0"], [" model.channels must be at least 1, got 0"]),
+        (["train", "--discriminator.channels", "0"], [" discriminator.channels must be at least 1, got 0"]),
+        (["train", "--discriminator.crop", "2"], [" discriminator.crop must lie in [0, 1], got 2.0"]),
+        (["train", "--model.quantizer.entropy.weight", "-1"], [" model.quantizer.entropy.weight must be 0 or greater"]),
+        (["train", "--learning_rate", ".inf"], ["'learning_rate' must be a finite number, got inf"]),
+        (["train", "--discriminator.weight", ".nan"], ["'discriminator.weight' must be a finite number, got nan"]),
         (["train", "--image_size", "33"], ["image_size", "factor 4", "got 33"]),
         (["train", "-c", "nowhere.yaml"], ["nowhere.yaml", "no such file"]),
         (["train", "-c", "nowhere"], ["--config", "demo", "vqgan-small", "vqvae-f8", "nowhere"]),
@@ -296,6 +302,8 @@ def test_wrong_value_in_a_yaml_is_named_with_its_file(tmp_path, capsys):
     path.write_text("steps: many\n")
     error = _mistake(["train", "-c", str(path)], capsys)
     assert "wrong.yaml: steps: expected an integer or null, got 'many'" in error
+    path.write_text("discriminator:\n  channels: 0\n")
+    assert "error: discriminator.channels must be at least 1, got 0" in _mistake(["train", "-c", str(path)], capsys)
 
 
 def test_missing_image_and_empty_folder_are_named(tiny: Path, tmp_path, capsys):

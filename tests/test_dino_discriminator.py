@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from vqkernels.models import QuantizerConfig, TrainConfig, VQVAEConfig, dino, dino_discriminator, save_config, train
 from vqkernels.models.checkpoint import load_newest
-from vqkernels.models.config import DiscriminatorConfig
+from vqkernels.models.config import DiscriminatorConfig, from_dict
 from vqkernels.models.dino import Block, DinoBackbone, make_backbone
 from vqkernels.models.dino_discriminator import DinoDiscriminator, Head, LocalBatchNorm
 from vqkernels.models.discriminator import make_discriminator
@@ -212,13 +212,18 @@ def test_what_does_not_suit_the_backbone_is_refused():
         ({"blocks": [2, 2]}, r"discriminator\.blocks"),
         ({"crop": 1.5}, r"discriminator\.crop"),
         ({"r1_weight": 1.0}, r"discriminator\.r1_weight must be 0 with kind dino"),
-        ({"kind": "patch", "weights_file": "dino.pth"}, r"discriminator\.kind must be dino"),
-        ({"bcr_fake_weight": -1.0}, "bcr_fake_weight must be 0 or greater"),
+        (
+            {"kind": "patch", "weights_file": "dino.pth"},
+            r"discriminator\.kind must be dino where weights_file is given, got patch",
+        ),
+        ({"bcr_real_weight": 1.0}, r"discriminator\.bcr_real_weight must be 0 with kind dino and crop above 0"),
+        ({"bcr_fake_weight": 2.0, "crop": 1.0}, r"discriminator\.bcr_fake_weight must be 0 .* crop .*, got 2.0"),
+        ({"bcr_fake_weight": -1.0}, r"discriminator\.bcr_fake_weight must be 0 or greater"),
     ],
 )
 def test_wrong_options_are_named(options: dict, message: str):
     with pytest.raises(ValueError, match=message):
-        DiscriminatorConfig(**{"kind": "dino", **options})
+        from_dict(DiscriminatorConfig, {"kind": "dino", **options}, "discriminator")
 
 
 # ---- weight files
@@ -319,6 +324,7 @@ EVERYTHING = {
     "lecam_weight": 0.01,
     "bcr_real_weight": 1.0,
     "bcr_fake_weight": 2.0,
+    "crop": 0.0,
     "augmentation": ["color", "translation", "cutout"],
     "start_step": 1,
 }
@@ -346,7 +352,7 @@ def test_a_stopped_run_ends_bit_for_bit_like_an_undisturbed_one(tiny, pictures, 
 
 def test_it_trains_in_bfloat16_by_a_file(tiny, pictures, tmp_path):
     path = save(random_weights(dino_layout(PATCH, WIDTH, DEPTH, SIDE)), tmp_path / "dino.pth")
-    critic = {"weights_file": path, "bcr_real_weight": 1.0, "bcr_fake_weight": 1.0}
+    critic = {"weights_file": path, "bcr_real_weight": 1.0, "bcr_fake_weight": 1.0, "crop": 0.0}
     result = train(small_run(pictures, tmp_path / "run", critic=critic, steps=2, mixed_precision="bf16"))
     assert result.history[0] == {"step": 0, "networks": {"discriminator": "DINO ViT-S/16"}}
     lines = [line for line in result.history if "discriminator_loss" in line]

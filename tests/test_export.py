@@ -291,3 +291,9 @@ def test_onnx_runtime_gives_the_codes_of_the_other_quantizers(module: nn.Module,
         x = randn(batch, length, 8)
         x[0, 0, 0] = float("nan") if batch > 1 else 0.5
         assert torch.equal(run_onnx(tmp_path / "encoder.onnx", x), module.encode(x))
+
+
+def test_index_propagation_alone_may_have_its_channels_first():
+    module = vq.IndexPropagationQuantizer(8, 32, channels="first").eval()
+    x = randn(3, 8, 7, 5)
+    assert torch.equal(encoder_program(module, randn(2, 8, 6, 3)).module()(x), module(x).codes)

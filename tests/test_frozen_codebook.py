@@ -79,11 +79,11 @@ def test_a_change_that_torch_counts_stops_the_next_search(change):
     with vq.frozen_codebook(layer):
         layer.encode(x)
         change(layer)
-        with pytest.raises(RuntimeError, match="VectorQuantizer: expected the codebook unchanged"):
+        with pytest.raises(RuntimeError, match=r"VectorQuantizer: .* was written to, moved or replaced"):
             layer.encode(x)
-        with pytest.raises(RuntimeError, match="VectorQuantizer: expected the codebook unchanged"):
+        with pytest.raises(RuntimeError, match=r"VectorQuantizer: .* was written to, moved or replaced"):
             layer.lookup(torch.tensor([1]))
-        with pytest.raises(RuntimeError, match="VectorQuantizer: expected the codebook unchanged"):
+        with pytest.raises(RuntimeError, match=r"VectorQuantizer: .* was written to, moved or replaced"):
             layer(x.to(layer.codebook.dtype))
         assert copy.deepcopy(layer)._frozen is None  # a copy is a module of its own
         layer.__dict__.pop("_frozen")  # which the end of the block would complain of

@@ -52,6 +52,14 @@ def test_images_of_any_size_divisible_by_the_factor(grid, model):
         model.generate(0)
 
 
+def test_wrong_latents_are_refused(model):
+    channels = model.config.latent_channels
+    shapes = ((1, channels + 1, 2, 2), (channels, 2, 2))
+    for latents in (*map(torch.zeros, shapes), torch.zeros(1, channels, 2, 2, dtype=torch.long)):
+        with pytest.raises(ValueError, match=rf"latents must be floats of shape \[B, {channels}, h, w\], got torch"):
+            model.decode(latents)
+
+
 def test_a_seed_gives_the_same_images_and_changes_nothing(model):
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     first = model.generate(3, seed=5)
@@ -161,14 +169,14 @@ def run_config(data: Path, output: Path, **changes) -> TrainConfig:
         ({"l1_weight": 1.0}, r"l1_weight must be 0 with model.kind: gan, got 1.0"),
         ({"l2_weight": 1.0}, r"l2_weight must be 0 with model.kind: gan, got 1.0"),
         ({"perceptual_weight": 1.0}, r"perceptual_weight must be 0 with model.kind: gan, got 1.0"),
-        ({"discriminator": {}}, r"discriminator.kind must be patch or style with model.kind: gan, got none"),
+        ({"discriminator": {}}, r"discriminator.kind must be patch, style or dino with model.kind: gan, got none"),
         ({"discriminator": {"kind": "patch"}}, r"discriminator.adaptive must be false with model.kind: gan, got true"),
         (
             {"discriminator": {"kind": "patch", "adaptive": False, "start_step": 3}},
             r"discriminator.start_step must be 0 with model.kind: gan, got 3",
         ),
         ({"model": {"kind": "gan", "in_channels": 3}}, r"unknown option 'model.in_channels'"),
-        ({"model": {"kind": "gan", "latent_channels": 0}}, r"latent_channels must be at least 1, got 0"),
+        ({"model": {"kind": "gan", "latent_channels": 0}}, r"model\.latent_channels must be at least 1, got 0"),
     ],
 )
 def test_a_wrong_config_is_named(changes, message, tmp_path):

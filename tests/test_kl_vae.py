@@ -292,7 +292,7 @@ def test_save_and_load(model, tmp_path):
     ("changes", "message"),
     [
         ({"kl_weight": -1.0}, r"kl_weight must be 0 or greater, got -1.0"),
-        ({"kl_weight": float("nan")}, r"kl_weight must be 0 or greater, got nan"),
+        ({"kl_weight": float("nan")}, r"option 'kl_weight' must be a finite number, got nan"),
         ({"latent_channels": 0}, "latent_channels must be at least 1, got 0"),
         ({"in_channels": 0}, "in_channels must be at least 1, got 0"),
         ({"norm_groups": 5}, "norm_groups must divide"),

@@ -21,7 +21,9 @@ if importlib.util.find_spec("triton") is None:
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from vqkernels import nearest_k, use_backend
 from vqkernels.kernels import reference_nearest_k, triton_configs, triton_nearest, triton_nearest_k
+from vqkernels.kernels.prepared import PreparedCodebook
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, under the interpreter, on meant overflow
@@ -113,6 +115,21 @@ def test_five_launches_that_wait_for_nothing(monkeypatch):
     with no_host_waits(DEVICE, methods=False):
         triton_nearest_k.search_k(x, codebook, 3, False, config)
     assert len(launches) == 5
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_a_prepared_codebook_gives_the_same_from_kept_operands(metric: str):
+    x, codebook = randn(1, 9, 12).to(DEVICE), randn(90, 12, seed=1).to(DEVICE)
+    codebook[40:60] = codebook[:20]  # ties
+    codebook[::7] *= 100
+    x[0, 1], x[0, 2], x[0, 3] = float("nan"), 0, codebook[45]
+    prepared = PreparedCodebook(codebook.clone(), metric)
+    with use_backend("triton"):
+        for k in (1, 5):
+            for mine, plain in zip(nearest_k(x, prepared, k), nearest_k(x, codebook, k, metric=metric), strict=True):
+                torch.testing.assert_close(mine, plain, rtol=0, atol=0, equal_nan=True)
+    (kept,) = prepared._forms.values()  # one for all calls, and nearest_prepared's
+    assert kept is triton_nearest.kept_codes(prepared, triton_nearest.config_for(x, *codebook.shape))
 
 
 def test_what_it_cannot_take_is_said():

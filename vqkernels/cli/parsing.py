@@ -19,6 +19,8 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from vqkernels.models.config_reader import from_dict
+
 Config = TypeVar("Config")
 
 KINDS = {"NoneType": "null", "str": "text", "int": "an integer", "float": "a number", "bool": "true or false"}
@@ -156,6 +158,12 @@ def _asked_kind(words: list[str], place: str) -> Any:
     return found
 
 
+def _default(config: type, name: str, kind: type) -> Any:
+    """What makes the default of a field that is narrowed to `kind`: the field's own, where that is of this kind."""
+    (own,) = (entry.default_factory for entry in dataclasses.fields(config) if entry.name == name)
+    return own if own is not dataclasses.MISSING and type(own()) is kind else kind
+
+
 def _narrowed(config: type, words: list[str], prefix: str = "") -> type:
     """`config` with one class in place of every choice of several, the one whose `kind` the user named.
 
@@ -177,7 +185,7 @@ def _narrowed(config: type, words: list[str], prefix: str = "") -> type:
             changed[entry.name] = chosen
     if not changed:
         return config
-    members = {name: dataclasses.field(default_factory=kind) for name, kind in changed.items()}
+    members = {name: dataclasses.field(default_factory=_default(config, name, kind)) for name, kind in changed.items()}
     narrow = type(config.__name__, (config,), {"__annotations__": changed, "__doc__": config.__doc__, **members})
     return dataclasses.dataclass(narrow)
 
@@ -218,8 +226,8 @@ def parse_config(
     words = _with_bundled(_respell(words, config), bundled)
     parser = build_parser(_narrowed(config, words), prog, description)
     try:
-        values: dict[str, Any] = parser.instantiate(parser.parse_args(words)).as_dict()
+        values: dict[str, Any] = parser.parse_args(words).as_dict()
     except Exception as error:  # argparse's, yaml's, or a TypeError, after jsonargparse's version
         raise ValueError(explain_error(str(error), parser, [] if _takes_config(config) else words)) from error
     values.pop("config", None)
-    return config(**values)
+    return from_dict(config, values)

@@ -225,15 +225,19 @@ def nearest_prepared(
     precision: str,
 ) -> tuple[Tensor, Tensor]:  # codes int64 [B, T], distance float32 [B, T]
     """See ``vqkernels.nearest``. The tokens' half of the first launch, and the other two."""
-    cosine, config = prepared.metric == "cosine", config_for(x, *prepared.shape)
+    config = config_for(x, *prepared.shape)
+    return search(x, prepared.rows, prepared.metric == "cosine", config, kept_codes(prepared, config))
+
+
+def kept_codes(prepared: PreparedCodebook, config: SearchConfig) -> Codes:  # [K, D]
+    """What ``prepare`` needs of the codes: made by the first search with these tiles, then kept."""
 
     def make(rows: Tensor) -> Codes:  # [K, D]
         _check_finite(rows)
         with on_device(rows):
-            return prepare_codes(readable(rows), cosine, config)
+            return prepare_codes(readable(rows), prepared.metric == "cosine", config)
 
-    kept = prepared.form(("triton", *codes_key(config)), make)
-    return search(x, prepared.rows, cosine, config, kept)
+    return prepared.form(("triton", *codes_key(config)), make)
 
 
 def search(
@@ -297,7 +301,8 @@ def tune(
     return best
 
 
-def _prepared_details(*_args: object) -> str:
+def prepared_details(*_args: object) -> str:
+    """What a search of kept operands says of itself."""
     return (
         "prepared codebook: its fp16 operand, biases and bounds are kept, no launch works on codes before the product"
     )
@@ -305,4 +310,4 @@ def _prepared_details(*_args: object) -> str:
 
 register("nearest", "triton", nearest, supports=_supports)
 register("nearest_both", "triton", both_in_steps(nearest), supports=_supports_both, details=both_details)
-register("nearest_prepared", "triton", nearest_prepared, supports=_supports, details=_prepared_details)
+register("nearest_prepared", "triton", nearest_prepared, supports=_supports, details=prepared_details)

@@ -18,16 +18,20 @@ import triton
 from torch import Tensor
 
 from . import triton_configs
+from .prepared import PreparedCodebook
 from .registry import register
 from .triton_common import MAX_CODES, MAX_DIM, on_device, readable, unsupported
 from .triton_configs import GROUPS, Operand, SearchConfig, operand_of
 from .triton_nearest import (
     EXACT_BLOCK_D,
     EXACT_BLOCK_K,
+    Codes,
     Operands,
     coarse,
     config_for,
+    kept_codes,
     prepare,
+    prepared_details,
     program_slots,
 )
 from .triton_order import order_kernel
@@ -113,7 +117,7 @@ def order(
     )  # fmt: skip
 
 
-def _supports(x: Tensor, codebook: Tensor, k: int, metric: str) -> str | None:
+def _supports(x: Tensor, codebook: Tensor | PreparedCodebook, k: int, metric: str = "") -> str | None:
     if codebook.shape[0] > MAX_CODES or codebook.shape[1] > MAX_DIM:
         return f"takes up to {MAX_CODES} codes of up to {MAX_DIM} dims, not {list(codebook.shape)}"
     if k > MAX_K:
@@ -133,20 +137,31 @@ def nearest_k(
     return search_k(x, codebook, k, metric == "cosine", config_for(x, *codebook.shape))
 
 
+def nearest_k_prepared(
+    x: Tensor,  # [B, T, D]
+    prepared: PreparedCodebook,  # [K, D]
+    k: int,
+) -> tuple[Tensor, Tensor]:  # codes int64 [B, T, k], distance float32 [B, T, k]
+    """See ``vqkernels.nearest_k``. The tokens' half of the first launch, and the other four."""
+    config = config_for(x, *prepared.shape)
+    return search_k(x, prepared.rows, k, prepared.metric == "cosine", config, kept_codes(prepared, config))
+
+
 def search_k(
     x: Tensor,  # [B, T, D]
     codebook: Tensor,  # [K, D]
     k: int,
     cosine: bool,
     config: SearchConfig,
+    kept: Codes | None = None,
 ) -> tuple[Tensor, Tensor]:  # codes int64 [B, T, k], distance float32 [B, T, k]
-    """Five launches."""
+    """Five launches; the first one does nothing for the codes where they are kept."""
     codes = torch.empty(*x.shape[:2], k, dtype=torch.int64, device=x.device)
     distance = torch.empty(*x.shape[:2], k, dtype=torch.float32, device=x.device)
     if codes.numel() > 0:
         with on_device(x):
             tokens, rows = readable(x), readable(codebook).contiguous()
-            operands = prepare(tokens, rows, cosine, config)
+            operands = prepare(tokens, rows, cosine, config, kept)
             shape, slots = operand_of(config, rows.shape[1], cosine), program_slots(x, config)
             found = shorten(operands, shape, rows.shape[0], k, cosine, config, slots)
             order(tokens, rows, operands.unit, found, codes, distance, cosine)
@@ -154,3 +169,4 @@ def search_k(
 
 
 register("nearest_k", "triton", nearest_k, supports=_supports)
+register("nearest_k_prepared", "triton", nearest_k_prepared, supports=_supports, details=prepared_details)

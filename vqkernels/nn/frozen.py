@@ -28,7 +28,10 @@ class Frozen:
         """Raise where torch knows that the codebook has been written to, moved or replaced."""
         same = source is self.source and source.data_ptr() == self.address and _version(source) == self.version
         if not same:
-            raise RuntimeError(f"{name}: expected the codebook unchanged inside frozen_codebook, but it was written to")
+            raise RuntimeError(
+                f"{name}: expected the codebook unchanged inside frozen_codebook, but it was "
+                "written to, moved or replaced"
+            )
 
 
 def _version(tensor: Tensor) -> int | None:
