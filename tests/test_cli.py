@@ -401,3 +401,10 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tiny: Path, tmp_path, capsys,
     assert "--resume" in captured.out
     assert "step-00000003.pt" in captured.out
     assert "Traceback" not in captured.err
+
+
+def test_a_models_own_default_of_its_quantizer_is_kept(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--model.kind", "vit", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["quantizer"]
+    assert (printed["codebook_size"], printed["codebook_dim"], printed["metric"]) == (8192, 32, "cosine")
