@@ -269,10 +269,6 @@ class _SetDistance:
         return found
 
 
-def _reconstructs(model: ImageModel) -> bool:
-    return type(model).reconstruct is not ImageModel.reconstruct
-
-
 def _describe(model: ImageModel) -> dict[str, object]:
     return {
         "class": type(model).__name__,
@@ -303,7 +299,7 @@ def _digest(path: str) -> str:
 
 def _check(model: ImageModel, options: EvaluationOptions) -> None:
     name = type(model).__name__
-    if not _reconstructs(model):
+    if not model.reconstructs:
         if not callable(getattr(model, "generate", None)):
             raise ValueError(f"a {name} neither reconstructs pictures nor generates them: there is nothing to evaluate")
         if not options.inception and not options.random_features:
@@ -347,7 +343,7 @@ def evaluate_files(
     """
     options = EvaluationOptions() if options is None else options
     _check(model, options)
-    training, measure = model.training, _reconstructions if _reconstructs(model) else _samples
+    training, measure = model.training, _reconstructions if model.reconstructs else _samples
     model.eval()
     try:
         return measure(model, list(map(Path, files)), options, progress)

@@ -385,6 +385,8 @@ class _Smoother(ImageModel):
 class _Generator(ImageModel):
     """Makes pictures and reconstructs none."""
 
+    reconstructs = False
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[int, int]] = []
@@ -396,6 +398,8 @@ class _Generator(ImageModel):
 
 
 class _Neither(ImageModel):
+    reconstructs = False
+
     def __init__(self) -> None:
         super().__init__()
         self.config, self.weight = _Config(), nn.Parameter(torch.ones(1))
