@@ -8,13 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
 from rich.console import Console
 from torch import Tensor
 
 from vqkernels.models import CodesWriter, list_images, open_codes
 from vqkernels.models.code_files import level_folders
-from vqkernels.models.data import open_image, to_tensor
+from vqkernels.models.data import centre_crop, open_image, to_tensor
 from vqkernels.models.metrics import bits_per_pixel, code_usage
 from vqkernels.models.validation import crop_to_multiple
 from vqkernels.nn import frozen_codebook
@@ -29,7 +28,7 @@ def _prepared(file: Path, image_size: int | None, factor: int) -> Tensor:  # [3,
     picture = open_image(file)
     if image_size is None:
         return crop_to_multiple(to_tensor(picture), factor)
-    return to_tensor(ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC))
+    return to_tensor(centre_crop(picture, image_size))
 
 
 class _Reader:
