@@ -64,7 +64,7 @@ def _rows(report: EvaluationReport) -> list[tuple[str, str, str, str]]:
             (figure.kind.label + unit, figure.text(), error, figure.missing or f"{figure.kind.better} is better")
         )
     if report.codes is None:
-        return [*rows, ("codes used", "-", "", "the model has no codes")]
+        return [*rows, ("codes used", "-", "", "there were no codes to count")]
     for number, use in enumerate(report.codes.maps):
         which = f", map {number + 1}" if len(report.codes.maps) > 1 else ""
         rows.append((f"codes used{which}", f"{100 * use.usage:.2f} %", "", f"{use.used} of {use.codebook_size}"))

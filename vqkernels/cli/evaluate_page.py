@@ -20,6 +20,7 @@ from vqkernels.profiling.units import count
 
 from .evaluate_figures import histogram, usage_curve
 
+NO_CODE = (255, 255, 255)  # colour of a token that was not finite
 AMPLIFICATION = 4  # of the difference
 MOST_NAMED = 50  # skipped files on the page; evaluation.json has all
 
@@ -100,7 +101,7 @@ def _figure_card(figure: Figure) -> str:
 def _cards(report: EvaluationReport) -> str:
     cards = [_figure_card(figure) for figure in report.figures.values()]
     if report.codes is None:
-        cards.append(_card("Codes", "-", "the model has none"))
+        cards.append(_card("Codes", "-", "there were none to count"))
     else:
         maps = report.codes.maps
         for number, use in enumerate(maps):
@@ -149,14 +150,17 @@ def _example(example: Example, colours: Sequence[Tensor]) -> str:
     ]
     for number, (codes, palette) in enumerate(zip(example.codes, colours, strict=True)):
         which = f" {number + 1}" if len(example.codes) > 1 else ""
-        picture = Image.fromarray(palette[codes % len(palette)].numpy())
+        pixels = palette[codes % len(palette)]  # [h, w, 3]
+        pixels[codes < 0] = torch.tensor(NO_CODE, dtype=torch.uint8)
+        picture = Image.fromarray(pixels.numpy())
         shown.append((picture, f"codes{which}, {codes.shape[1]} × {codes.shape[0]}", "pixels"))
     cells = "".join(
         f"<div>{_picture(picture, f'{title} of {name}', kind)}<span>{escape(title)}</span></div>"
         for picture, title, kind in shown
     )
     kind = {3: "row three", 4: "row"}.get(len(shown), "row many")
-    psnr = "equal" if math.isinf(example.psnr) else f"{example.psnr:.2f} dB"
+    broken = "not finite" if math.isnan(example.psnr) else f"{example.psnr:.2f} dB"
+    psnr = "equal" if math.isinf(example.psnr) else broken
     caption = f'<figcaption><b title="{escape(example.file)}">{escape(name)}</b><span>{psnr}</span></figcaption>'
     return f'<figure class="example">{caption}<div class="{kind}">{cells}</div></figure>'
 
