@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from .data import centre_crop, open_image
 
 READERS = 4  # threads that decode; Pillow lets go of the interpreter lock
 
+Name = TypeVar("Name")
 Progress = Callable[[int, int], None]  # files done, files in all
 
 
@@ -53,15 +55,15 @@ def read_crops(
 
 
 def batches(
-    crops: Iterator[tuple[Path, Tensor]],
+    images: Iterator[tuple[Name, Tensor]],  # [C, H, W] each
     batch_size: int,
-) -> Iterator[tuple[list[Path], Tensor]]:  # uint8 [B, 3, S, S]
-    """Crops that come one by one, as many together as asked for; the last batch may be smaller."""
-    names: list[Path] = []
+) -> Iterator[tuple[list[Name], Tensor]]:  # [B, C, H, W]
+    """Images that come one by one, as many together as asked for; the last batch may be smaller."""
+    names: list[Name] = []
     held: list[Tensor] = []
-    for name, crop in crops:
+    for name, image in images:
         names.append(name)
-        held.append(crop)
+        held.append(image)
         if len(held) == batch_size:
             yield names, torch.stack(held)
             names, held = [], []

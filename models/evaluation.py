@@ -6,7 +6,6 @@ in ``evaluation_report`` and stands in the report.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import math
 import time
@@ -18,6 +17,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from .checkpoint import file_digest
 from .crops import Progress, batches, read_crops
 from .evaluation_report import (
     PUBLISHED_IMAGES,
@@ -36,6 +36,7 @@ from .frechet import FeatureGaussian, frechet_distance
 from .hierarchy import HierarchicalVQVAE
 from .image_model import ImageModel
 from .inception import FEATURES, InceptionFeatures
+from .metrics import CodeCounter
 from .perceptual import SMALLEST_SIDE, PerceptualDistance
 from .similarity import SMALLEST_MULTISCALE, WINDOW, similarities
 from .tokenizer import ImageTokenizer
@@ -81,12 +82,11 @@ def _whole(
     return torch.stack([(codes >= 0).flatten(1).all(1) for codes in maps]).all(0)
 
 
-class _CodeCounter:
+class _MapCounters:
     """How often every code of every map occurred."""
 
     def __init__(self, model: ImageTokenizer | HierarchicalVQVAE) -> None:
-        self.sizes = [each.quantizer.codebook_size for each in model.maps.values()]
-        self.counts: list[tuple[Tensor, Tensor]] = []  # codes that occurred and how often, int64 [used] each
+        self.counters = [CodeCounter(each.quantizer.codebook_size) for each in model.maps.values()]
         self.grids: list[tuple[int, int]] = []
 
     def update(
@@ -95,23 +95,16 @@ class _CodeCounter:
     ) -> None:
         if not len(maps[0]):
             return
-        if not self.counts:
-            self.grids = [(codes.shape[-2], codes.shape[-1]) for codes in maps]
-            self.counts = [(torch.zeros(0, dtype=torch.int64),) * 2 for _ in maps]
-        for place, codes in enumerate(maps):  # not an array of all codes: a quantizer of signs may have 2^62
-            found, times = (part.cpu() for part in codes.unique(return_counts=True))
-            known, before = self.counts[place]
-            merged, where = torch.cat([known, found]).unique(return_inverse=True)
-            counts = torch.zeros_like(merged).index_add_(0, where, torch.cat([before, times]))
-            self.counts[place] = (merged, counts)
+        self.grids = [(codes.shape[-2], codes.shape[-1]) for codes in maps]
+        for counter, codes in zip(self.counters, maps, strict=True):
+            counter.update(codes)
 
     def use(self, image_size: int) -> CodeUse | None:
         """Everything together; None where nothing was counted."""
-        if not self.counts:
+        if not self.grids:
             return None
-        parts = zip(self.counts, self.sizes, self.grids, strict=True)
-        maps = [code_map_use(counts.numpy(), size, grid) for (_, counts), size, grid in parts]
-        return code_use(maps, image_size)
+        parts = zip(self.counters, self.grids, strict=True)
+        return code_use([code_map_use(each.counts, each.codebook_size, grid) for each, grid in parts], image_size)
 
 
 class _Extremes:
@@ -148,7 +141,7 @@ class _Evaluator:
         if (options.vgg or options.random_features) and options.image_size >= SMALLEST_SIDE:
             self.perceptual = PerceptualDistance(options.vgg, options.lpips).to(self.device)
         self.distances = _SetDistance(options, self.device)
-        self.counter = _CodeCounter(model) if has_codes(model) else None
+        self.counter = _MapCounters(model) if has_codes(model) else None
         self.extremes = _Extremes(options.shown)
         self.files: list[str] = []
         self.values: dict[str, list[float]] = {kind.key: [] for kind in self.kinds}
@@ -319,16 +312,8 @@ def _weight_files(options: EvaluationOptions) -> dict[str, dict[str, str]]:
     for name in ("vgg", "lpips", "inception"):
         path = getattr(options, name)
         if path is not None:
-            found[name] = {"file": str(path), "sha256": _digest(path)}
+            found[name] = {"file": str(path), "sha256": file_digest(path)}
     return found
-
-
-def _digest(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check(model: ImageModel, options: EvaluationOptions) -> None:

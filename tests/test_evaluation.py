@@ -30,6 +30,7 @@ from vqkernels.models import (
     evaluate_files,
     evaluation,
     open_codes,
+    similarity,
 )
 from vqkernels.models.crops import read_crops
 from vqkernels.models.data import ImageFolder, centre_crop
@@ -39,7 +40,7 @@ from vqkernels.models.metrics import bits_per_pixel, code_usage
 from vqkernels.models.metrics import ssim as batch_ssim
 from vqkernels.models.similarity import SCALE_WEIGHTS, SMALLEST_MULTISCALE, similarities
 
-from vqkernels.cli.evaluate import palettes
+from vqkernels.cli.evaluate import code_pictures
 from vqkernels.cli.evaluate_page import difference, render
 from vqkernels.cli.main import main
 from vqkernels.cli.options import EvaluateConfig
@@ -147,6 +148,15 @@ def test_the_older_ssim_is_the_same_figure(pair):
     images, others = pair
     expected = similarities(images, others)[0]
     torch.testing.assert_close(batch_ssim(images / 127.5 - 1, others / 127.5 - 1).double(), expected, rtol=1e-4, atol=0)
+
+
+def test_long_pictures_are_filtered_in_strips(monkeypatch):
+    images = _pixels(1, 60)[..., :41]
+    others = (images + 20 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
+    whole = similarities(images, others)[0]
+    for strip in (1, 7, 40, 60):
+        monkeypatch.setattr(similarity, "STRIP", strip)
+        torch.testing.assert_close(similarities(images, others)[0], whole, rtol=1e-12, atol=0)
 
 
 def test_equal_pictures_are_infinitely_good(pair):
@@ -527,7 +537,7 @@ def test_tokens_that_are_not_finite_break_their_picture_alone(model, folder, rep
     assert (found.worst[0].codes[0] == -1).sum() == 1
     page = render(
         dataclasses.replace(found, model={**found.model, "source": "here"}),
-        palettes(model, found),
+        code_pictures(model, found),
         {"vqkernels": "1"},
     )
     assert "<span>not finite</span>" in page
@@ -545,6 +555,19 @@ def test_a_hierarchy_with_tokens_that_are_not_finite(folder):
         found = evaluate_files(model, _files(folder)[:3], EvaluationOptions(image_size=SIZE))
     assert found.codes is None
     assert found.warnings[0].startswith("3 of 3 reconstructions hold values that are not finite")
+
+
+def test_codes_without_a_codebook_get_the_colours_of_their_vectors(folder):
+    torch.manual_seed(0)
+    shape = {"channels": 8, "channel_multipliers": [1, 2], "blocks": 1, "latent_channels": 4, "patch_size": 2}
+    model = VQVAE(VQVAEConfig(**shape, quantizer={"kind": "lfq", "codebook_dim": 20})).eval()
+    found = evaluate_files(model, _files(folder), EvaluationOptions(image_size=SIZE, shown=2))
+    shown = [*found.worst, *found.best]
+    codes = torch.stack([example.codes[0] for example in shown])
+    painted = torch.stack([colours for (colours,) in code_pictures(model, found)])
+    assert painted.shape == (4, SIZE // 4, SIZE // 4, 3)
+    pairs = set(zip(codes.flatten().tolist(), map(tuple, painted.flatten(0, 2).tolist()), strict=True))
+    assert len(pairs) == len(codes.unique()) > 10  # one colour for each code in all the pictures
 
 
 # The command

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vqkernels.models import CodesWriter, list_images, open_codes
 from vqkernels.models.code_files import level_folders
+from vqkernels.models.crops import batches
 from vqkernels.models.data import centre_crop, open_image, to_tensor
 from vqkernels.models.metrics import bits_per_pixel, code_usage
 from vqkernels.models.validation import crop_to_multiple
@@ -59,22 +60,6 @@ class _Reader:
             raise ValueError(f"{file}: expected {expected} pixels like the images before, got {got}; give --image_size")
 
 
-def _batches(
-    images: Iterator[tuple[str, Tensor]],
-    batch_size: int,
-) -> Iterator[tuple[list[str], Tensor]]:  # names, [B, 3, H, W]
-    names: list[str] = []
-    held: list[Tensor] = []
-    for name, image in images:
-        names.append(name)
-        held.append(image)
-        if len(held) == batch_size:
-            yield names, torch.stack(held)
-            names, held = [], []
-    if held:
-        yield names, torch.stack(held)
-
-
 def _check(config: EncodeConfig, model: CodedModel) -> None:
     if config.batch_size < 1:
         raise ValueError(f"--batch_size: expected at least 1, got {config.batch_size}")
@@ -110,7 +95,7 @@ def run(config: EncodeConfig) -> None:
     folders = level_folders(config.output, model)
     with quiet_libraries(), frozen_codebook(model), ExitStack() as stack:
         writers = [stack.enter_context(CodesWriter(folder, model, name)) for name, folder in folders.items()]
-        for names, images in _batches(reader.images(console), config.batch_size):
+        for names, images in batches(reader.images(console), config.batch_size):
             codes = model.encode(images.to(device))
             for writer, each in zip(writers, [codes] if isinstance(codes, Tensor) else codes, strict=True):
                 writer.append(each, names)
