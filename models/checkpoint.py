@@ -64,7 +64,8 @@ def replace_folder(target: Path, write: Callable[[Path], object]) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -92,7 +93,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int) -
     path = folder / f"step-{step:08d}.pt"
     write_atomically(path, lambda temporary: torch.save(state, temporary))
     index = _read_index(folder)
-    index[path.name] = {"step": step, "bytes": path.stat().st_size, "sha256": _digest(path)}
+    index[path.name] = {"step": step, "bytes": path.stat().st_size, "sha256": file_digest(path)}
     kept = _files(folder)[: max(keep, 1)]
     index = {file.name: index[file.name] for file in reversed(kept) if file.name in index}
     text = json.dumps({"newest": path.name, "checkpoints": index}, indent=2)
@@ -116,7 +117,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     size = path.stat().st_size
     if listed and listed["bytes"] != size:
         raise ValueError(f"checkpoint {str(path)!r} is truncated: expected {listed['bytes']} bytes, got {size}")
-    if listed and listed["sha256"] != _digest(path):
+    if listed and listed["sha256"] != file_digest(path):
         raise ValueError(f"checkpoint {str(path)!r} is damaged: its sha256 is not the one in {INDEX}")
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -6,43 +6,25 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from .data import open_image
+from .data import centre_crop, open_image
 
 READERS = 4  # threads that decode; Pillow lets go of the interpreter lock
 
+Name = TypeVar("Name")
 Progress = Callable[[int, int], None]  # files done, files in all
-
-
-def centre_crop(
-    picture: Image.Image,
-    size: int,
-) -> Tensor:  # uint8 [3, size, size]
-    """The middle of a picture scaled so that its shorter side is `size`, as guided diffusion and LlamaGen do.
-
-    Halved by means of 2 x 2 while the shorter side is at least twice the size, then scaled by bicubic interpolation.
-    Only the square is computed, so that a long strip needs no more memory than it takes itself.
-    """
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    width, height = (round(side * scale) for side in picture.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    across, down = picture.width / width, picture.height / height
-    box = (left * across, top * down, (left + size) * across, (top + size) * down)
-    square = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(square, dtype=np.uint8)).permute(2, 0, 1).contiguous()
 
 
 def _try_crop(file: Path, size: int) -> Tensor | str:
     """The crop, or the reason why there is none."""
     try:
-        return centre_crop(open_image(file), size)
+        square = centre_crop(open_image(file), size)
+        return torch.from_numpy(np.array(square, dtype=np.uint8)).permute(2, 0, 1).contiguous()
     except (ValueError, OSError) as error:
         return str(error)
 
@@ -73,15 +55,15 @@ def read_crops(
 
 
 def batches(
-    crops: Iterator[tuple[Path, Tensor]],
+    images: Iterator[tuple[Name, Tensor]],  # [C, H, W] each
     batch_size: int,
-) -> Iterator[tuple[list[Path], Tensor]]:  # uint8 [B, 3, S, S]
-    """Crops that come one by one, as many together as asked for; the last batch may be smaller."""
-    names: list[Path] = []
+) -> Iterator[tuple[list[Name], Tensor]]:  # [B, C, H, W]
+    """Images that come one by one, as many together as asked for; the last batch may be smaller."""
+    names: list[Name] = []
     held: list[Tensor] = []
-    for name, crop in crops:
+    for name, image in images:
         names.append(name)
-        held.append(crop)
+        held.append(image)
         if len(held) == batch_size:
             yield names, torch.stack(held)
             names, held = [], []

@@ -6,7 +6,6 @@ in ``evaluation_report`` and stands in the report.
 
 from __future__ import annotations
 
-import hashlib
 import heapq
 import math
 import time
@@ -18,6 +17,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+from .checkpoint import file_digest
 from .crops import Progress, batches, read_crops
 from .evaluation_report import (
     PUBLISHED_IMAGES,
@@ -36,11 +36,13 @@ from .frechet import FeatureGaussian, frechet_distance
 from .hierarchy import HierarchicalVQVAE
 from .image_model import ImageModel
 from .inception import FEATURES, InceptionFeatures
+from .metrics import CodeCounter
 from .perceptual import SMALLEST_SIDE, PerceptualDistance
 from .similarity import SMALLEST_MULTISCALE, WINDOW, similarities
 from .tokenizer import ImageTokenizer
 
 PEAK = 255.0
+MOST_NAMED = 5  # broken pictures in a warning; their figures in the report name all
 PUBLISHED_INCEPTION = "6726825d"  # how the SHA-256 of the published file begins, and what its name ends with
 
 
@@ -73,33 +75,36 @@ def has_codes(model: ImageModel) -> TypeGuard[ImageTokenizer | HierarchicalVQVAE
     return isinstance(model, ImageTokenizer | HierarchicalVQVAE)
 
 
-class _CodeCounter:
+def _whole(
+    maps: tuple[Tensor, ...],  # int64 [B, h, w] each
+) -> Tensor:  # bool [B]
+    """The pictures of which every token has a code; one that is not finite has -1."""
+    return torch.stack([(codes >= 0).flatten(1).all(1) for codes in maps]).all(0)
+
+
+class _MapCounters:
     """How often every code of every map occurred."""
 
     def __init__(self, model: ImageTokenizer | HierarchicalVQVAE) -> None:
-        self.sizes = [each.quantizer.codebook_size for each in model.maps.values()]
-        self.counts: list[tuple[Tensor, Tensor]] = []  # codes that occurred and how often, int64 [used] each
+        self.counters = [CodeCounter(each.quantizer.codebook_size) for each in model.maps.values()]
         self.grids: list[tuple[int, int]] = []
 
     def update(
         self,
         maps: tuple[Tensor, ...],  # int64 [B, h, w] each
     ) -> None:
-        if not self.counts:
-            self.grids = [(codes.shape[-2], codes.shape[-1]) for codes in maps]
-            self.counts = [(torch.zeros(0, dtype=torch.int64),) * 2 for _ in maps]
-        for place, codes in enumerate(maps):  # not an array of all codes: a quantizer of signs may have 2^62
-            found, times = (part.cpu() for part in codes.unique(return_counts=True))
-            known, before = self.counts[place]
-            merged, where = torch.cat([known, found]).unique(return_inverse=True)
-            counts = torch.zeros_like(merged).index_add_(0, where, torch.cat([before, times]))
-            self.counts[place] = (merged, counts)
+        if not len(maps[0]):
+            return
+        self.grids = [(codes.shape[-2], codes.shape[-1]) for codes in maps]
+        for counter, codes in zip(self.counters, maps, strict=True):
+            counter.update(codes)
 
-    def use(self, image_size: int) -> CodeUse:
-        """Everything together."""
-        parts = zip(self.counts, self.sizes, self.grids, strict=True)
-        maps = [code_map_use(counts.numpy(), size, grid) for (_, counts), size, grid in parts]
-        return code_use(maps, image_size)
+    def use(self, image_size: int) -> CodeUse | None:
+        """Everything together; None where nothing was counted."""
+        if not self.grids:
+            return None
+        parts = zip(self.counters, self.grids, strict=True)
+        return code_use([code_map_use(each.counts, each.codebook_size, grid) for each, grid in parts], image_size)
 
 
 class _Extremes:
@@ -136,7 +141,7 @@ class _Evaluator:
         if (options.vgg or options.random_features) and options.image_size >= SMALLEST_SIDE:
             self.perceptual = PerceptualDistance(options.vgg, options.lpips).to(self.device)
         self.distances = _SetDistance(options, self.device)
-        self.counter = _CodeCounter(model) if has_codes(model) else None
+        self.counter = _MapCounters(model) if has_codes(model) else None
         self.extremes = _Extremes(options.shown)
         self.files: list[str] = []
         self.values: dict[str, list[float]] = {kind.key: [] for kind in self.kinds}
@@ -145,11 +150,19 @@ class _Evaluator:
         self,
         images: Tensor,  # [B, 3, S, S] in [-1, 1]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # [B, 3, S, S], codes [B, h, w] each
-        """Reconstructions, and the codes of a model that has them."""
+        """Reconstructions, and the codes of a model that has them; NaN where a token has none, being not finite."""
         if not has_codes(self.model):
             return self.model.reconstruct(images), ()
         codes: Any = self.model.encode(images)
-        return self.model.decode(codes), (codes,) if isinstance(codes, Tensor) else tuple(codes)
+        maps = (codes,) if isinstance(codes, Tensor) else tuple(codes)
+        whole = _whole(maps)
+        reconstructions = torch.full_like(images, math.nan)
+        if bool(whole.any()):
+            kept = tuple(each[whole] for each in maps)
+            made = self.model.decode(kept[0] if isinstance(codes, Tensor) else kept)  # type: ignore[arg-type]
+            reconstructions = made.new_full((len(images), *made.shape[1:]), math.nan)
+            reconstructions[whole] = made
+        return reconstructions, maps
 
     @torch.no_grad()
     def add(
@@ -169,7 +182,8 @@ class _Evaluator:
             found[self.kinds[-1].key] = self.perceptual(images, others / (PEAK / 2) - 1)
         self.distances.update(levels, others)
         if self.counter is not None:
-            self.counter.update(codes)
+            whole = _whole(codes)
+            self.counter.update(tuple(each[whole] for each in codes))
         self._record(files, {key: value.double().tolist() for key, value in found.items()})
         self._keep(files, crops, others, codes)
 
@@ -208,6 +222,19 @@ class _Evaluator:
             found[kind.key] = mean_figure(kind, self.values[kind.key], self._missing(kind.key))
         distance = self.distances.figure(samples=False)
         return {**found, distance.kind.key: distance}
+
+    def broken(self) -> list[str]:
+        """A warning where reconstructions are not finite."""
+        pairs = zip(self.files, self.values["psnr"], strict=True)
+        found = [Path(file).name for file, psnr in pairs if math.isnan(psnr)]
+        if not found:
+            return []
+        named = ", ".join(found[:MOST_NAMED]) + (", ..." if len(found) > MOST_NAMED else "")
+        counted = ", and their codes are not counted" if self.counter is not None else ""
+        return [
+            f"{len(found)} of {len(self.files)} reconstructions hold values that are not finite, and the figures with "
+            f"them{counted}: {named}"
+        ]
 
     def per_image(self) -> dict[str, list[float]]:
         """The figures that were measured, of every picture."""
@@ -269,10 +296,6 @@ class _SetDistance:
         return found
 
 
-def _reconstructs(model: ImageModel) -> bool:
-    return type(model).reconstruct is not ImageModel.reconstruct
-
-
 def _describe(model: ImageModel) -> dict[str, object]:
     return {
         "class": type(model).__name__,
@@ -289,21 +312,13 @@ def _weight_files(options: EvaluationOptions) -> dict[str, dict[str, str]]:
     for name in ("vgg", "lpips", "inception"):
         path = getattr(options, name)
         if path is not None:
-            found[name] = {"file": str(path), "sha256": _digest(path)}
+            found[name] = {"file": str(path), "sha256": file_digest(path)}
     return found
-
-
-def _digest(path: str) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _check(model: ImageModel, options: EvaluationOptions) -> None:
     name = type(model).__name__
-    if not _reconstructs(model):
+    if not model.reconstructs:
         if not callable(getattr(model, "generate", None)):
             raise ValueError(f"a {name} neither reconstructs pictures nor generates them: there is nothing to evaluate")
         if not options.inception and not options.random_features:
@@ -311,7 +326,6 @@ def _check(model: ImageModel, options: EvaluationOptions) -> None:
                 f"a {name} generates pictures and reconstructs none, so that only FID of its samples applies: "
                 "expected inception, the weights of FID's InceptionV3"
             )
-        return
     if model.in_channels != 3:
         raise ValueError(f"expected a model of colour pictures, got one of {model.in_channels} channels")
     if options.image_size % model.factor:
@@ -331,7 +345,8 @@ def evaluate_files(
 
     Figures of pairs (PSNR, SSIM, MS-SSIM, L1, LPIPS) are measured on every picture and its reconstruction and averaged;
     rFID compares the two sets; code use counts the codes of all pictures together, map by map. A model that
-    generates and does not reconstruct gets the FID of `generate(count, seed)` alone, of as many samples as pictures.
+    generates and does not reconstruct gets the FID of `generate(count, seed)` alone, of as many samples as pictures and
+    of their size.
     Nothing is downloaded: LPIPS and FID need the files that the options name.
 
     Args:
@@ -347,7 +362,7 @@ def evaluate_files(
     """
     options = EvaluationOptions() if options is None else options
     _check(model, options)
-    training, measure = model.training, _reconstructions if _reconstructs(model) else _samples
+    training, measure = model.training, _reconstructions if model.reconstructs else _samples
     model.eval()
     try:
         return measure(model, list(map(Path, files)), options, progress)
@@ -373,9 +388,7 @@ def _reconstructions(
     worst, best = evaluator.extremes.found()
     weights = _weight_files(options)
     warnings = evaluator.distances.warnings(weights, samples=False)
-    broken = sum(math.isnan(value) for value in evaluator.values["psnr"])
-    if broken:
-        warnings.append(f"{broken} reconstructions hold values that are not finite, and the figures with them")
+    warnings += evaluator.broken()
     return EvaluationReport(
         options=options,
         model=_describe(model),
@@ -398,11 +411,14 @@ def _samples(
     model: ImageModel, files: list[Path], options: EvaluationOptions, progress: Progress | None
 ) -> EvaluationReport:
     """FID alone, of as many samples as there are pictures."""
-    start, device = time.monotonic(), next(model.parameters()).device
+    start, device, side = time.monotonic(), next(model.parameters()).device, options.image_size
     distance, skipped, names = _SetDistance(options, device), list[tuple[Path, str]](), list[str]()
     crops = read_crops(files, options.image_size, skipped, ahead=2 * options.batch_size, progress=progress)
     for batch_names, batch in batches(crops, options.batch_size):
-        made = model.generate(len(batch), len(names))  # type: ignore[operator]  # a seed of its own for each batch
+        # a seed of its own for each batch; of the originals' size, or FID would tell sizes apart
+        made = model.generate(len(batch), len(names), height=side, width=side)  # type: ignore[operator]
+        if made.shape != batch.shape:
+            raise ValueError(f"the model must generate {list(batch.shape)}, got {list(made.shape)}")
         names += map(str, batch_names)
         distance.update(batch.to(device), to_levels(made, options.pixels))
     if not names:

@@ -26,7 +26,8 @@ class EvaluationOptions:
 
     Args:
         image_size: side of the square crops in pixels.
-        batch_size: pictures at a time; changes no figure beyond the rounding of the network.
+        batch_size: pictures at a time; changes no figure beyond the rounding of the network. A generator draws other
+            samples for another one.
         pixels: "uint8" compares what a saved 8-bit picture of the reconstruction holds, as published tables do; "float"
             leaves the network's numbers as they are, clamped to the range.
         vgg, lpips: files with VGG16's weights and LPIPS's linear weights.
@@ -217,7 +218,7 @@ class Example:
     psnr: float
     image: Tensor  # [3, S, S] uint8
     reconstruction: Tensor  # [3, S, S] uint8
-    codes: tuple[Tensor, ...]  # int64 [h, w] each; none for a model without codes
+    codes: tuple[Tensor, ...]  # int64 [h, w] each, -1 where a token was not finite; none for a model without codes
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ class EvaluationReport:
     options: EvaluationOptions
     model: dict[str, Any]  # class, fingerprint, parameters, factor, config
     figures: dict[str, Figure]
-    codes: CodeUse | None
+    codes: CodeUse | None  # None where there were none to count
     files: list[str]
     per_image: dict[str, list[float]]  # by figure, in the order of `files`
     skipped: list[tuple[Path, str]]

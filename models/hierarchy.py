@@ -147,7 +147,7 @@ class HierarchicalVQVAE(
         self,
         images: Tensor,  # [B, 3, H, W] in [-1, 1]
     ) -> HierarchicalCodes:
-        """The codes of both levels; changes nothing in the model, not differentiable.
+        """The codes of both levels, -1 where a token is not finite; changes nothing in the model, not differentiable.
 
         Raises:
             ValueError: wrong shape or dtype of images.
@@ -155,7 +155,8 @@ class HierarchicalVQVAE(
         self._check_images(images)
         features = self.bottom_encoder(images)
         top = self.top_quantizer.encode(widened(self.to_top(self.top_encoder(features))))
-        bottom = self.bottom_quantizer.encode(self._bottom_tokens(features, self.top_quantizer.lookup(top)))
+        said = self.top_quantizer.lookup(top.clamp_min(0))  # there is no vector of -1
+        bottom = self.bottom_quantizer.encode(self._bottom_tokens(features, said))
         return HierarchicalCodes(top, bottom)
 
     def decode(

@@ -19,15 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .weight_files import read_weights
+from .published_weights import empty, fill, randomize, read_tensors
 
 FEATURES = 2048
 LOGITS = 1008
 INPUT_SIZE = 299
 SMALLEST_SIDE = 75  # of what the network itself takes: one pixel is left before the last blocks
 EPSILON = 1e-3  # of the batch normalisations
-RANDOM_SEED = 0
-UNUSED = "num_batches_tracked"  # a counter of training, in some files and not in others
 
 Resize: TypeAlias = Literal["tensorflow", "pytorch"]
 
@@ -189,7 +187,7 @@ class InceptionFeatures(nn.Module):
 
     Raises:
         FileNotFoundError, ValueError: a file that is not there, is damaged, would run code, or holds another network;
-            names it.
+            "inception", the option, stands before it.
     """
 
     num_features = FEATURES
@@ -199,15 +197,14 @@ class InceptionFeatures(nn.Module):
         if resize not in ("tensorflow", "pytorch"):
             raise ValueError(f"resize must be 'tensorflow' or 'pytorch', got {resize!r}")
         self.resize, self.is_published = resize, weights is not None
-        with torch.device("meta"):  # without numbers, which come from the file or the seed
-            self._build()
+        empty(self._build)
         if weights is None:
-            self._randomize()
+            randomize(self)
         else:
-            self._load(Path(weights))
+            _load(self, weights)
         self.requires_grad_(False).eval()
 
-    def _build(self) -> None:
+    def _build(self) -> InceptionFeatures:
         self.Conv2d_1a_3x3 = ConvNorm(3, Layer("", 32, (3, 3), 2))
         self.Conv2d_2a_3x3 = ConvNorm(32, Layer("", 32, (3, 3)), same=False)
         self.Conv2d_2b_3x3 = ConvNorm(32, Layer("", 64, (3, 3)))
@@ -220,33 +217,11 @@ class InceptionFeatures(nn.Module):
         self.Mixed_7a = _block_17_to_8()
         self.Mixed_7b, self.Mixed_7c = _block_8(1280, "average"), _block_8(2048, "maximum")
         self.fc = nn.Linear(FEATURES, LOGITS)  # in every file; the features come before it
+        return self
 
     def train(self, mode: bool = True) -> InceptionFeatures:
         """Stays in eval mode, whatever it is part of."""
         return super().train(False)
-
-    @torch.no_grad()
-    def _randomize(self) -> None:
-        """He initialisation, normalisations that do nothing: every layer keeps the size of its input."""
-        self.to_empty(device="cpu")
-        generator = torch.Generator().manual_seed(RANDOM_SEED)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                module.weight.normal_(0, (2 / module.weight[0].numel()) ** 0.5, generator=generator)
-            elif isinstance(module, nn.BatchNorm2d):
-                module.reset_parameters()
-        self.fc.weight.zero_()
-        self.fc.bias.zero_()
-
-    def _load(self, path: Path) -> None:
-        found = read_weights(path)
-        if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
-            raise ValueError(f"{path}: expected the parameters of FID's InceptionV3 by name, got something else")
-        own = self.state_dict()
-        found = {name: value.float() for name, value in found.items() if not name.endswith(UNUSED)}
-        _check_layout(found, {name: value for name, value in own.items() if not name.endswith(UNUSED)}, path)
-        counters = {name: torch.zeros((), dtype=torch.int64) for name in own if name.endswith(UNUSED)}
-        self.load_state_dict({**counters, **found}, assign=True)
 
     def features(
         self,
@@ -279,20 +254,20 @@ class InceptionFeatures(nn.Module):
         return self.features(self.prepared(pictures))
 
 
-def _check_layout(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
-    """Compares names and shapes.
+def _load(network: InceptionFeatures, path: str | Path) -> None:
+    """The parameters of a file.
 
     Raises:
-        ValueError: names the file and the first parameter that differs.
+        FileNotFoundError, ValueError: see InceptionFeatures.
     """
+    found = read_tensors(path, "inception")
+    try:
+        fill(network, found, f"inception: {path}")
+    except ValueError as error:
+        raise ValueError(f"{error}{_hint(found)}") from error
+
+
+def _hint(found: Mapping[str, Tensor]) -> str:
+    """What a file may hold that is not FID's InceptionV3; empty where it cannot be told."""
     other = "AuxLogits.fc.weight" in found or ("fc.weight" in found and found["fc.weight"].shape[0] == 1000)
-    hint = "; it looks like the InceptionV3 of a model collection, whose features are not FID's" if other else ""
-    for name in expected:
-        if name not in found:
-            raise ValueError(f"{path}: is not FID's InceptionV3: it has no {name!r}{hint}")
-        if found[name].shape != expected[name].shape:
-            shapes = f"expected shape {list(expected[name].shape)}, got {list(found[name].shape)}"
-            raise ValueError(f"{path}: is not FID's InceptionV3: {name}: {shapes}{hint}")
-    for name in found:
-        if name not in expected:
-            raise ValueError(f"{path}: is not FID's InceptionV3: it holds {name!r} as well{hint}")
+    return "; it looks like the InceptionV3 of a model collection, whose features are not FID's" if other else ""

@@ -1,19 +1,22 @@
-"""How good a reconstruction is, and how much a code array says."""
+"""How good a reconstruction is, and how much a code array says.
+
+PSNR and SSIM here are of the network's numbers, clamped and not rounded to 8 bits; those of `evaluate_files` are of
+rounded pixels unless it is asked for others, as a saved picture has them.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
+from .similarity import WINDOW, similarities
 
 DATA_RANGE = 2.0  # images lie in [-1, 1]
-SSIM_WINDOW = 11  # pixels of the Gaussian window of Wang et al. 2004
+DENSE = 1 << 16  # codebooks up to here are counted in an array of all codes, larger ones where the codes are as many
 CHUNK = 1 << 24  # codes looked at at once: 128 MiB of int64, for arrays larger than memory
 
 
@@ -45,7 +48,7 @@ def psnr(
     images: Tensor,  # [B, 3, H, W] in [-1, 1]
     reconstructions: Tensor,  # [B, 3, H, W]
 ) -> Tensor:  # [B]
-    """Peak signal-to-noise ratio of every image in dB; reconstructions are clamped to [-1, 1] first."""
+    """Peak signal-to-noise ratio of every image in dB; reconstructions are clamped to [-1, 1] first, not rounded."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     _check_pair(images, reconstructions)
@@ -57,20 +60,46 @@ def ssim(
     images: Tensor,  # [B, 3, H, W] in [-1, 1]
     reconstructions: Tensor,  # [B, 3, H, W]
 ) -> Tensor:  # [B]
-    """Structural similarity of every image (Wang et al. 2004), at most 1; reconstructions are clamped first.
+    """Structural similarity of every image (Wang et al. 2004), at most 1; reconstructions are clamped, not rounded.
 
     Raises:
         ValueError: the shapes differ, or the images are smaller than SSIM's window of 11 pixels.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
     _check_pair(images, reconstructions)
-    if min(images.shape[2:]) < SSIM_WINDOW:
-        raise ValueError(f"images must be at least {SSIM_WINDOW} pixels each way, got {list(images.shape[2:])}")
+    if min(images.shape[2:]) < WINDOW:
+        raise ValueError(f"images must be at least {WINDOW} pixels each way, got {list(images.shape[2:])}")
     # in [0, 1]: its luminance term compares with 0, so that it is another figure in [-1, 1]
-    ours, theirs = (pixels.float().add(1) / 2 for pixels in (reconstructions.clamp(-1, 1), images))
-    values = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
-    return torch.as_tensor(values).reshape(-1)
+    pair = (pixels.float().add(1) / 2 for pixels in (images, reconstructions.clamp(-1, 1)))
+    return similarities(*pair, peak=1.0, multiscale=False)[0].float()
+
+
+class CodeCounter:
+    """How often every code occurs in codes that come part by part; memory holds those that occurred alone.
+
+    Args:
+        codebook_size: every code is below it; a quantizer of signs has up to 2^62.
+    """
+
+    def __init__(self, codebook_size: int) -> None:
+        self.codebook_size = codebook_size
+        self.codes = np.zeros(0, dtype=np.int64)  # [U], ascending
+        self.counts = np.zeros(0, dtype=np.int64)  # [U]
+
+    def update(
+        self,
+        codes: Tensor | np.ndarray,  # [...], of any integer type, memory-mapped too
+    ) -> None:
+        """Adds some codes.
+
+        Raises:
+            ValueError: a code is outside [0, codebook_size).
+        """
+        flat = (codes.detach().cpu().numpy() if isinstance(codes, Tensor) else codes).reshape(-1)
+        for first in range(0, flat.size, CHUNK):
+            chunk = flat[first : first + CHUNK].astype(np.int64)
+            if chunk.min() < 0 or chunk.max() >= self.codebook_size:
+                raise ValueError(f"codes must lie in [0, {self.codebook_size - 1}], got {chunk.min()} to {chunk.max()}")
+            self.codes, self.counts = _added_up(self.codes, self.counts, *_occurring(chunk, self.codebook_size))
 
 
 def code_counts(
@@ -82,23 +111,18 @@ def code_counts(
     Raises:
         ValueError: a code is outside [0, codebook_size), or there are none.
     """
-    flat = (codes.detach().cpu().numpy() if isinstance(codes, Tensor) else codes).reshape(-1)
-    if flat.size == 0:
+    counter = CodeCounter(codebook_size)
+    counter.update(codes)
+    if not len(counter.counts):
         raise ValueError("codes must not be empty")
-    found, counts = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-    for first in range(0, flat.size, CHUNK):
-        chunk = flat[first : first + CHUNK].astype(np.int64)
-        if chunk.min() < 0 or chunk.max() >= codebook_size:
-            raise ValueError(f"codes must lie in [0, {codebook_size - 1}], got {chunk.min()} to {chunk.max()}")
-        found, counts = _added_up(found, counts, *_occurring(chunk, codebook_size))
-    return counts
+    return counter.counts
 
 
 def _occurring(
     codes: np.ndarray,  # int64 [N]
     codebook_size: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # the codes [U], ascending, and how often [U]
-    if codebook_size > CHUNK:  # lookup-free quantizers have up to 2^62 codes
+    if codebook_size > max(len(codes), DENSE):
         return np.unique(codes, return_counts=True)
     counts = np.bincount(codes, minlength=codebook_size)
     found = counts.nonzero()[0]

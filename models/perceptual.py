@@ -9,14 +9,13 @@ features are random, from a seed: a loss that still compares textures, but not L
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .published_weights import RANDOM_FEATURES, RANDOM_SEED, read_tensors
+from .published_weights import RANDOM_FEATURES, empty, fill, randomize, read_tensors
 
 # channels of VGG16's convolutions; a new list begins after a max pooling, and each ends in one of the five features
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -30,6 +29,28 @@ def _normalized(
 ) -> Tensor:  # [B, C, H, W]
     # vector_norm: its gradient is 0, not NaN, where no channel answers
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
+
+
+def _vgg16() -> nn.ModuleDict:
+    """The convolutions under torchvision's names: a ReLU stands behind each of them, a pooling behind each block."""
+    layers, channels, place = {}, 3, 0
+    for widths in VGG16:
+        for width in widths:
+            layers[str(place)] = nn.Conv2d(channels, width, 3, padding=1)
+            channels, place = width, place + 2
+        place += 1
+    return nn.ModuleDict({"features": nn.ModuleDict(layers)})
+
+
+def _linear() -> nn.ModuleDict:
+    """LPIPS's weights of the channels under its authors' names: a dropout stands before each of them."""
+    layers = (nn.Sequential(nn.Identity(), nn.Conv2d(widths[-1], 1, 1, bias=False)) for widths in VGG16)
+    return nn.ModuleDict({f"lin{number}": nn.ModuleDict({"model": layer}) for number, layer in enumerate(layers)})
+
+
+def _only(beginning: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a file that is needed: torchvision's has the classifier as well."""
+    return {name: value for name, value in tensors.items() if name.startswith(beginning)}
 
 
 class PerceptualDistance(nn.Module):
@@ -55,55 +76,24 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         if linear is not None and vgg is None:
             raise ValueError("vgg must be given where linear is: LPIPS's weights belong to VGG16's features")
-        layers, channels = [], 3
-        for widths in VGG16:
-            for width in widths:
-                layers.append(nn.Conv2d(channels, width, 3, padding=1))
-                channels = width
-        self.convolutions = nn.ModuleList(layers)
-        self.linear = nn.ParameterList([torch.full((widths[-1],), 1 / widths[-1]) for widths in VGG16])
+        self.vgg, self.linear = empty(_vgg16), empty(_linear)
         self.register_buffer("shift", torch.tensor(SHIFT)[None, :, None, None])
         self.register_buffer("scale", torch.tensor(SCALE)[None, :, None, None])
         self.label = RANDOM_FEATURES
         if vgg is None:
-            self._randomize()
+            randomize(self.vgg)
         else:
             self.label = "LPIPS (VGG16)" if linear is not None else "VGG16 features, unweighted"
-            self._load_vgg(Path(vgg))
-        if linear is not None:
-            self._load_linear(Path(linear))
+            fill(self.vgg, _only("features.", read_tensors(vgg, "vgg")), f"vgg: {vgg}")
+        if linear is None:
+            for weight in self.linear.parameters():
+                nn.init.constant_(weight, 1 / weight.shape[1])
+        else:
+            fill(self.linear, _only("lin", read_tensors(linear, "lpips")), f"lpips: {linear}")
         self.requires_grad_(False).eval()
 
-    def _randomize(self) -> None:
-        """He initialisation: every layer keeps the size of its input."""
-        generator = torch.Generator().manual_seed(RANDOM_SEED)
-        for layer in self.convolutions:
-            assert isinstance(layer, nn.Conv2d)
-            fan_in = layer.weight[0].numel()
-            with torch.no_grad():
-                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * (2 / fan_in) ** 0.5)
-                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-
-    @torch.no_grad()
-    def _load_vgg(self, path: Path) -> None:
-        weights, origin = read_tensors(path, "vgg"), f"vgg: {path}"
-        place = 0  # of a convolution among torchvision's layers: each is followed by a ReLU, each block by a pooling
-        convolutions = iter(self.convolutions)
-        for widths in VGG16:
-            for _ in widths:
-                layer = next(convolutions)
-                assert isinstance(layer, nn.Conv2d)
-                assert layer.bias is not None
-                _fill(layer.weight, weights, f"features.{place}.weight", origin)
-                _fill(layer.bias, weights, f"features.{place}.bias", origin)
-                place += 2
-            place += 1
-
-    @torch.no_grad()
-    def _load_linear(self, path: Path) -> None:
-        weights, origin = read_tensors(path, "lpips"), f"lpips: {path}"
-        for number, own in enumerate(self.linear):
-            _fill(own, weights, f"lin{number}.model.1.weight", origin)
+    def _linear_weights(self) -> list[Tensor]:  # [C] each
+        return [weight.flatten() for weight in self.linear.parameters()]
 
     def features(
         self,
@@ -111,7 +101,7 @@ class PerceptualDistance(nn.Module):
     ) -> list[Tensor]:  # five, [B, C, H / 2^i, W / 2^i]
         """After the last ReLU of each of VGG16's five blocks."""
         x = (images - self.shift) / self.scale
-        found, convolutions = [], iter(self.convolutions)
+        found, convolutions = [], iter(self.vgg["features"].children())
         for block, widths in enumerate(VGG16):
             x = F.max_pool2d(x, 2) if block else x
             for _ in widths:
@@ -135,16 +125,8 @@ class PerceptualDistance(nn.Module):
                 f"images and others must have one shape [B, 3, H, W] from {SMALLEST_SIDE} pixels, got {got}"
             )
         total = images.new_zeros(images.shape[0])
-        for own, other, weight in zip(self.features(images), self.features(others), self.linear, strict=True):
+        features = self.features(images), self.features(others)
+        for own, other, weight in zip(*features, self._linear_weights(), strict=True):
             difference = (_normalized(own) - _normalized(other)).square()  # [B, C, h, w]
             total = total + (difference.mean((2, 3)) * weight).sum(1)
         return total
-
-
-def _fill(own: Tensor, weights: Mapping[str, Tensor], name: str, origin: str) -> None:
-    if name not in weights:
-        raise ValueError(f"{origin}: has no {name!r}")
-    found = weights[name]
-    if found.squeeze().shape != own.shape:
-        raise ValueError(f"{origin}: {name} must have shape {list(own.shape)}, got {list(found.shape)}")
-    own.copy_(found.reshape(own.shape))

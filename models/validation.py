@@ -17,8 +17,9 @@ from .gan import GAN
 from .hierarchy import HierarchicalVQVAE
 from .image_model import ImageModel
 from .levels import CodeLevel, total_bits
-from .metrics import SSIM_WINDOW, BitsPerPixel, CodeUsage, psnr, ssim
+from .metrics import BitsPerPixel, CodeUsage, psnr, ssim
 from .pictures import comparison_of_maps, grid, pairs
+from .similarity import WINDOW
 from .tokenizer import ImageTokenizer
 
 MAX_PICTURES = 16  # held-out pictures per validation: enough for a trend, and short beside the training
@@ -93,8 +94,8 @@ def quality(
     images: Tensor,  # [B, 3, H, W] in [-1, 1]
     reconstructions: Tensor,  # [B, 3, H, W]
 ) -> tuple[float, float]:  # PSNR in dB, SSIM
-    """Means over the images; SSIM is NaN where they are smaller than its window."""
-    similarity = ssim(images, reconstructions).mean().item() if min(images.shape[2:]) >= SSIM_WINDOW else math.nan
+    """Means over the images, of pixels not rounded to 8 bits; SSIM is NaN where they are smaller than its window."""
+    similarity = ssim(images, reconstructions).mean().item() if min(images.shape[2:]) >= WINDOW else math.nan
     return psnr(images, reconstructions).mean().item(), similarity
 
 

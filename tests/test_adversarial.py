@@ -366,7 +366,7 @@ class _Malicious:
 
 
 def test_weight_files_that_do_not_fit_are_named(tmp_path, capsys):
-    weights, _ = _vgg_file(tmp_path)
+    weights, linear = _vgg_file(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"^vgg: .*nowhere\.pth: no such file"):
         PerceptualDistance(tmp_path / "nowhere.pth")
     torch.save({k: v for k, v in weights.items() if k != "features.28.bias"}, tmp_path / "short.pth")
@@ -378,6 +378,12 @@ def test_weight_files_that_do_not_fit_are_named(tmp_path, capsys):
     torch.save(torch.ones(3), tmp_path / "tensor.pth")
     with pytest.raises(ValueError, match=r"^lpips: .*tensor\.pth: expected tensors by name, got Tensor"):
         PerceptualDistance(tmp_path / "vgg16.pth", tmp_path / "tensor.pth")
+    torch.save({k: v for k, v in linear.items() if not k.startswith("lin3")}, tmp_path / "four.pth")
+    with pytest.raises(ValueError, match=r"^lpips: .*four\.pth: has no 'lin3\.model\.1\.weight'"):
+        PerceptualDistance(tmp_path / "vgg16.pth", tmp_path / "four.pth")
+    torch.save({**weights, "features.30.weight": torch.ones(512, 512, 3, 3)}, tmp_path / "vgg19.pth")
+    with pytest.raises(ValueError, match=r"^vgg: .*vgg19\.pth: 'features\.30\.weight' is not part of the network"):
+        PerceptualDistance(tmp_path / "vgg19.pth")
     (tmp_path / "bad.pth").write_bytes(pickle.dumps(_Malicious()))
     with pytest.raises(ValueError, match=r"^vgg: .*bad\.pth: refused"):
         PerceptualDistance(tmp_path / "bad.pth")

@@ -91,13 +91,14 @@ def small_run(data: Path, output: Path, *, critic: dict | None = None, layers: i
 def published_perceptual(vgg: PerceptualDistance, one: Tensor, other: Tensor) -> Tensor:
     """LPIPS by its formula, in one line a layer, of VGG16's weights as they lie in `vgg`."""
     shift, scale = (torch.tensor(values)[:, None, None].to(one) for values in (SHIFT, SCALE))
-    x, y, total, convolutions = (one - shift) / scale, (other - shift) / scale, 0.0, iter(vgg.convolutions)
+    x, y, total, convolutions = (one - shift) / scale, (other - shift) / scale, 0.0, vgg.vgg["features"].children()
     for number, widths in enumerate(VGG16):
         x, y = (x, y) if number == 0 else (F.max_pool2d(x, 2), F.max_pool2d(y, 2))
         for conv in itertools.islice(convolutions, len(widths)):
             x, y = (F.relu(F.conv2d(each, conv.weight, conv.bias, padding=1)) for each in (x, y))
         unit = [each / ((each**2).sum(1, keepdim=True).sqrt() + 1e-10) for each in (x, y)]
-        total = total + ((unit[0] - unit[1]) ** 2 * vgg.linear[number][:, None, None]).sum(1).mean((1, 2))
+        weight = vgg.linear[f"lin{number}"]["model"][1].weight[0]  # [C, 1, 1]
+        total = total + ((unit[0] - unit[1]) ** 2 * weight).sum(1).mean((1, 2))
     return total.mean()
 
 

@@ -18,8 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from vqkernels.models import (
+    GAN,
     VQVAE,
     EvaluationOptions,
+    GANConfig,
     HierarchicalVQVAE,
     HierarchicalVQVAEConfig,
     ImageModel,
@@ -27,15 +29,19 @@ from vqkernels.models import (
     crops,
     evaluate_files,
     evaluation,
+    open_codes,
+    similarity,
 )
-from vqkernels.models.crops import centre_crop, read_crops
+from vqkernels.models.crops import read_crops
+from vqkernels.models.data import ImageFolder, centre_crop
 from vqkernels.models.evaluation import pair_figures, to_levels
 from vqkernels.models.evaluation_report import code_map_use, mean_figure, pair_kinds, set_kind
 from vqkernels.models.metrics import bits_per_pixel, code_usage
 from vqkernels.models.metrics import ssim as batch_ssim
 from vqkernels.models.similarity import SCALE_WEIGHTS, SMALLEST_MULTISCALE, similarities
 
-from vqkernels.cli.evaluate_page import difference
+from vqkernels.cli.evaluate import code_pictures
+from vqkernels.cli.evaluate_page import difference, render
 from vqkernels.cli.main import main
 from vqkernels.cli.options import EvaluateConfig
 
@@ -144,6 +150,15 @@ def test_the_older_ssim_is_the_same_figure(pair):
     torch.testing.assert_close(batch_ssim(images / 127.5 - 1, others / 127.5 - 1).double(), expected, rtol=1e-4, atol=0)
 
 
+def test_long_pictures_are_filtered_in_strips(monkeypatch):
+    images = _pixels(1, 60)[..., :41]
+    others = (images + 20 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255)
+    whole = similarities(images, others)[0]
+    for strip in (1, 7, 40, 60):
+        monkeypatch.setattr(similarity, "STRIP", strip)
+        torch.testing.assert_close(similarities(images, others)[0], whole, rtol=1e-12, atol=0)
+
+
 def test_equal_pictures_are_infinitely_good(pair):
     found = pair_figures(pair[0], pair[0])
     assert found["psnr"].isinf().all()
@@ -182,11 +197,25 @@ def _scaled_then_cropped(picture: Image.Image, size: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [(32, 32), (47, 33), (33, 90), (300, 140), (8, 11), (64, 64), (129, 64)])
 def test_a_crop_is_the_middle_of_the_scaled_picture(size):
     picture = _picture(3, *size)
-    crop = centre_crop(picture, 32).permute(1, 2, 0).numpy()
+    crop = np.asarray(centre_crop(picture, 32))
     expected = _scaled_then_cropped(picture, 32)
     assert crop.shape == (32, 32, 3)
     assert np.abs(crop.astype(int) - expected).max() <= 1
     assert (crop == expected).mean() > 0.99
+
+
+def test_encoding_evaluation_and_held_out_figures_see_the_same_pixels(model, saved, folder, report, tmp_path):
+    files = [Path(file) for file in report.files]
+    crops = torch.stack([crop for _, crop in read_crops(files, SIZE, [])]).float() / 127.5 - 1
+    held_out = ImageFolder(files, SIZE, augment=False)
+    assert torch.equal(torch.stack([held_out[place] for place in range(len(files))]), crops)
+    words = ["encode", str(saved), str(folder), "-o", str(tmp_path), "--image_size", str(SIZE), "--device", "cpu"]
+    assert main(words) == 0
+    codes = open_codes(tmp_path, model)
+    assert codes.meta.files == [file.name for file in files]
+    for example in report.worst:
+        place = report.files.index(example.file)
+        assert np.array_equal(codes.codes[place], example.codes[0].numpy())
 
 
 def test_reading_stays_a_few_pictures_ahead(monkeypatch, tmp_path):
@@ -385,17 +414,21 @@ class _Smoother(ImageModel):
 class _Generator(ImageModel):
     """Makes pictures and reconstructs none."""
 
+    reconstructs = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[int, int]] = []
+        self.calls: list[tuple[int, ...]] = []
         self.config, self.weight = _Config(), nn.Parameter(torch.ones(1))
 
-    def generate(self, count: int, seed: int = 0) -> Tensor:
-        self.calls.append((count, seed))
-        return torch.rand(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    def generate(self, count: int, seed: int = 0, *, height: int, width: int) -> Tensor:
+        self.calls.append((count, seed, height, width))
+        return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 class _Neither(ImageModel):
+    reconstructs = False
+
     def __init__(self) -> None:
         super().__init__()
         self.config, self.weight = _Config(), nn.Parameter(torch.ones(1))
@@ -412,16 +445,36 @@ def test_a_model_without_codes_has_no_code_use(folder):
 def test_a_generator_gets_fid_of_its_samples_alone(folder, small_features):
     with pytest.raises(ValueError, match="only FID of its samples applies: expected inception"):
         evaluate_files(_Generator(), _files(folder))
-    generator = _Generator()
-    found = evaluate_files(generator, _files(folder), EvaluationOptions(inception=small_features, batch_size=4))
-    assert generator.calls == [(4, 0), (4, 4), (1, 8)]
+    generator, options = _Generator(), EvaluationOptions(image_size=8, inception=small_features, batch_size=4)
+    found = evaluate_files(generator, _files(folder), options)
+    assert generator.calls == [(4, 0, 8, 8), (4, 4, 8, 8), (1, 8, 8, 8)]
     assert set(found.figures) == {"fid"}
     assert found.figures["fid"].value > 0
     assert found.figures["fid"].images == 9
-    again = evaluate_files(_Generator(), _files(folder), EvaluationOptions(inception=small_features, batch_size=4))
+    again = evaluate_files(_Generator(), _files(folder), options)
     assert again.figures["fid"].value == found.figures["fid"].value
     with pytest.raises(ValueError, match="neither reconstructs pictures nor generates them"):
         evaluate_files(_Neither(), _files(folder))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_samples_have_the_size_and_the_colours_of_the_pictures(folder, small_features, monkeypatch, channels):
+    torch.manual_seed(0)
+    shape = {"channels": 8, "channel_multipliers": [1, 2], "blocks": 1, "norm_groups": 4, "attention_resolutions": []}
+    gan = GAN(GANConfig(**shape, latent_channels=2, resolution=16, out_channels=channels)).eval()
+    seen, forward = [], _SmallFeatures.forward
+    monkeypatch.setattr(
+        _SmallFeatures, "forward", lambda self, pictures: seen.append(pictures.shape) or forward(self, pictures)
+    )
+    options = EvaluationOptions(image_size=8, batch_size=5, inception=small_features)
+    if channels == 3:
+        assert evaluate_files(gan, _files(folder), options).figures["fid"].value > 0
+        assert set(seen) == {(5, 3, 8, 8), (4, 3, 8, 8)}
+        options, said = dataclasses.replace(options, image_size=9), "multiple of the model's factor 2, got 9"
+    else:
+        said = "expected a model of colour pictures, got one of 1 channels"
+    with pytest.raises(ValueError, match=said):
+        evaluate_files(gan, _files(folder), options)
 
 
 def test_a_codebook_too_large_for_an_array_is_counted():
@@ -431,12 +484,15 @@ def test_a_codebook_too_large_for_an_array_is_counted():
     assert use.perplexity == pytest.approx(code_map_use(counts, 3, (2, 4)).perplexity)
 
 
-def test_codes_on_two_maps_add_up(folder):
+def _hierarchy() -> HierarchicalVQVAE:
     torch.manual_seed(0)
     quantizers = {f"{name}_quantizer": {"codebook_size": size} for name, size in (("top", 8), ("bottom", 24))}
     shape = {"patch_size": 2, "channels": 8, "channel_multipliers": [1, 1], "blocks": 1, "latent_channels": 4}
-    model = HierarchicalVQVAE(HierarchicalVQVAEConfig(**shape, **quantizers)).eval()
-    found = evaluate_files(model, _files(folder), EvaluationOptions(image_size=SIZE))
+    return HierarchicalVQVAE(HierarchicalVQVAEConfig(**shape, **quantizers)).eval()
+
+
+def test_codes_on_two_maps_add_up(folder):
+    found = evaluate_files(_hierarchy(), _files(folder), EvaluationOptions(image_size=SIZE))
     first, second = found.codes.maps
     assert (first.rows * 2, first.codebook_size) == (second.rows, 8)
     assert first.tokens * 4 == second.tokens
@@ -445,6 +501,73 @@ def test_codes_on_two_maps_add_up(folder):
     entropy = (counts[0] * first.entropy_bits + counts[1] * second.entropy_bits) / SIZE**2
     assert found.codes.entropy_bits_per_pixel == pytest.approx(entropy)
     assert len(found.worst[0].codes) == 2
+
+
+def _broken_on(encoder: nn.Module, brightness: float):
+    """From here on the encoder overflows in one place of pictures that are at least so bright; gives the hook."""
+
+    def overflow(_module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+        out = out.clone()
+        out[inputs[0].mean((1, 2, 3)) >= brightness, :, 0, 0] = math.nan
+        return out
+
+    return encoder.register_forward_hook(overflow)
+
+
+def test_tokens_that_are_not_finite_break_their_picture_alone(model, folder, report):
+    crops = torch.stack([crop for _, crop in read_crops(list(map(Path, report.files)), SIZE, [])]).float()
+    brightness = (crops / 127.5 - 1).mean((1, 2, 3))
+    broken = int(brightness.argmax())
+    options = EvaluationOptions(image_size=SIZE, batch_size=4, shown=2)
+    with _broken_on(model.encoder, brightness.max().item() - 1e-4):
+        found = evaluate_files(model, _files(folder), options)
+    for key, values in found.per_image.items():
+        assert [math.isnan(value) for value in values] == [place == broken for place in range(9)]
+        kept = [place for place in range(9) if place != broken]
+        np.testing.assert_allclose([values[i] for i in kept], [report.per_image[key][i] for i in kept], rtol=1e-6)
+    (use,) = found.codes.maps
+    kept_codes = model.encode((crops / 127.5 - 1)[[place for place in range(9) if place != broken]])
+    assert (use.tokens, use.used) == (8 * 64, code_usage(kept_codes, 24).used)
+    name = Path(report.files[broken]).name
+    assert found.warnings == [
+        "1 of 9 reconstructions hold values that are not finite, and the figures with them, and their codes are not "
+        f"counted: {name}"
+    ]
+    assert Path(found.worst[0].file).name == name
+    assert (found.worst[0].codes[0] == -1).sum() == 1
+    page = render(
+        dataclasses.replace(found, model={**found.model, "source": "here"}),
+        code_pictures(model, found),
+        {"vqkernels": "1"},
+    )
+    assert "<span>not finite</span>" in page
+    with _broken_on(model.encoder, -1.0):
+        nothing = evaluate_files(model, _files(folder)[:3], options)
+    assert nothing.codes is None
+    assert nothing.document()["figures"]["psnr"]["value"] is None
+
+
+def test_a_hierarchy_with_tokens_that_are_not_finite(folder):
+    model = _hierarchy()
+    with _broken_on(model.bottom_encoder, -1.0):
+        codes = model.encode(torch.zeros(1, 3, SIZE, SIZE))
+        assert [int(each.min()) for each in codes] == [-1, -1]
+        found = evaluate_files(model, _files(folder)[:3], EvaluationOptions(image_size=SIZE))
+    assert found.codes is None
+    assert found.warnings[0].startswith("3 of 3 reconstructions hold values that are not finite")
+
+
+def test_codes_without_a_codebook_get_the_colours_of_their_vectors(folder):
+    torch.manual_seed(0)
+    shape = {"channels": 8, "channel_multipliers": [1, 2], "blocks": 1, "latent_channels": 4, "patch_size": 2}
+    model = VQVAE(VQVAEConfig(**shape, quantizer={"kind": "lfq", "codebook_dim": 20})).eval()
+    found = evaluate_files(model, _files(folder), EvaluationOptions(image_size=SIZE, shown=2))
+    shown = [*found.worst, *found.best]
+    codes = torch.stack([example.codes[0] for example in shown])
+    painted = torch.stack([colours for (colours,) in code_pictures(model, found)])
+    assert painted.shape == (4, SIZE // 4, SIZE // 4, 3)
+    pairs = set(zip(codes.flatten().tolist(), map(tuple, painted.flatten(0, 2).tolist()), strict=True))
+    assert len(pairs) == len(codes.unique()) > 10  # one colour for each code in all the pictures
 
 
 # The command

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from vqkernels.models import GAN, GANConfig, TrainConfig, load_config, load_pretrained, make_model, train
+from torch import nn
+from vqkernels.models import GAN, GANConfig, TrainConfig, evaluation, load_config, load_pretrained, make_model, train
 from vqkernels.models.checkpoint import load_newest
 from vqkernels.models.pictures import grid, pairs
 
@@ -263,3 +265,38 @@ def test_commands_say_what_it_cannot_do(undisturbed, pictures, tmp_path, capsys)
         assert main(command) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+class _MeanColours(nn.Module):
+    """Stands for the Inception network, which takes seconds a picture."""
+
+    def __init__(self, weights: str | None, *, resize: str) -> None:
+        super().__init__()
+        self.is_published = weights is not None
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return pictures.double().mean((2, 3)) / 255
+
+
+@pytest.fixture
+def mean_colours(monkeypatch) -> None:
+    monkeypatch.setattr(evaluation, "InceptionFeatures", _MeanColours)
+    monkeypatch.setattr(evaluation, "FEATURES", 3)
+
+
+def test_evaluate_measures_its_samples_and_says_so(model, mean_colours, pictures, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "gan")
+    output = tmp_path / "out"
+    words = ["evaluate", str(tmp_path / "gan"), str(pictures), "-o", str(output), "--device", "cpu"]
+    assert main([*words, "--image_size", "8"]) == 2
+    said = capsys.readouterr().err
+    assert "a GAN generates pictures and reconstructs none" in said
+    assert said.count("\n") == 1
+    assert main([*words, "--image_size", "8", "--random_features", "true"]) == 0
+    found = json.loads((output / "evaluation.json").read_text(encoding="utf-8"))
+    assert found["model"]["class"] == "GAN"
+    assert set(found["figures"]) == {"random_inception_distance"}
+    assert found["figures"]["random_inception_distance"]["value"] > 0
+    assert found["figures"]["random_inception_distance"]["images"] == 3
+    for text in ((output / "report.html").read_text(encoding="utf-8"), capsys.readouterr().out):
+        assert "random-feature distance (not FID)" in text

@@ -30,7 +30,7 @@ from vqkernels.models import (
     train,
 )
 from vqkernels.models.checkpoint import load_newest, save_checkpoint
-from vqkernels.models.metrics import code_counts, code_usage
+from vqkernels.models.metrics import CodeCounter, code_counts, code_usage
 from vqkernels.models.quantizer import code_table
 
 from vqkernels import entropy_loss, sign_entropy_loss
@@ -258,6 +258,16 @@ def test_counts_are_added_up_over_pieces(monkeypatch, size):
     whole = code_counts(codes, size)
     monkeypatch.setattr("vqkernels.models.metrics.CHUNK", 64)
     assert code_counts(codes, size).tolist() == whole.tolist() == np.unique(codes, return_counts=True)[1].tolist()
+
+
+def test_a_counter_adds_up_and_refuses_what_is_out_of_range():
+    counter = CodeCounter(2**36)
+    for part in ([[7, 7], [2**35, 0]], [[0, 0], [7, 3]]):
+        counter.update(torch.tensor(part))
+    assert (counter.codes.tolist(), counter.counts.tolist()) == ([0, 3, 7, 2**35], [3, 1, 3, 1])
+    for code in (-1, 2**36):
+        with pytest.raises(ValueError, match=rf"codes must lie in \[0, {2**36 - 1}\], got"):
+            counter.update(torch.tensor([[code]]))
 
 
 def test_code_files_of_36_bits(tmp_path):

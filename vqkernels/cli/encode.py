@@ -8,13 +8,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
 from rich.console import Console
 from torch import Tensor
 
 from vqkernels.models import CodesWriter, list_images, open_codes
 from vqkernels.models.code_files import level_folders
-from vqkernels.models.data import open_image, to_tensor
+from vqkernels.models.crops import batches
+from vqkernels.models.data import centre_crop, open_image, to_tensor
 from vqkernels.models.metrics import bits_per_pixel, code_usage
 from vqkernels.models.validation import crop_to_multiple
 from vqkernels.nn import frozen_codebook
@@ -29,7 +29,7 @@ def _prepared(file: Path, image_size: int | None, factor: int) -> Tensor:  # [3,
     picture = open_image(file)
     if image_size is None:
         return crop_to_multiple(to_tensor(picture), factor)
-    return to_tensor(ImageOps.fit(picture, (image_size, image_size), Image.Resampling.BICUBIC))
+    return to_tensor(centre_crop(picture, image_size))
 
 
 class _Reader:
@@ -58,22 +58,6 @@ class _Reader:
         if image.shape != self.size:
             expected, got = (f"{shape[2]}x{shape[1]}" for shape in (self.size, image.shape))
             raise ValueError(f"{file}: expected {expected} pixels like the images before, got {got}; give --image_size")
-
-
-def _batches(
-    images: Iterator[tuple[str, Tensor]],
-    batch_size: int,
-) -> Iterator[tuple[list[str], Tensor]]:  # names, [B, 3, H, W]
-    names: list[str] = []
-    held: list[Tensor] = []
-    for name, image in images:
-        names.append(name)
-        held.append(image)
-        if len(held) == batch_size:
-            yield names, torch.stack(held)
-            names, held = [], []
-    if held:
-        yield names, torch.stack(held)
 
 
 def _check(config: EncodeConfig, model: CodedModel) -> None:
@@ -111,7 +95,7 @@ def run(config: EncodeConfig) -> None:
     folders = level_folders(config.output, model)
     with quiet_libraries(), frozen_codebook(model), ExitStack() as stack:
         writers = [stack.enter_context(CodesWriter(folder, model, name)) for name, folder in folders.items()]
-        for names, images in _batches(reader.images(console), config.batch_size):
+        for names, images in batches(reader.images(console), config.batch_size):
             codes = model.encode(images.to(device))
             for writer, each in zip(writers, [codes] if isinstance(codes, Tensor) else codes, strict=True):
                 writer.append(each, names)

@@ -15,13 +15,14 @@ from vqkernels.models import EvaluationOptions, EvaluationReport, ImageModel, ev
 from vqkernels.models.checkpoint import write_text_atomically
 from vqkernels.models.evaluation import has_codes
 from vqkernels.models.pictures import code_colours
+from vqkernels.models.quantizer import code_table
 
 from .evaluate_page import render
 from .loading import choose_device, collect_images, load_model, report_skipped
 from .options import EvaluateConfig
 from .terminal import make_console, make_table, meter, quiet_libraries
 
-MOST_COLOURS = 65536  # without a codebook; codes that differ by a multiple of it share a colour
+NO_CODE = (255, 255, 255)  # colour of a token that was not finite
 PAGE, NUMBERS = "report.html", "evaluation.json"
 
 
@@ -29,23 +30,21 @@ def _options(config: EvaluateConfig) -> EvaluationOptions:
     return EvaluationOptions(**{entry.name: getattr(config, entry.name) for entry in fields(EvaluationOptions)})
 
 
-def _bits(codebook_size: int) -> Tensor:  # [K, bits]
-    """The binary digits of every code as -1 and 1: what stands for a codebook where a quantizer has none."""
-    codes = torch.arange(codebook_size)[:, None]
-    digits = torch.arange(max((codebook_size - 1).bit_length(), 1))
-    return ((codes >> digits) & 1) * 2.0 - 1.0
-
-
-def palettes(model: ImageModel, report: EvaluationReport) -> list[Tensor]:  # uint8 [K, 3] each
-    """Colours of the codes of every map, from the codebook where there is one for it."""
-    if report.codes is None or not has_codes(model):
-        return []
-    found = []
-    for use, each in zip(report.codes.maps, model.maps.values(), strict=True):
-        codebook = getattr(each.quantizer, "codebook", None)
-        places = _bits(min(use.codebook_size, MOST_COLOURS)) if codebook is None else codebook.detach().float().cpu()
-        found.append(code_colours(places))
-    return found
+def code_pictures(
+    model: ImageModel, report: EvaluationReport
+) -> list[list[Tensor]]:  # uint8 [h, w, 3] for every map of every example
+    """The coloured codes of the worst examples, then of the best: one colour for a code in all of them."""
+    shown = [*report.worst, *report.best]
+    if not has_codes(model) or not shown:
+        return [[] for _ in shown]
+    device, columns = next(model.parameters()).device, []
+    for number, each in enumerate(model.maps.values()):
+        codes = torch.stack([example.codes[number] for example in shown])  # [n, h, w]
+        places, table = code_table(each.quantizer, codes.clamp_min(0).to(device))
+        colours = code_colours(table)[places]  # [n, h, w, 3]
+        colours[codes < 0] = torch.tensor(NO_CODE, dtype=torch.uint8)
+        columns.append(colours)
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _versions() -> dict[str, str]:
@@ -64,7 +63,7 @@ def _rows(report: EvaluationReport) -> list[tuple[str, str, str, str]]:
             (figure.kind.label + unit, figure.text(), error, figure.missing or f"{figure.kind.better} is better")
         )
     if report.codes is None:
-        return [*rows, ("codes used", "-", "", "the model has no codes")]
+        return [*rows, ("codes used", "-", "", "there were no codes to count")]
     for number, use in enumerate(report.codes.maps):
         which = f", map {number + 1}" if len(report.codes.maps) > 1 else ""
         rows.append((f"codes used{which}", f"{100 * use.usage:.2f} %", "", f"{use.used} of {use.codebook_size}"))
@@ -104,5 +103,5 @@ def run(config: EvaluateConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     document = {**report.document(), "versions": versions}
     write_text_atomically(folder / NUMBERS, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    write_text_atomically(folder / PAGE, render(report, palettes(model, report), versions))
+    write_text_atomically(folder / PAGE, render(report, code_pictures(model, report), versions))
     _print(console, report, folder)

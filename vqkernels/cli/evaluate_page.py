@@ -100,7 +100,7 @@ def _figure_card(figure: Figure) -> str:
 def _cards(report: EvaluationReport) -> str:
     cards = [_figure_card(figure) for figure in report.figures.values()]
     if report.codes is None:
-        cards.append(_card("Codes", "-", "the model has none"))
+        cards.append(_card("Codes", "-", "there were none to count"))
     else:
         maps = report.codes.maps
         for number, use in enumerate(maps):
@@ -140,38 +140,39 @@ def _warnings(report: EvaluationReport) -> str:
     return section("warnings", "Before you compare", f'<ul class="notes">{items}</ul>')
 
 
-def _example(example: Example, colours: Sequence[Tensor]) -> str:
+def _example(example: Example, codes: Sequence[Tensor]) -> str:
     name = Path(example.file).name
     shown = [
         (_levels(example.image), "input", ""),
         (_levels(example.reconstruction), "reconstruction", ""),
         (_levels(difference(example.image, example.reconstruction)), f"difference × {AMPLIFICATION}", ""),
     ]
-    for number, (codes, palette) in enumerate(zip(example.codes, colours, strict=True)):
-        which = f" {number + 1}" if len(example.codes) > 1 else ""
-        picture = Image.fromarray(palette[codes % len(palette)].numpy())
-        shown.append((picture, f"codes{which}, {codes.shape[1]} × {codes.shape[0]}", "pixels"))
+    for number, pixels in enumerate(codes):
+        which = f" {number + 1}" if len(codes) > 1 else ""
+        picture = Image.fromarray(pixels.numpy())
+        shown.append((picture, f"codes{which}, {picture.width} × {picture.height}", "pixels"))
     cells = "".join(
         f"<div>{_picture(picture, f'{title} of {name}', kind)}<span>{escape(title)}</span></div>"
         for picture, title, kind in shown
     )
     kind = {3: "row three", 4: "row"}.get(len(shown), "row many")
-    psnr = "equal" if math.isinf(example.psnr) else f"{example.psnr:.2f} dB"
+    broken = "not finite" if math.isnan(example.psnr) else f"{example.psnr:.2f} dB"
+    psnr = "equal" if math.isinf(example.psnr) else broken
     caption = f'<figcaption><b title="{escape(example.file)}">{escape(name)}</b><span>{psnr}</span></figcaption>'
     return f'<figure class="example">{caption}<div class="{kind}">{cells}</div></figure>'
 
 
-def _pictures(report: EvaluationReport, colours: Sequence[Tensor]) -> str:
-    parts = []
+def _pictures(report: EvaluationReport, codes: Sequence[Sequence[Tensor]]) -> str:
+    parts, worst = [], len(report.worst)
     if report.worst:
         whole = len(report.worst) == len(report.files)
         title = "All pictures, worst first" if whole else "Worst pictures"
         intro = "By PSNR."
         if report.worst[0].codes:
             intro += " A code has the same colour in all pictures of this page; like colours are codes that lie close."
-        parts.append(section("worst", title, paragraph(intro), *(_example(each, colours) for each in report.worst)))
+        parts.append(section("worst", title, paragraph(intro), *map(_example, report.worst, codes[:worst])))
     if report.best:
-        parts.append(section("best", "Best pictures", *(_example(each, colours) for each in report.best)))
+        parts.append(section("best", "Best pictures", *map(_example, report.best, codes[worst:])))
     return "".join(parts)
 
 
@@ -246,16 +247,16 @@ def _run(report: EvaluationReport, versions: dict[str, str]) -> str:
     return section("run", "Model and versions", facts((name, escape(fact)) for name, fact in rows))
 
 
-def render(report: EvaluationReport, colours: Sequence[Tensor], versions: dict[str, str]) -> str:
+def render(report: EvaluationReport, codes: Sequence[Sequence[Tensor]], versions: dict[str, str]) -> str:
     """The page of a report.
 
     Args:
         report: with ``source`` in its model, where the model was taken from.
-        colours: of the codes of every map, uint8 [K, 3] each.
+        codes: coloured maps, uint8 [h, w, 3] each, of the worst examples and then of the best; none without codes.
         versions: of the packages that took part.
     """
     top = _header(report) + _cards(report) + _warnings(report)
-    middle = _pictures(report, colours) + _spread(report) + _usage(report)
+    middle = _pictures(report, codes) + _spread(report) + _usage(report)
     body = top + middle + _figures(report) + _skipped(report) + _run(report, versions)
     title = f"{report.model['class']} on {len(report.files)} pictures, vqkernels evaluate"
     footer = f"Written by vqkernels {versions['vqkernels']}; evaluation.json beside this page holds the same numbers."

@@ -12,8 +12,9 @@ from torch import Tensor
 from vqkernels.models import HierarchicalVQVAE, ImageModel, ImageTokenizer
 from vqkernels.models.data import load_image, to_picture
 from vqkernels.models.levels import CodeLevel, total_bits
-from vqkernels.models.metrics import SSIM_WINDOW, psnr, ssim
+from vqkernels.models.metrics import psnr, ssim
 from vqkernels.models.pictures import comparison_of_maps, pairs
+from vqkernels.models.similarity import WINDOW
 
 from .loading import (
     choose_device,
@@ -44,9 +45,9 @@ class Reconstruction:
     note: str  # what was done to make its size fit
 
     def score(self) -> Score:
-        """PSNR and SSIM over all pixels."""
+        """PSNR and SSIM over all pixels, not rounded to 8 bits."""
         similarity = None
-        if min(self.image.shape[2:]) >= SSIM_WINDOW:
+        if min(self.image.shape[2:]) >= WINDOW:
             similarity = ssim(self.image, self.reconstruction).item()
         return Score(psnr(self.image, self.reconstruction).item(), similarity)
 
