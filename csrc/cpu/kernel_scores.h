@@ -216,7 +216,7 @@ struct Scores {
                               const float* upper,    // [count]
                               int64_t count, float error,
                               int32_t* found) {  // [count]
-    static_assert(WIDTH <= 64);  // bits of a word
+    static_assert(WIDTH <= 64);                  // bits of a word
     int64_t number = 0;
     for (int64_t base = 0; base < count; base += WIDTH) {
       uint64_t lanes = 0;  // as in find_scores, bits instead of branches
