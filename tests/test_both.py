@@ -38,6 +38,10 @@ def test_both_are_the_true_ones(backend, metric: str, case: Case):
     check_distance(token_distance, true_distance, metric)
 
 
+def mask_of(n: int) -> Tensor:
+    return torch.rand(n, generator=torch.Generator().manual_seed(0)) > 0.1
+
+
 def gaussian(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     return randn(n, d), randn(k, d, seed=1)
 
@@ -72,6 +76,12 @@ def huge(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     return x, codebook
 
 
+def huge_but_masked(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
+    x, codebook = gaussian(n, k, d)
+    x[~mask_of(n)] *= 1e25
+    return x, codebook
+
+
 def far(n: int, k: int, d: int) -> tuple[Tensor, Tensor]:
     x, codebook = gaussian(n, k, d)
     return x + 1e3, codebook
@@ -83,7 +93,7 @@ SHAPES = [(1500, 300, 8), (330, 2100, 17), (260, 2100, 64), (500, 150, 130), (20
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
-    "inputs", [gaussian, approaching, doubled, lattice, scales, huge, far], ids=lambda f: f.__name__
+    "inputs", [gaussian, approaching, doubled, lattice, scales, huge, huge_but_masked, far], ids=lambda f: f.__name__
 )
 @pytest.mark.parametrize(("isa", "coarse_pass"), [("", ""), ("", "float32"), ("portable", "")])
 def test_they_are_those_of_two_searches(
@@ -94,7 +104,7 @@ def test_they_are_those_of_two_searches(
     x, codebook = inputs(*shape)
     codebook[len(codebook) // 2] = 0
     x[len(x) // 2] = 0
-    mask = torch.rand(len(x), generator=torch.Generator().manual_seed(0)) > 0.1
+    mask = mask_of(len(x))
     x[-1, 0] = torch.nan
     with vq.use_backend("compiled"):
         expected = (*vq.nearest(x, codebook, metric=metric), *vq.nearest_tokens(x, codebook, metric=metric, mask=mask))

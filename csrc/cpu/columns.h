@@ -1,14 +1,13 @@
 // The columns of a search: the nearest token of every code, out of the same scores.
 //
-//   sweep    of every code the least value over a tile of tokens: value = score / unit + |x|^2 / 2
-//   stands for
-//            |x - c|^2 / 2 (or the cosine, negative) within an error that is known, so {value - error <=
-//            least (value + error)} holds every true minimiser
+//   sweep    of every code and tile of tokens the least value = score / unit + |x|^2 / 2, which stands for
+//            |x - c|^2 / 2 (cosine: score / unit / |x|, for -cos) within an error that is known: {value -
+//            error <= least (value + error)} holds every true minimiser
 //   decide   float64 values of the tokens inside the bound, then error-free arithmetic where those tie
-//   rest     codes with too many such tokens, or of tokens that have no scores: the search with the roles
-//   exchanged
+//   rest     codes that too many tiles are near, and all of them where a valid token has no scores: the
+//            search with the roles exchanged
 //
-// What every thread keeps is its own until the end, and which tokens it met cannot change an index.
+// What a thread keeps is its own until the end, and which tokens it met cannot change an index.
 #pragma once
 
 #include <algorithm>

@@ -216,13 +216,12 @@ struct Scores {
                               const float* upper,    // [count]
                               int64_t count, float error,
                               int32_t* found) {  // [count]
-    constexpr int VECTORS = WIDTH / P::LANES < 64 / P::LANES ? WIDTH / P::LANES : 64 / P::LANES;
-    static_assert(WIDTH % (VECTORS * P::LANES) == 0);
+    static_assert(WIDTH <= 64);                  // bits of a word
     int64_t number = 0;
-    for (int64_t base = 0; base < count; base += VECTORS * P::LANES) {
+    for (int64_t base = 0; base < count; base += WIDTH) {
       uint64_t lanes = 0;  // as in find_scores, bits instead of branches
 #pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) {
+      for (int v = 0; v < P::VECTORS; ++v) {
         const int64_t i = base + v * P::LANES;
         const uint64_t near = P::not_above(P::load_values(columns + i), P::load_values(upper + i) + error);
         lanes |= near << (v * P::LANES);

@@ -58,8 +58,9 @@ def nearest_both(
     Raises:
         TypeError, ValueError: a bad argument, named. A codebook with NaN or Inf raises on CPU, as in ``nearest``.
 
-    In C++ on CPU the scores of one sweep serve both; elsewhere, and in float64, these are two searches.
-    Extra memory is O((N + K) D); no N x K array is formed.
+    In C++ on CPU the scores of one sweep serve both; elsewhere, and in float64, these are two searches. On one core of
+    Zen 4 (AVX2) that is 25 against 48 ms for N, K, D = 4096, 1024, 256; 45 against 75 ms for 4096, 8192, 64; 22 against
+    27 ms for 4096, 16384, 8. Extra memory is O((N + K) D), and O(K) a thread; no N x K array is formed.
     """
     check_choice("metric", metric, METRICS)
     check_tokens(x, codebook)
