@@ -226,7 +226,7 @@ class TrainConfig:
             raise ValueError("mixed_precision must be bf16 or no with sharding: full, got fp16")
         if self.model.kind == "gan":
             self._check_generator()
-        for name in ("perceptual_weight", "logit_weight"):
+        for name in ("l1_weight", "l2_weight", "perceptual_weight", "logit_weight", "weight_decay", "max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or greater, got {getattr(self, name)}")
         if self.steps is None and self.max_seconds is None:

@@ -9,10 +9,12 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#2f6db3", "#d1722c", "#3a8f5c", "#9a4fa8", "#b8a12b", "#3aa5a8", "#b3415e", "#7a7a85")
 INK, FAINT = "#26262a", "#b8b8be"
 COLUMNS = 3
+FEW = 3  # points that make no line worth looking at
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,12 @@ def _belongs(name: str, panel: Panel) -> bool:
 
 def _draw(axes: Any, panel: Panel, curves: dict[str, tuple[list[int], list[float]]]) -> None:
     for colour, (name, (steps, values)) in zip(COLOURS, curves.items(), strict=False):
-        dotted = name.startswith("held_out")
+        dotted = name.startswith("held_out") or len(steps) < FEW
         label = name.replace("held_out_psnr", "held out").replace("_", " ").replace(".", " ")
         axes.plot(steps, values, color=colour, linewidth=1.4, marker="o" if dotted else None, markersize=3, label=label)
     axes.set_title(panel.title, fontsize=10, color=INK, loc="left")
+    axes.set_xlabel("step", fontsize=8, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel(panel.unit, fontsize=8, color=INK)
     if panel.logarithmic and all(value > 0 for _, values in curves.values() for value in values):
         axes.set_yscale("log")
