@@ -433,7 +433,7 @@ def test_the_module_is_another_name_of_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(path.read_text())["cases"][0]["shape"] == {"name": None, "N": 9, "K": 7, "D": 3}
     done = subprocess.run([*command, "sort"], capture_output=True, text=True, check=False)
-    assert (done.returncode, "operation: expected one of search" in done.stderr) == (2, True)
+    assert (done.returncode, "must be one of search" in done.stderr) == (2, True)
 
 
 def test_every_option_has_a_help_text_and_none_needs_torch(capsys):

@@ -203,13 +203,15 @@ def swapped_copy(model: VQModel) -> VQModel:
     return model
 
 
-def train(model: VQModel, steps: int = 10, disturbance: float = 0.0) -> tuple[list[Tensor], list[Tensor]]:
+def train(
+    model: VQModel, steps: int = 10, disturbance: float = 0.0, seed: int = 5
+) -> tuple[list[Tensor], list[Tensor]]:
     """(losses, last output, last gradients, parameters), indices of every step.
 
     ``disturbance``: relative noise on the rows and the loss that the quantizer returns.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    noise, indices = torch.Generator().manual_seed(5), []
+    noise, indices = torch.Generator().manual_seed(seed), []
 
     def watch(_module: nn.Module, _args: object, out: tuple) -> tuple:
         indices.append(out[2][2])
@@ -218,13 +220,13 @@ def train(model: VQModel, steps: int = 10, disturbance: float = 0.0) -> tuple[li
 
     handle = model.quantize.register_forward_hook(watch)
     losses = []
-    for seed in range(steps):
-        x = randn(2, 3, 16, 16, seed=seed).to(model.dtype)
+    for step in range(steps):
+        x = randn(2, 3, 16, 16, seed=step).to(model.dtype)
         optimizer.zero_grad()
         out = model(x)
         loss = (out.sample - x).square().mean() + out.commit_loss
         loss.backward()
-        if seed + 1 < steps:
+        if step + 1 < steps:
             optimizer.step()
         losses.append(loss.detach())
     handle.remove()
@@ -252,11 +254,12 @@ def test_vqmodel_in_float32_agrees_as_nearly_as_the_peer_agrees_with_itself(step
     """The yardstick: the peer's model with the rows and the loss of its quantizer disturbed by four units of roundoff,
     two roundings of z + (row - z), each up to twice a row's own; and sums of a few tokens in another order."""
     model = make_model()
-    disturbed, theirs = train(copy.deepcopy(model), steps, 4 * UNIT), train(copy.deepcopy(model), steps)
+    theirs = train(copy.deepcopy(model), steps)
+    disturbed = [train(copy.deepcopy(model), steps, 4 * UNIT, seed)[0] for seed in range(5, 8)]  # one may be lucky
     ours = train(swapped_copy(model), steps)
     assert all(torch.equal(a, b) for a, b in zip(theirs[1], ours[1], strict=True))
-    for moved, a, b in zip(disturbed[0], theirs[0], ours[0], strict=True):
-        spread = float((moved.double() - a.double()).abs().max())
+    for *moved, a, b in zip(*disturbed, theirs[0], ours[0], strict=True):
+        spread = max(float((each.double() - a.double()).abs().max()) for each in moved)
         torch.testing.assert_close(b, a, rtol=0, atol=4 * spread + 16 * UNIT * float(a.double().abs().max()))
 
 

@@ -259,7 +259,7 @@ def test_commands_say_what_it_cannot_do(undisturbed, pictures, tmp_path, capsys)
         (["convert", str(undisturbed), "-o", output], "expected a VQGAN or KLVAE, got a GAN"),
         (
             ["profile", "--training", str(undisturbed / "config.yaml"), "-o", str(tmp_path / "page")],
-            "with a quantizer to profile",
+            "expected a model with one quantizer that searches a codebook",
         ),
     ):
         assert main(command) == 2

@@ -390,4 +390,4 @@ def test_commands_for_one_map_of_codes_say_so(run, pictures, tmp_path, capsys):
         assert main(words) == 2
         assert re.search("one map of codes.*, got a HierarchicalVQVAE", capsys.readouterr().err)
     assert main(["profile", "-c", str(run / "config.yaml"), "-o", str(tmp_path), "--device", "cpu"]) == 2
-    assert "expected a model whose quantizer searches a codebook" in capsys.readouterr().err
+    assert "expected a model with one quantizer that searches a codebook" in capsys.readouterr().err

@@ -354,7 +354,7 @@ def test_what_looks_at_a_search_says_that_there_is_none(lfq_run, pictures, tmp_p
     assert main(["audit", str(lfq_run), "--images", str(pictures)]) == 2
     assert "expected a model that searches a codebook, got one with an lfq quantizer" in capsys.readouterr().err
     assert main(["profile", "-c", str(lfq_run / "config.yaml"), "-o", str(tmp_path), "--device", "cpu"]) == 2
-    assert "expected a model whose quantizer searches a codebook" in capsys.readouterr().err
+    assert "expected a model with one quantizer that searches a codebook" in capsys.readouterr().err
 
 
 def test_a_run_from_before_there_were_kinds_goes_on(pictures, tmp_path):
@@ -367,5 +367,5 @@ def test_a_run_from_before_there_were_kinds_goes_on(pictures, tmp_path):
     save_checkpoint(tmp_path / "checkpoints", state["step"], state, 3)
     assert train(dataclasses.replace(config, steps=3, resume=True)).steps == 3
     other = dataclasses.replace(model, quantizer=dataclasses.replace(model.quantizer, entropy=ENTROPY))
-    with pytest.raises(ValueError, match=r"model.quantizer.entropy.weight is 0.3 now and was 0.0 in the checkpoint"):
+    with pytest.raises(ValueError, match=r"model.quantizer.entropy.weight is 0.3 now and was 0.0.* in the checkpoint"):
         train(dataclasses.replace(config, model=other, steps=4, resume=True))

@@ -43,6 +43,7 @@ ROOM, SPARE = 4, 64  # a list holds ROOM k + SPARE codes
 LIMIT_ROWS, LIMIT_SLOTS = 16, 32
 ORDER_ROWS, ORDER_SLOTS, ORDER_DIMS = 8, 16, 16
 WARPS = 4
+NO_COLLECT = 10  # major compute capability: Triton 3.7.1's pass manager fails on collect_kernel for sm_100
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,10 @@ def _supports(x: Tensor, codebook: Tensor | PreparedCodebook, k: int, metric: st
         return f"takes up to {MAX_CODES} codes of up to {MAX_DIM} dims, not {list(codebook.shape)}"
     if k > MAX_K:
         return f"takes k up to {MAX_K}, not {k}"
-    return unsupported(x)
+    reason = unsupported(x)
+    if reason is None and x.is_cuda and torch.cuda.get_device_capability(x.device)[0] == NO_COLLECT:
+        return f"Triton does not compile its list of codes for compute capability {NO_COLLECT}.x"
+    return reason
 
 
 def nearest_k(
