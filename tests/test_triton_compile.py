@@ -33,7 +33,11 @@ SCORE_KERNELS = {"forward_kernel", "code_sums_kernel", "mean_kernel"}
 SOFTMAX_KERNELS = {*SCORE_KERNELS, "sample_kernel", "token_kernel", "code_kernel"}
 # up to four registers, which ptxas puts there to fit one more program on a multiprocessor (it stops at 168 or 128)
 MAX_STACK |= dict.fromkeys(SOFTMAX_KERNELS, 16)
-SEARCH_KERNELS = {"operands_kernel", "coarse_kernel", "finish_kernel", "limit_kernel", "collect_kernel", "order_kernel"}
+# 12.0 has a 64th of float32's units for float64, and ptxas saves more around it; the kernel has no product there either
+MAX_STACK_OF = {120: MAX_STACK | {"order_kernel": 216}}
+LIST_KERNELS = {"limit_kernel", "collect_kernel", "order_kernel"}  # of nearest_k
+NO_LISTS = {100}  # which Triton does not compile them for: triton_nearest_k.NO_COLLECT
+SEARCH_KERNELS = {"operands_kernel", "coarse_kernel", "finish_kernel", *LIST_KERNELS}
 KERNELS = {
     *SEARCH_KERNELS,
     *("gather_kernel", "backward_kernel"),
@@ -61,9 +65,9 @@ def compiled() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("arch", SHARED_MEMORY)
 def test_launches_fit_registers_and_shared_memory(compiled, arch):
     mine = [record for record in compiled if record["arch"] == arch]
-    assert {record["kernel"] for record in mine} == KERNELS
+    assert {record["kernel"] for record in mine} == KERNELS - (LIST_KERNELS if arch in NO_LISTS else set())
     for record in mine:
-        assert record["stack"] <= MAX_STACK.get(record["kernel"], 0), record
+        assert record["stack"] <= MAX_STACK_OF.get(arch, MAX_STACK).get(record["kernel"], 0), record
         assert record["shared"] <= SHARED_MEMORY[arch], record
 
 
