@@ -163,27 +163,12 @@ def gan_run(pictures: Path, output: Path, batch_size: int, steps: int) -> TrainC
 
 
 TRAIN = "import sys\nfrom vqkernels.models import load_config, train\ntrain(load_config(sys.argv[1]))\n"
-# the same, and once more from the checkpoint before the last, which is kept under another name
-TRAIN_AND_RESUME = """
-import dataclasses, os, sys
-from pathlib import Path
-import torch
-from vqkernels.models import load_config, train
-
-config = load_config(sys.argv[1])
-train(config)
-if os.environ["RANK"] == "0":
-    last = Path(config.output, "checkpoints", "step-00000020.pt")
-    last.rename(Path(config.output, "first-end.pt"))
-torch.distributed.barrier()
-train(dataclasses.replace(config, resume=True))
-"""
 
 
-def train_with_two_ranks(config: TrainConfig, folder: Path, script: str = TRAIN) -> None:
+def train_with_two_ranks(config: TrainConfig, folder: Path) -> None:
     save_config(config, folder / "config.yaml")
     assert load_config(folder / "config.yaml") == config
-    (folder / "two.py").write_text(script)
+    (folder / "two.py").write_text(TRAIN)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [*launch, str(folder / "two.py"), str(folder / "config.yaml")]
     found = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -221,9 +206,11 @@ def test_two_ranks_of_the_whole_loop_equal_one_process_over_twenty_steps(picture
 
 def test_so_does_a_model_whose_weights_are_spread_over_them_and_resumed(pictures, alone, tmp_path):
     config = dataclasses.replace(gan_run(pictures, tmp_path / "both", 2, 20), sharding="full", checkpoint_every=12)
-    train_with_two_ranks(config, tmp_path, TRAIN_AND_RESUME)
+    train_with_two_ranks(config, tmp_path)
     assert_close_runs(alone, tmp_path / "both")
-    whole = torch.load(tmp_path / "both" / "first-end.pt", weights_only=True)
+    whole = load_newest(tmp_path / "both" / "checkpoints")
+    (tmp_path / "both" / "checkpoints" / "step-00000020.pt").unlink()
+    train_with_two_ranks(dataclasses.replace(config, resume=True), tmp_path)
     again = load_newest(tmp_path / "both" / "checkpoints")
     for part in ("model", "average", "optimizer", "discriminator"):
         for mine, theirs in zip(*(torch.utils._pytree.tree_leaves(each[part]) for each in (whole, again)), strict=True):
