@@ -17,8 +17,7 @@ from .checkpoint import write_text_atomically
 from .metrics import code_counts
 
 if TYPE_CHECKING:
-    from .hierarchy import HierarchicalVQVAE
-    from .tokenizer import ImageTokenizer
+    from .levels import CodedModel
 
 CODES = "codes.npy"
 META = "meta.json"
@@ -72,7 +71,7 @@ class CodesWriter:
         ValueError: the model has no such map, or several and none was named.
     """
 
-    def __init__(self, folder: str | Path, model: ImageTokenizer | HierarchicalVQVAE, level: str | None = None) -> None:
+    def __init__(self, folder: str | Path, model: CodedModel, level: str | None = None) -> None:
         if level not in model.maps and not (level is None and len(model.maps) == 1):
             raise ValueError(f"level: expected one of {', '.join(model.maps)}, got {level!r}")
         quantizer, self.factor = model.maps[level or next(iter(model.maps))]
@@ -170,7 +169,7 @@ def _read_meta(folder: Path) -> CodesMeta:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def level_folders(folder: str | Path, model: ImageTokenizer | HierarchicalVQVAE) -> dict[str, Path]:
+def level_folders(folder: str | Path, model: CodedModel) -> dict[str, Path]:
     """Where the codes of each map lie: in the folder itself, or where there are several in one of the map's name."""
     names = list(model.maps)
     return {name: Path(folder) if len(names) == 1 else Path(folder, name) for name in names}
@@ -178,7 +177,7 @@ def level_folders(folder: str | Path, model: ImageTokenizer | HierarchicalVQVAE)
 
 def open_codes(
     path: str | Path,
-    model: ImageTokenizer | HierarchicalVQVAE | None = None,
+    model: CodedModel | None = None,
 ) -> CodesFile:
     """Opens what a CodesWriter wrote, without reading it all into memory, and checks every code's range once.
 

@@ -38,3 +38,8 @@ class GANConfig(DecoderConfig):
     """Tells this config from that of another model."""
     latent_channels: int = 64
     """Channels of a latent pixel."""
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images that it learns from."""
+        return self.out_channels

@@ -100,13 +100,13 @@ def draw_curves(history: Sequence[dict[str, Any]], path: Path) -> None:
         if curves:
             drawn.append((panel, curves))
     rows = max(1, -(-len(drawn) // COLUMNS))
-    last = history[-1]["step"] if history else 1
+    last, beginnings = history[-1]["step"] if history else 1, _beginnings(history)
     figure = Figure(figsize=(4 * COLUMNS, 2.6 * rows), layout="constrained", dpi=100)
     for place, (panel, curves) in enumerate(drawn):
         axes = figure.add_subplot(rows, COLUMNS, place + 1)
         _draw(axes, panel, curves)
         axes.set_xlim(0, last)
-        for step, word in _beginnings(history):
+        for step, word in beginnings:
             axes.axvline(step, color=FAINT, linewidth=0.9, linestyle=":")
             if place == 0:
                 axes.text(step, axes.get_ylim()[0], word, fontsize=7, color=INK, va="bottom", ha="right", rotation=90)

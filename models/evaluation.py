@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,13 +33,12 @@ from .evaluation_report import (
     set_kind,
 )
 from .frechet import FeatureGaussian, frechet_distance
-from .hierarchy import HierarchicalVQVAE
 from .image_model import ImageModel
 from .inception import FEATURES, InceptionFeatures
+from .levels import CodedModel
 from .metrics import CodeCounter
 from .perceptual import SMALLEST_SIDE, PerceptualDistance
 from .similarity import SMALLEST_MULTISCALE, WINDOW, similarities
-from .tokenizer import ImageTokenizer
 
 PEAK = 255.0
 MOST_NAMED = 5  # broken pictures in a warning; their figures in the report name all
@@ -70,11 +69,6 @@ def pair_figures(
     }
 
 
-def has_codes(model: ImageModel) -> TypeGuard[ImageTokenizer | HierarchicalVQVAE]:
-    """Whether `encode` and `decode` speak of codes."""
-    return isinstance(model, ImageTokenizer | HierarchicalVQVAE)
-
-
 def _whole(
     maps: tuple[Tensor, ...],  # int64 [B, h, w] each
 ) -> Tensor:  # bool [B]
@@ -85,7 +79,7 @@ def _whole(
 class _MapCounters:
     """How often every code of every map occurred."""
 
-    def __init__(self, model: ImageTokenizer | HierarchicalVQVAE) -> None:
+    def __init__(self, model: CodedModel) -> None:
         self.counters = [CodeCounter(each.quantizer.codebook_size) for each in model.maps.values()]
         self.grids: list[tuple[int, int]] = []
 
@@ -141,7 +135,7 @@ class _Evaluator:
         if (options.vgg or options.random_features) and options.image_size >= SMALLEST_SIDE:
             self.perceptual = PerceptualDistance(options.vgg, options.lpips).to(self.device)
         self.distances = _SetDistance(options, self.device)
-        self.counter = _MapCounters(model) if has_codes(model) else None
+        self.counter = _MapCounters(model) if isinstance(model, CodedModel) else None
         self.extremes = _Extremes(options.shown)
         self.files: list[str] = []
         self.values: dict[str, list[float]] = {kind.key: [] for kind in self.kinds}
@@ -150,15 +144,17 @@ class _Evaluator:
         self,
         images: Tensor,  # [B, 3, S, S] in [-1, 1]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:  # [B, 3, S, S], codes [B, h, w] each
-        """Reconstructions, and the codes of a model that has them; NaN where a token has none, being not finite."""
-        if not has_codes(self.model):
+        """Reconstructions, and the codes of a model that has them, which are counted; NaN where a token has none, being
+        not finite."""
+        if self.counter is None or not isinstance(self.model, CodedModel):
             return self.model.reconstruct(images), ()
         codes: Any = self.model.encode(images)
         maps = (codes,) if isinstance(codes, Tensor) else tuple(codes)
         whole = _whole(maps)
+        kept = tuple(each[whole] for each in maps)
+        self.counter.update(kept)
         reconstructions = torch.full_like(images, math.nan)
-        if bool(whole.any()):
-            kept = tuple(each[whole] for each in maps)
+        if len(kept[0]):
             made = self.model.decode(kept[0] if isinstance(codes, Tensor) else kept)  # type: ignore[arg-type]
             reconstructions = made.new_full((len(images), *made.shape[1:]), math.nan)
             reconstructions[whole] = made
@@ -181,9 +177,6 @@ class _Evaluator:
         if self.perceptual is not None:
             found[self.kinds[-1].key] = self.perceptual(images, others / (PEAK / 2) - 1)
         self.distances.update(levels, others)
-        if self.counter is not None:
-            whole = _whole(codes)
-            self.counter.update(tuple(each[whole] for each in codes))
         self._record(files, {key: value.double().tolist() for key, value in found.items()})
         self._keep(files, crops, others, codes)
 

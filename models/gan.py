@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .autoencoder import Decoder
 from .config_reader import from_dict
 from .continuous_config import GANConfig
 from .image_model import ImageModel
-from .layers import widened
+from .layers import check_latents, widened
 from .noise import Noise
 
 __all__ = ["GAN", "GANConfig", "GANOutput"]
@@ -68,16 +68,6 @@ class GAN(
         self.config = from_dict(GANConfig, {} if config is None else config)
         self.noise = Noise()
         self.decoder = Decoder(self.config)
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of an image."""
-        return self.config.out_channels
-
-    @property
-    def last_layer(self) -> nn.Conv2d:
-        """The decoder's last convolution."""
-        return self.decoder.conv_out
 
     def figures(
         self,
@@ -139,10 +129,7 @@ class GAN(
         Raises:
             ValueError: wrong shape or dtype of latents.
         """
-        channels = self.config.latent_channels
-        if latents.dim() != 4 or latents.shape[1] != channels or not latents.is_floating_point():
-            expected = f"floats of shape [B, {channels}, h, w]"
-            raise ValueError(f"latents must be {expected}, got {latents.dtype} {list(latents.shape)}")
+        check_latents(latents, self.config.latent_channels)
         return widened(self.decoder(latents.to(self.last_layer.weight.dtype))).clamp(-1, 1)
 
     def reconstruct(

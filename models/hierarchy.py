@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from vqkernels.nn import QuantizerOutput
 
 from .config_reader import from_dict
-from .image_model import MODEL_CARD, ImageModel
+from .image_model import MODEL_CARD
 from .layers import Fold, ResidualBlock, Unfold, folding_layers, unfolding_layers, widened
-from .levels import CodeLevel, CodeMap, make_levels
+from .levels import CodedModel, CodeMap
 from .model_config import HierarchicalVQVAEConfig
 from .quantizer import check_codes, figure_names, figures, make_quantizer
 
@@ -49,7 +49,7 @@ class HierarchicalOutput(NamedTuple):
 
 
 class HierarchicalVQVAE(
-    ImageModel,
+    CodedModel,
     model_card_template=MODEL_CARD % {"kind": "VQ-VAE-2", "name": "HierarchicalVQVAE", "channels": IMAGE_CHANNELS},
 ):
     """A convolutional autoencoder with two maps of codes, the finer one conditioned on the coarser.
@@ -181,14 +181,6 @@ class HierarchicalVQVAE(
         image = self._image_of(self.top_quantizer.lookup(top), self.bottom_quantizer.lookup(bottom))
         return widened(image).clamp(-1, 1)
 
-    def reconstruct(
-        self,
-        images: Tensor,  # [B, 3, H, W] in [-1, 1]
-    ) -> Tensor:  # [B, 3, H, W]
-        """Images through codes and back, clamped to [-1, 1]; changes nothing in the model, not differentiable."""
-        with torch.no_grad():
-            return self.decode(self.encode(images))
-
     @property
     def maps(self) -> dict[str, CodeMap]:
         """The maps of codes by name."""
@@ -196,10 +188,3 @@ class HierarchicalVQVAE(
             "top": CodeMap(self.top_quantizer, self.factor),
             "bottom": CodeMap(self.bottom_quantizer, self.factor // 2),
         }
-
-    def levels(
-        self,
-        codes: tuple[Tensor, Tensor],  # [B, h, w], [B, 2 h, 2 w]
-    ) -> list[CodeLevel]:
-        """What pictures and figures look at: top, then bottom."""
-        return make_levels(self.maps, codes)

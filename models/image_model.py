@@ -12,6 +12,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from vqkernels.nn import Codebook
+from vqkernels.nn.health import mean_length
 
 from .config_reader import from_dict, lasting_options
 
@@ -35,6 +36,12 @@ images = model.decode(codes)
 """
 
 
+def model_folder(folder: Path) -> Path:
+    """Where the model of a folder lies: in itself, or in the `model` of a training run."""
+    is_run = not (folder / CONFIG_FILE).is_file() and (folder / "model").is_dir()
+    return folder / "model" if is_run else folder
+
+
 class ImageConfig(Protocol):
     """What the base class needs of a model's config, a dataclass."""
 
@@ -55,8 +62,9 @@ class ModelOutput(Protocol):
 class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipeline_tag="image-to-image"):
     """Base of the models: images [B, in_channels, H, W] in [-1, 1] to reconstructions of the same size.
 
-    H and W are any multiples of `factor`. A subclass sets `config_type` and `figure_names`, makes `config` and says in
-    `forward`, `figures`, `reconstruct` and `last_layer` what it is.
+    H and W are any multiples of `factor`. A subclass sets `config_type` and `figure_names`, makes `config` and
+    `decoder` and says in `forward`, `figures`, `encode` and `decode` what it is; in `last_layer` and `reconstruct` too
+    where they are not as here.
     """
 
     config_type: ClassVar[type]
@@ -70,13 +78,13 @@ class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipe
 
     @property
     def in_channels(self) -> int:
-        """Channels of an image."""
-        return 3
+        """Channels of an image: 3 where the config leaves no choice."""
+        return int(getattr(self.config, "in_channels", 3))
 
     @property
     def last_layer(self) -> nn.Conv2d:
         """The decoder's last convolution, at which adversarial training balances its losses."""
-        raise NotImplementedError
+        return self.decoder.conv_out  # type: ignore[union-attr,return-value]
 
     @property
     def figure_names(self) -> tuple[str, ...]:
@@ -102,8 +110,9 @@ class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipe
         self,
         images: Tensor,  # [B, C, H, W] in [-1, 1]
     ) -> Tensor:  # [B, C, H, W]
-        """Images through the model and back, clamped to [-1, 1]; changes nothing in it, not differentiable."""
-        raise NotImplementedError
+        """Images through codes or latents and back, clamped to [-1, 1]; changes nothing, not differentiable."""
+        with torch.no_grad():
+            return self.decode(self.encode(images))  # type: ignore[operator]
 
     def update_codebooks(self) -> None:
         """Applies what the codebooks have collected in training forwards."""
@@ -123,11 +132,9 @@ class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipe
         found = {name: module for name, module in self.named_modules() if isinstance(module, Codebook)}
         figures: dict[str, Tensor] = {}
         for name, module in found.items():
-            prefix, length = "" if len(found) == 1 else f"{name}.", torch.linalg.vector_norm(module.codebook, dim=1)
-            figures |= {
-                f"{prefix}dead_share": module.health().dead_share,
-                f"{prefix}code_length": length.detach().mean(),
-            }
+            prefix = "" if len(found) == 1 else f"{name}."
+            figures[f"{prefix}dead_share"] = module.health().dead_share
+            figures[f"{prefix}code_length"] = mean_length(module.codebook.detach())
         return figures
 
     def _check_images(
@@ -184,8 +191,7 @@ class ImageModel(nn.Module, PyTorchModelHubMixin, library_name="vqkernels", pipe
         name = str(pretrained_model_name_or_path)
         folder = Path(name)
         if folder.is_dir():
-            is_run = not (folder / CONFIG_FILE).exists() and (folder / "model").is_dir()
-            return cls._from_folder(folder / "model" if is_run else folder, map_location)
+            return cls._from_folder(model_folder(folder), map_location)
         looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1 or folder.parent.is_dir()
         if looks_local:
             raise FileNotFoundError(f"model {name!r} is neither a folder nor the name of a model on the Hub")

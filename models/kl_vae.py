@@ -21,7 +21,7 @@ from .autoencoder import Decoder, Encoder
 from .config_reader import from_dict
 from .continuous_config import KLVAEConfig
 from .image_model import MODEL_CARD, ImageModel
-from .layers import widened
+from .layers import check_latents, widened
 from .noise import Noise
 
 __all__ = ["KLVAE", "KLVAEConfig", "KLVAEOutput", "Posterior"]
@@ -89,16 +89,6 @@ class KLVAE(
         self.noise = Noise()
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
         self.decoder = Decoder(self.config)
-
-    @property
-    def in_channels(self) -> int:
-        """Channels of an image."""
-        return self.config.in_channels
-
-    @property
-    def last_layer(self) -> nn.Conv2d:
-        """The decoder's last convolution, at which adversarial training balances its losses."""
-        return self.decoder.conv_out
 
     def figures(
         self,
@@ -174,16 +164,5 @@ class KLVAE(
         Raises:
             ValueError: wrong shape or dtype of latents.
         """
-        channels = self.config.latent_channels
-        if latents.dim() != 4 or latents.shape[1] != channels or not latents.is_floating_point():
-            expected = f"floats of shape [B, {channels}, h, w]"
-            raise ValueError(f"latents must be {expected}, got {latents.dtype} {list(latents.shape)}")
+        check_latents(latents, self.config.latent_channels)
         return widened(self._image_of(latents)).clamp(-1, 1)
-
-    def reconstruct(
-        self,
-        images: Tensor,  # [B, C, H, W] in [-1, 1]
-    ) -> Tensor:  # [B, C, H, W]
-        """Images through their mean latents and back, clamped to [-1, 1]; changes nothing, not differentiable."""
-        with torch.no_grad():
-            return self.decode(self.encode(images))

@@ -43,6 +43,20 @@ def _norm(
     return nn.GroupNorm(max(groups, 1), channels, eps=1e-6)
 
 
+def check_latents(
+    latents: Tensor,  # [B, channels, h, w]
+    channels: int,
+) -> None:
+    """What a decoder of continuous latents takes.
+
+    Raises:
+        ValueError: another shape, or no floats.
+    """
+    if latents.dim() != 4 or latents.shape[1] != channels or not latents.is_floating_point():
+        expected = f"floats of shape [B, {channels}, h, w]"
+        raise ValueError(f"latents must be {expected}, got {latents.dtype} {list(latents.shape)}")
+
+
 class ResidualBlock(nn.Module):
     """x + conv(silu(conv(silu(x)))), with GroupNorm before each activation when asked for.
 

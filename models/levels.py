@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .image_model import ImageModel
 from .metrics import BitsPerPixel, CodeUsage, bits_per_pixel, code_usage
 from .quantizer import Quantizer, code_table
 
@@ -62,3 +63,36 @@ def total_bits(levels: Sequence[CodeLevel]) -> BitsPerPixel:
     """Bits per pixel of all levels together."""
     each = [level.bits_per_pixel for level in levels]
     return BitsPerPixel(sum(bits.fixed for bits in each), sum(bits.entropy for bits in each))
+
+
+class CodedModel(ImageModel):
+    """Base of the models whose latents are codes: one map of them, or one for each level.
+
+    A subclass names its maps in `maps`; `encode` gives their codes in that order, `decode` takes them so.
+    """
+
+    @property
+    def maps(self) -> dict[str, CodeMap]:
+        """The maps of codes by name."""
+        raise NotImplementedError
+
+    def encode(
+        self,
+        images: Tensor,  # [B, C, H, W] in [-1, 1]
+    ) -> Any:  # int64 [B, h, w], or a tuple with one of each map
+        """Codes of images; changes nothing in the model, not differentiable."""
+        raise NotImplementedError
+
+    def decode(
+        self,
+        codes: Any,  # as of `encode`
+    ) -> Tensor:  # [B, C, H, W]
+        """Images of codes, clamped to [-1, 1]."""
+        raise NotImplementedError
+
+    def levels(
+        self,
+        codes: Tensor | Sequence[Tensor],  # [B, h, w], or one of each map
+    ) -> list[CodeLevel]:
+        """What pictures and figures look at: the codes of `encode`, map by map."""
+        return make_levels(self.maps, [codes] if isinstance(codes, Tensor) else codes)

@@ -54,10 +54,10 @@ class VQGANConfig(AutoencoderConfig):
 
 
 @dataclass
-class VQVAEConfig:
-    """Shape of a VQVAE; one latent pixel stands for patch_size * 2**(levels - 1) image pixels each way."""
+class FoldingConfig:
+    """What the configs of networks that fold pixels into channels have in common (models/layers.py)."""
 
-    kind: Literal["vqvae"] = field(default="vqvae", metadata=LATER)
+    kind: str = ""
     """Tells this config from that of another model."""
     patch_size: int = 1
     """Pixels each way that the first layer folds into channels; 1 is none, 2 or 4 make a model quicker."""
@@ -71,22 +71,13 @@ class VQVAEConfig:
     """GroupNorm before every convolution of a residual block; without it the blocks are quicker on a CPU."""
     latent_channels: int = 32
     """Channels of the tokens that the encoder hands to the quantizer."""
-    quantizer: AnyQuantizerConfig = field(default_factory=VectorQuantizerConfig)
-    """The quantizer; its kind says which."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.quantizer, dict):  # huggingface_hub restores nested dataclasses as plain dicts
-            self.quantizer = convert(self.quantizer, AnyQuantizerConfig, "quantizer")
         for name in ("patch_size", "channels", "blocks", "latent_channels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise ValueError(f"channel_multipliers must be positive integers, got {self.channel_multipliers}")
-
-    @property
-    def factor(self) -> int:
-        """Image pixels per latent pixel, each way."""
-        return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
 
     @property
     def widths(self) -> list[int]:
@@ -95,7 +86,27 @@ class VQVAEConfig:
 
 
 @dataclass
-class HierarchicalVQVAEConfig:
+class VQVAEConfig(FoldingConfig):
+    """Shape of a VQVAE; one latent pixel stands for patch_size * 2**(levels - 1) image pixels each way."""
+
+    kind: Literal["vqvae"] = field(default="vqvae", metadata=LATER)
+    """Tells this config from that of another model."""
+    quantizer: AnyQuantizerConfig = field(default_factory=VectorQuantizerConfig)
+    """The quantizer; its kind says which."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.quantizer, dict):  # huggingface_hub restores nested dataclasses as plain dicts
+            self.quantizer = convert(self.quantizer, AnyQuantizerConfig, "quantizer")
+        super().__post_init__()
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel, each way."""
+        return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
+
+
+@dataclass
+class HierarchicalVQVAEConfig(FoldingConfig):
     """Shape of a HierarchicalVQVAE, with a coarse map of codes (top) and one of twice its height and width (bottom).
 
     A bottom code stands for patch_size * 2**(levels - 1) image pixels each way, a top code for twice as many.
@@ -103,17 +114,9 @@ class HierarchicalVQVAEConfig:
 
     kind: Literal["vqvae2"] = "vqvae2"
     """Tells this config from that of another model."""
-    patch_size: int = 1
-    """Pixels each way that the first layer folds into channels; 1 is none, 2 or 4 make a model quicker."""
-    channels: int = 64
-    """Channels at the finest level."""
     channel_multipliers: list[int] = field(default_factory=lambda: [1, 2, 2])
     """Channels of every level down to the bottom codes as a multiple of `channels`; every level after the first halves
     the size. The top codes' level has as many as the last one."""
-    blocks: int = 2
-    """Residual blocks per level, in the encoders and in the decoders."""
-    group_norm: bool = True
-    """GroupNorm before every convolution of a residual block; without it the blocks are quicker on a CPU."""
     latent_channels: int = 64
     """Channels of the tokens that the encoders hand to the quantizers."""
     top_quantizer: AnyQuantizerConfig = field(default_factory=VectorQuantizerConfig)
@@ -124,21 +127,12 @@ class HierarchicalVQVAEConfig:
     def __post_init__(self) -> None:
         for name in ("top_quantizer", "bottom_quantizer"):  # huggingface_hub restores them as plain dicts
             setattr(self, name, convert(getattr(self, name), AnyQuantizerConfig, name))
-        for name in ("patch_size", "channels", "blocks", "latent_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
-            raise ValueError(f"channel_multipliers must be positive integers, got {self.channel_multipliers}")
+        super().__post_init__()
 
     @property
     def factor(self) -> int:
         """Image pixels per top code, each way."""
         return self.patch_size * 2 ** len(self.channel_multipliers)
-
-    @property
-    def widths(self) -> list[int]:
-        """Channels of every level down to the bottom codes."""
-        return [self.channels * multiplier for multiplier in self.channel_multipliers]
 
 
 def factorised_codes() -> VectorQuantizerConfig:

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vqkernels.nn.distributed import all_reduce_packed, rank_and_world
-
 from .adversarial import (
     LastLayer,
     LeCam,
@@ -34,6 +32,7 @@ from .image_model import ImageModel, ModelOutput
 from .layers import widened
 from .logit_distance import LogitDistance, make_logit_distance
 from .perceptual import PerceptualDistance
+from .sharding import reduce_whole_gradients
 
 # of every run, in this order, then the model's `figure_names`, then those of a discriminator
 RECONSTRUCTION_PARTS = ("l1", "mse", "perceptual", "logit_distance")
@@ -98,11 +97,7 @@ class Critic:
         for group in self.optimizer.param_groups:
             group["lr"] = autoencoder_rate * self.relative_rate
         parameters = list(self.network.parameters())
-        gradients = [each.grad for each in parameters if each.grad is not None]  # all of them
-        world = rank_and_world()[1]
-        if world > 1:
-            for own, total in zip(gradients, all_reduce_packed(*gradients), strict=True):
-                own.copy_(total / world)
+        reduce_whole_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .gan import GAN
 from .hierarchy import HierarchicalVQVAE
-from .image_model import CONFIG_FILE, ImageModel
+from .image_model import CONFIG_FILE, ImageModel, model_folder
 from .kl_vae import KLVAE
 from .model_config import ModelConfig
 from .vit import ViTTokenizer
@@ -50,7 +50,7 @@ def load_pretrained(name: str | Path) -> ImageModel:
     """
     folder = Path(name)
     if folder.is_dir():
-        inner = folder / "model" if not (folder / CONFIG_FILE).is_file() and (folder / "model").is_dir() else folder
+        inner = model_folder(folder)
         config = inner / CONFIG_FILE
         return (_kind(config) if config.is_file() else VQVAE).from_pretrained(inner)
     if str(name).count("/") != 1 or folder.parent.is_dir():

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from vqkernels.nn import QuantizerOutput
 
-from .image_model import ImageModel
 from .layers import widened
-from .levels import CodeLevel, CodeMap, make_levels
+from .levels import CodedModel, CodeMap
 from .quantizer import Quantizer, check_codes, figure_names, figures, make_quantizer
 
 __all__ = ["ImageTokenizer", "Quantizer", "TokenizerOutput", "make_quantizer"]
@@ -29,7 +28,7 @@ class TokenizerOutput(NamedTuple):
         return self.quantizer.loss
 
 
-class ImageTokenizer(ImageModel):
+class ImageTokenizer(CodedModel):
     """Base of the models with one map of codes: encoder, quantizer, decoder.
 
     Images are [B, in_channels, H, W] floats in [-1, 1], H and W any multiples of `factor`; codes are int64
@@ -123,22 +122,7 @@ class ImageTokenizer(ImageModel):
         codes = check_codes(codes, self.config.quantizer.codebook_size)
         return widened(self._image_of(self.quantizer.lookup(codes))).clamp(-1, 1)
 
-    def reconstruct(
-        self,
-        images: Tensor,  # [B, C, H, W] in [-1, 1]
-    ) -> Tensor:  # [B, C, H, W]
-        """Images through codes and back, clamped to [-1, 1]; changes nothing in the model, not differentiable."""
-        with torch.no_grad():
-            return self.decode(self.encode(images))
-
     @property
     def maps(self) -> dict[str, CodeMap]:
         """The maps of codes by name: this one."""
         return {"codes": CodeMap(self.quantizer, self.factor)}
-
-    def levels(
-        self,
-        codes: Tensor,  # [B, h, w]
-    ) -> list[CodeLevel]:
-        """What pictures and figures look at: the one map."""
-        return make_levels(self.maps, [codes])

@@ -405,7 +405,6 @@ class Trainer:
         self.sampled_at = self.step
         figures, picture = self.held_out.evaluate(self.average.model)
         self.log.picture(self.step, picture)
-        self.log.draw_curves()
         if figures:
             self._publish(figures)
 
@@ -433,6 +432,8 @@ class Trainer:
                 self._log_window()
             if self._every(self.config.sample_every):
                 self._sample()
+                if self.log is not None:
+                    self.log.draw_curves()
             if self._every(self.config.checkpoint_every):
                 self._save_checkpoint()
                 saved_at = self.step

@@ -14,13 +14,11 @@ from torch import Tensor
 
 from .data import ImageFolder, held_out_photograph, load_image
 from .gan import GAN
-from .hierarchy import HierarchicalVQVAE
 from .image_model import ImageModel
-from .levels import CodeLevel, total_bits
+from .levels import CodedModel, CodeLevel, total_bits
 from .metrics import BitsPerPixel, CodeUsage, psnr, ssim
 from .pictures import comparison_of_maps, grid, pairs
 from .similarity import WINDOW
-from .tokenizer import ImageTokenizer
 
 MAX_PICTURES = 16  # held-out pictures per validation: enough for a trend, and short beside the training
 MAX_SHOWN = 4  # rows of a sample picture
@@ -101,7 +99,7 @@ def quality(
 
 @torch.no_grad()
 def evaluate(
-    model: ImageTokenizer | HierarchicalVQVAE,
+    model: CodedModel,
     images: Tensor,  # [B, 3, H, W] in [-1, 1]
 ) -> Evaluation:
     """Sends images through codes and back; changes nothing in the model."""
@@ -146,7 +144,7 @@ class HeldOut:
             size = self.image_size
             samples = model.generate(MAX_PICTURES, height=size, width=size)
             return {}, grid(samples.cpu(), detail=f"{size} x {size}")
-        if not isinstance(model, ImageTokenizer | HierarchicalVQVAE):
+        if not isinstance(model, CodedModel):
             return self._without_codes(model)
         found = evaluate(model, self.images)
         return found.figures() if self.judges else {}, found.picture()

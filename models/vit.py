@@ -170,11 +170,6 @@ class ViTTokenizer(
         self.quantizer = make_quantizer(quantizer, self.config.channels, quantizer.codebook_dim)
         self.decoder = Decoder(self.config).apply(_initialise)
 
-    @property
-    def last_layer(self) -> nn.Conv2d:
-        """The decoder's last layer."""
-        return self.decoder.conv_out
-
     def decays(
         self,
         name: str,

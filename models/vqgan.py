@@ -47,16 +47,6 @@ class VQGAN(
         self.post_quant_conv = nn.Conv2d(dim, latent_channels, 1)
         self.decoder = Decoder(self.config)
 
-    @property
-    def in_channels(self) -> int:
-        """Channels of an image."""
-        return self.config.in_channels
-
-    @property
-    def last_layer(self) -> nn.Conv2d:
-        """The decoder's last convolution, at which adversarial training balances its losses."""
-        return self.decoder.conv_out
-
     def _encoded(
         self,
         images: Tensor,  # [B, in_channels, H, W]

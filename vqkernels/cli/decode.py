@@ -11,8 +11,9 @@ import torch
 from vqkernels.models import CodesFile, open_codes
 from vqkernels.models.code_files import level_folders
 from vqkernels.models.data import to_picture
+from vqkernels.models.levels import CodedModel
 
-from .loading import CodedModel, choose_device, load_coded
+from .loading import choose_device, load_coded
 from .options import DecodeConfig
 from .terminal import make_console, quiet_libraries, tracked
 

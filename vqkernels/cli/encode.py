@@ -15,11 +15,12 @@ from vqkernels.models import CodesWriter, list_images, open_codes
 from vqkernels.models.code_files import level_folders
 from vqkernels.models.crops import batches
 from vqkernels.models.data import centre_crop, open_image, to_tensor
+from vqkernels.models.levels import CodedModel
 from vqkernels.models.metrics import bits_per_pixel, code_usage
 from vqkernels.models.validation import crop_to_multiple
 from vqkernels.nn import frozen_codebook
 
-from .loading import CodedModel, choose_device, load_coded, report_skipped
+from .loading import choose_device, load_coded, report_skipped
 from .options import EncodeConfig
 from .terminal import make_console, make_table, quiet_libraries, tracked
 

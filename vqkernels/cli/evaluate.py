@@ -13,7 +13,7 @@ from torch import Tensor
 from vqkernels._version import __version__
 from vqkernels.models import EvaluationOptions, EvaluationReport, ImageModel, evaluate_files
 from vqkernels.models.checkpoint import write_text_atomically
-from vqkernels.models.evaluation import has_codes
+from vqkernels.models.levels import CodedModel
 from vqkernels.models.pictures import code_colours
 from vqkernels.models.quantizer import code_table
 
@@ -35,7 +35,7 @@ def code_pictures(
 ) -> list[list[Tensor]]:  # uint8 [h, w, 3] for every map of every example
     """The coloured codes of the worst examples, then of the best: one colour for a code in all of them."""
     shown = [*report.worst, *report.best]
-    if not has_codes(model) or not shown:
+    if not isinstance(model, CodedModel) or not shown:
         return [[] for _ in shown]
     device, columns = next(model.parameters()).device, []
     for number, each in enumerate(model.maps.values()):

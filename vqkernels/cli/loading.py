@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from vqkernels.models import HierarchicalVQVAE, ImageModel, ImageTokenizer, load_pretrained
+from vqkernels.models import ImageModel, ImageTokenizer, load_pretrained
 from vqkernels.models.data import list_images
+from vqkernels.models.levels import CodedModel
 from vqkernels.models.validation import crop_to_multiple
-
-CodedModel: TypeAlias = ImageTokenizer | HierarchicalVQVAE  # its `levels` are the maps of its codes
 
 HUB = "hf://"
 MOST_NAMED = 5  # unreadable files on the screen
@@ -60,7 +58,7 @@ def load_coded(folder: str, device: torch.device) -> CodedModel:
         ValueError: the files there are not those of a model of this package, or it has no codes.
     """
     model = load_model(folder, device)
-    if not isinstance(model, ImageTokenizer | HierarchicalVQVAE):
+    if not isinstance(model, CodedModel):
         raise ValueError(f"{folder}: expected a model with codes, got a {type(model).__name__}, which has none")
     return model
 

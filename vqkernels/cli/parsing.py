@@ -19,7 +19,7 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from vqkernels.models.config_reader import from_dict
+from vqkernels.models.config_reader import from_dict, kinds
 
 Config = TypeVar("Config")
 
@@ -174,7 +174,7 @@ def _narrowed(config: type, words: list[str], prefix: str = "") -> type:
         hint, place = hints[entry.name], f"{prefix}{entry.name}"
         chosen = hint
         if isinstance(hint, types.UnionType) and all(map(dataclasses.is_dataclass, typing.get_args(hint))):
-            choices = {each.kind: each for each in typing.get_args(hint)}
+            choices = kinds(typing.get_args(hint))
             kind = _asked_kind(words, f"{place}.kind")
             if kind is not None and kind not in choices:
                 raise ValueError(f"{place}.kind: expected one of {', '.join(choices)}, got {kind!r}")

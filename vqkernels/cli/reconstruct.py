@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vqkernels.models import HierarchicalVQVAE, ImageModel, ImageTokenizer
+from vqkernels.models import ImageModel
 from vqkernels.models.data import load_image, to_picture
-from vqkernels.models.levels import CodeLevel, total_bits
+from vqkernels.models.levels import CodedModel, CodeLevel, total_bits
 from vqkernels.models.metrics import psnr, ssim
 from vqkernels.models.pictures import comparison_of_maps, pairs
 from vqkernels.models.similarity import WINDOW
@@ -78,7 +78,7 @@ def reconstruct_image(
     else:
         note = f"{_size(image)} cropped to {_size(fitted)}"
     batch, levels = fitted[None].to(device), []
-    if isinstance(model, ImageTokenizer | HierarchicalVQVAE):
+    if isinstance(model, CodedModel):
         codes: Any = model.encode(batch)
         decoded, levels = model.decode(codes).cpu(), model.levels(codes)
     else:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import as_tokens, check_choice, check_mask, check_tokens, define, promoted, run
-from .nearest import METRICS
+from ._library import define, run
+from .nearest_tokens import column_arguments
 
 Both = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -62,11 +62,5 @@ def nearest_both(
     Zen 4 (AVX2) that is 25 against 48 ms for N, K, D = 4096, 1024, 256; 45 against 75 ms for 4096, 8192, 64; 22 against
     27 ms for 4096, 16384, 8. Extra memory is O((N + K) D), and O(K) a thread; no N x K array is formed.
     """
-    check_choice("metric", metric, METRICS)
-    check_tokens(x, codebook)
-    if mask is not None:
-        check_mask(mask, x.shape[:-1], x.device)
-        mask = as_tokens(mask[..., None])[..., 0]
-    tokens = as_tokens(promoted(x.detach(), codebook))  # [B, T, D]
-    codes, distance, *columns = _nearest_both(tokens, codebook.detach(), mask, metric)
+    codes, distance, *columns = _nearest_both(*column_arguments(x, codebook, mask, metric), metric)
     return codes.view(x.shape[:-1]), distance.view(x.shape[:-1]), columns[0], columns[1]

@@ -30,6 +30,21 @@ _nearest_tokens = define(
 )
 
 
+def column_arguments(
+    x: Tensor,  # [..., D]
+    codebook: Tensor,  # [K, D]
+    mask: Tensor | None,  # bool [...]
+    metric: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # [B, T, D], [K, D], bool [B, T]
+    """What an op that searches columns is given, checked."""
+    check_choice("metric", metric, METRICS)
+    check_tokens(x, codebook)
+    if mask is not None:
+        check_mask(mask, x.shape[:-1], x.device)
+        mask = as_tokens(mask[..., None])[..., 0]
+    return as_tokens(promoted(x.detach(), codebook)), codebook.detach(), mask
+
+
 def nearest_tokens(
     x: Tensor,  # [..., D]
     codebook: Tensor,  # [K, D]
@@ -61,10 +76,4 @@ def nearest_tokens(
     Extra memory is O((N + K) D); no N x K array is formed, and nothing waits for the device. Where the codes of the
     tokens are wanted too, ``nearest_both`` finds both in one sweep on CPU.
     """
-    check_choice("metric", metric, METRICS)
-    check_tokens(x, codebook)
-    if mask is not None:
-        check_mask(mask, x.shape[:-1], x.device)
-        mask = as_tokens(mask[..., None])[..., 0]
-    tokens = as_tokens(promoted(x.detach(), codebook))  # [B, T, D]
-    return _nearest_tokens(tokens, codebook.detach(), mask, metric)
+    return _nearest_tokens(*column_arguments(x, codebook, mask, metric), metric)
