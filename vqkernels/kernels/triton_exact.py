@@ -76,6 +76,23 @@ def tile_scores(
 
 
 @triton.jit
+def with_lowest(
+    best,  # float64 scalar, as are the scores
+    second,
+    code,  # int32 scalar
+    codes,  # [BLOCK_K] int32
+    score,  # [BLOCK_K] float64
+):
+    """The least score so far, the least of any other code, and whose the first is, a tile of codes later."""
+    low = tl.min(score, 0)
+    first = tl.min(tl.where(score == low, codes, NO_CODE), 0)
+    others = tl.min(tl.where(codes == first, float("inf"), score), 0)
+    second = tl.minimum(tl.maximum(best, low), tl.minimum(second, others))
+    code = tl.where(low < best, first, code)
+    return tl.minimum(best, low), second, code
+
+
+@triton.jit
 def scan(
     x_ptr,  # [B, T, D]
     codebook_ptr,  # [K, D]
@@ -99,12 +116,7 @@ def scan(
         score = tile_scores(
             x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, codes, K, D, COSINE, GRANULE, BLOCK_K, BLOCK_D
         )
-        low = tl.min(score, 0)
-        first = tl.min(tl.where(score == low, codes, NO_CODE), 0)
-        others = tl.min(tl.where(codes == first, float("inf"), score), 0)
-        second = tl.minimum(tl.maximum(best, low), tl.minimum(second, others))
-        code = tl.where(low < best, first, code)
-        best = tl.minimum(best, low)
+        best, second, code = with_lowest(best, second, code, codes, score)
     return best, second, code
 
 

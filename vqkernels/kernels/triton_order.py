@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .triton_arithmetic import compare_codes, row_dot
 from .triton_common import row_offsets
-from .triton_exact import NO_CODE, TIE_COSINE, UNIT64, differ_from, exact_cosine, not_farther
+from .triton_exact import NO_CODE, TIE_COSINE, UNIT64, differ_from, exact_cosine, not_farther, with_lowest
 from .triton_finish import score_codes
 
 PLACES = tl.constexpr(16)  # of those taken, looked at in one step
@@ -93,12 +93,7 @@ def scan_left(
     code = tl.full([], 0, tl.int32)
     for start in range(0, places[2], BLOCK_K):
         codes, score = left_over(token, places, start, taken, D, COSINE, BLOCK_K, BLOCK_D)
-        low = tl.min(score, 0)
-        first = tl.min(tl.where(score == low, codes, NO_CODE), 0)
-        others = tl.min(tl.where(codes == first, float("inf"), score), 0)
-        second = tl.minimum(tl.maximum(best, low), tl.minimum(second, others))
-        code = tl.where(low < best, first, code)
-        best = tl.minimum(best, low)
+        best, second, code = with_lowest(best, second, code, codes, score)
     return best, second, code
 
 
