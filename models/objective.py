@@ -146,17 +146,18 @@ class Objective:
         self.is_perceptual, self.is_adversarial = True, self.critic is not None
         self.names = (*PARTS, *model.figure_names, *(() if self.critic is None else ADVERSARIAL_PARTS))
 
-    def begin(self, step: int, share: float) -> None:
-        """Says which losses the next step has.
+    def begin(self, step: int, share: float) -> bool:
+        """Says which losses the next step has; returns whether that changes them.
 
         Args:
             step: its number, from 0.
             share: how much of the run is done, 0 to 1; the same on all processes.
         """
-        settings = self.config.discriminator
+        settings, before = self.config.discriminator, (self.is_perceptual, self.is_adversarial)
         self.is_perceptual = share >= self.config.perceptual_start
         begun = step >= settings.start_step and share >= settings.start_share
         self.is_adversarial = self.critic is not None and begun
+        return before != (self.is_perceptual, self.is_adversarial)
 
     def _precision(self) -> AbstractContextManager[Any]:
         return nullcontext() if self.config.mixed_precision == "no" else self.accelerator.autocast()

@@ -143,6 +143,11 @@ class Trainer:
         self.guard = FiniteGuard(config, self.names, self.accelerator.scaler, self.device)
         self.sampled_at, self.alarmed = -1, False
         state = self._restore() if config.resume else None
+        if self.is_main:
+            self.held_out = HeldOut(
+                config.validation, config.data, config.image_size, self.raw_model.factor, self.data.files
+            )
+        # the first thing that writes, after most that can be wrong with the options
         self.log = RunLog(self.output, self.step) if self.is_main else None
         if self.log is not None:
             for line in self.log.history:
@@ -150,9 +155,6 @@ class Trainer:
             save_config(config, self.output / "config.yaml")
             if (self.output / "samples" / f"step-{self.step:08d}.png").exists():
                 self.sampled_at = self.step  # by the run before it was stopped
-            self.held_out = HeldOut(
-                config.validation, config.data, config.image_size, self.raw_model.factor, self.data.files
-            )
         self.batches = self._batches()
         self._warm_up()
         if state is not None:  # last, as what is built above may draw random numbers
@@ -171,7 +173,6 @@ class Trainer:
                 raise FileExistsError(
                     f"output {str(self.output)!r} already holds a run; resume or overwrite it, or name another folder"
                 )
-            (self.output / "checkpoints").mkdir(parents=True, exist_ok=True)
         self.accelerator.wait_for_everyone()
         if self.config.trackers:
             self.accelerator.init_trackers("vqkernels", config={"config": str(to_dict(self.config))})
@@ -327,7 +328,6 @@ class Trainer:
         self.rate = learning_rate_at(self.config, self.step, share)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
-        self.objective.begin(self.step, share)
         micro_batches = self.config.gradient_accumulation
         with ExitStack() as stack:
             if micro_batches > 1:
@@ -426,9 +426,12 @@ class Trainer:
         """Trains to the end of the steps or of the time budget, and saves the model."""
         self.model.train()
         share, saved_at = self._share_done(), self.step
+        self.objective.begin(self.step, share)
         while share < 1:
             self._train_step(share)
-            if self._every(self.config.log_every):
+            share = self._share_done()
+            # a line ends where a loss begins, so that none mixes steps with it and steps without
+            if self.objective.begin(self.step, share) or self._every(self.config.log_every):
                 self._log_window()
             if self._every(self.config.sample_every):
                 self._sample()
@@ -437,13 +440,18 @@ class Trainer:
             if self._every(self.config.checkpoint_every):
                 self._save_checkpoint()
                 saved_at = self.step
-            share = self._share_done()
             self._report(share)
         return self._finish(saved_at)
 
     def _finish(self, saved_at: int) -> TrainResult:
         seconds = self._seconds()
         self._log_window()
+        if self.is_main and self.step < self.config.warmup_steps:
+            warnings.warn(
+                f"the run ended at step {self.step} of warmup_steps {self.config.warmup_steps}, so its learning rate "
+                f"never reached {self.config.learning_rate:g}",
+                stacklevel=3,
+            )
         if saved_at != self.step or self.step == 0:
             self._save_checkpoint()
         self._sample()

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 
+# each of xdist's processes its share of the cores, as more threads wait for each other; read where torch is imported
+os.environ.setdefault(
+    "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+)
+
 import torch
 
 HAS_CUDA = torch.cuda.is_available()

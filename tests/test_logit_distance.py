@@ -248,7 +248,8 @@ def test_the_objective_adds_its_weighted_distances():
 
 
 def test_a_run_by_random_features_says_so_in_its_log_and_once_on_the_screen(tiny, pictures, tmp_path):
-    config = small_run(pictures, tmp_path / "run", logit_weight=0.1, logit_network="resnet50", perceptual_weight=0.1)
+    losses = {"logit_weight": 0.1, "logit_network": "resnet50", "perceptual_weight": 0.1}
+    config = small_run(pictures, tmp_path / "run", warmup_steps=0, **losses)
     with pytest.warns(UserWarning, match="random features, as no weight file is given") as seen:
         result = train(config)
     assert sorted(str(each.message).split(":")[0] for each in seen) == ["logit_distance", "perceptual"]

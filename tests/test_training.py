@@ -238,6 +238,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_by_mistake(pictures, undisturb
     (output / "notes.txt").write_text("mine")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train(small_run(tmp_path / "nowhere", output))
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]  # what fails at its start leaves nothing
     train(small_run(pictures, output, steps=1))
     train(small_run(pictures, output, steps=2, overwrite=True))
     assert (output / "notes.txt").exists()
@@ -327,6 +328,11 @@ def test_learning_rate_warms_up_and_ends_low():
     assert max(rates) == rates[9]
     assert rates[50] == pytest.approx(0.55)
     assert rates[100] == pytest.approx(0.1)
+
+
+def test_a_run_that_ends_in_its_warm_up_says_so(pictures, tmp_path):
+    with pytest.warns(UserWarning, match=r"ended at step 2 of warmup_steps 5, so its learning rate never reached"):
+        train(small_run(pictures, tmp_path / "run", steps=2, warmup_steps=5))
 
 
 def test_bfloat16_trains_and_half_needs_a_gpu(pictures, tmp_path):

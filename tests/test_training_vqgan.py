@@ -65,6 +65,28 @@ def test_the_losses_begin_at_their_share_of_the_run(pictures, tmp_path):
     assert len(np.unique(np.asarray(picture).reshape(-1, 3 if picture.mode == "RGB" else 4), axis=0)) > 50
 
 
+def test_no_line_of_the_log_mixes_steps_with_a_loss_and_without(pictures, tmp_path):
+    """One ends where a loss begins, and holds the means of its own steps; in a run that goes on from there, too."""
+    critic = DiscriminatorConfig(kind="patch", channels=8, layers=1, start_share=0.5)
+    changes = {"perceptual_weight": 0.1, "perceptual_start": 0.3, "discriminator": critic}
+
+    def lines(log_every: int, **options) -> list[dict]:
+        config = run_of(pictures, tmp_path / str(log_every), log_every=log_every, **changes, **options)
+        return [line for line in train(config).history if "loss" in line]
+
+    steps, sparse = lines(1), lines(4, checkpoint_every=2, keep_checkpoints=9)
+    assert [line["step"] for line in sparse] == [2, 3, 4, 6]
+    for line, before in zip(sparse, [0, 2, 3, 4], strict=True):
+        own = steps[before : line["step"]]
+        for name in ("loss", "l1", "perceptual", "discriminator_loss", "grad_norm"):
+            assert line[name] == pytest.approx(sum(each[name] for each in own) / len(own), rel=1e-5), (name, line)
+    for file in (tmp_path / "4" / "checkpoints").glob("step-*.pt"):
+        if file.name > "step-00000002.pt":
+            file.unlink()
+    resumed = lines(4, resume=True)
+    assert [(line["step"], line["loss"]) for line in resumed] == [(line["step"], line["loss"]) for line in sparse]
+
+
 def test_curves_show_only_what_was_logged(tmp_path):
     history = [{"step": 10 * step, "psnr": 10.0 + step, "l1": 1 / step, "adaptive_weight": 0.0} for step in range(1, 9)]
     draw_curves(history, tmp_path / "some.png")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vqkernels.models import ImageModel, ImageTokenizer, load_pretrained
 from vqkernels.models.data import list_images
+from vqkernels.models.image_model import CONFIG_FILE, model_folder
 from vqkernels.models.levels import CodedModel
 from vqkernels.models.validation import crop_to_multiple
 
@@ -42,10 +43,10 @@ def load_model(folder: str, device: torch.device) -> ImageModel:
     """
     if folder.startswith(HUB):
         return load_pretrained(folder.removeprefix(HUB)).to(device).eval()
-    path = Path(folder, "model") if Path(folder, "model").is_dir() else Path(folder)
-    if not path.is_dir():
+    if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder}: expected a folder with a model, found none of that name")
-    if not (path / "config.json").is_file():
+    path = model_folder(Path(folder))
+    if not (path / CONFIG_FILE).is_file():
         raise FileNotFoundError(f"{folder}: expected a folder with config.json and model.safetensors, or a run folder")
     return load_pretrained(path).to(device).eval()
 

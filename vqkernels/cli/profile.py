@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,23 @@ from .terminal import make_console, make_table, quiet_libraries
 PAGE, NUMBERS, TRACE = "report.html", "report.json", "trace.json.gz"
 
 
-def _profile(config: ProfileConfig, device: torch.device, folder: Path, threads: int) -> dict[str, Any]:
-    """The whole document."""
+def _profile(
+    config: ProfileConfig, device: torch.device, folder: Path, threads: int, say: Callable[[str], object]
+) -> dict[str, Any]:
+    """The whole document; tells `say` what it is at."""
     training = None
     if config.training is not None:
         from .profile_training import profile_training  # needs the [train] extra
 
+        say("running training steps")
         training, trace, subject = profile_training(config, device, folder / TRACE)
     else:
         subject = make_subject(config, device)
         trace = _trace_kernels(subject, folder / TRACE)
+    say("measuring every kernel, and the peaks of this machine")
     rounds = config.kmeans_iterations or 0
     document = measure_subject(subject, seconds=config.seconds, threads=threads, kmeans_iterations=rounds)
+    say("measuring memory")
     memory = measure_memory(subject, threads)
     return {**document, "memory": memory, "training": training, "trace": {"file": TRACE, **trace}}
 
@@ -91,7 +97,7 @@ def run(config: ProfileConfig) -> None:
     """Measures, writes the three files and prints the essence."""
     console, device, folder = make_console(), choose_device(config.device), Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
-    with quiet_libraries(), fixed_threads(_threads(config)) as threads, console.status("measuring"):
-        document = _profile(config, device, folder, threads)
+    with quiet_libraries(), fixed_threads(_threads(config)) as threads, console.status("making the input") as status:
+        document = _profile(config, device, folder, threads, status.update)
     write_report(document, folder)
     _print(console, document, folder)
