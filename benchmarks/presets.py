@@ -29,7 +29,11 @@ TIMES_FAISS = {  # at its best setting
     "64,262144,256": 1.5,
     "16384,512,64": 1.5,
 }
-LARGE = ("1024,16384,256", "4096,8192,64")  # bound by arithmetic: (64,262144,256) reads a codebook for 64 tokens
+LARGE = {
+    "1024,16384,256": OURS,
+    "4096,8192,64": OURS,
+    "64,262144,256": PREPARED,
+}  # else a codebook is read for 64 tokens
 PERCENT_OF_INT16 = 85.0
 STEP, LONG_STEP = "4096,16384,8", "131072,16384,8"
 SIGNS, LARGE_CODEBOOK = "1024,262144,18", "1024,262144,256"
@@ -123,17 +127,25 @@ _PEERS_MEMORY = BenchConfig(  # at a size that the others' N x K arrays fit into
     threads=[2],
     measure="memory",
 )
-_CPU = Preset(
-    configs=(
-        *(_beside_faiss("normal"), _CHANGING, _beside_faiss("kmeans"), _EVERYBODY, _QUANTIZE, _STEP),
-        *(_EMA, _MEMORY, _PEERS_MEMORY, _ENTROPY, _ENTROPY_MEMORY),
-    ),
+_SEARCH = Preset(
+    configs=(_beside_faiss("normal"), _CHANGING, _beside_faiss("kmeans"), _EVERYBODY),
     goals=(
-        *(Goal("search", shape, baseline="faiss", at_least=times) for shape, times in TIMES_FAISS.items()),
         *(
-            Goal("search", shape, percent_of="int16", at_least=PERCENT_OF_INT16, threads=1) for shape in LARGE
-        ),  # of a core
+            Goal("search", shape, provider, baseline="faiss", at_least=times)
+            for provider in (OURS, PREPARED)
+            for shape, times in TIMES_FAISS.items()
+        ),
+        *(
+            Goal("search", shape, provider, percent_of="int16", at_least=PERCENT_OF_INT16, threads=1)  # of a core
+            for shape, provider in LARGE.items()
+        ),
         *(Goal("search", shape, baseline="torch-cdist", at_least=3.0) for shape in _EVERYBODY.shape[1:]),
+    ),
+)
+_CPU = Preset(
+    configs=(*_SEARCH.configs, _QUANTIZE, _STEP, _EMA, _MEMORY, _PEERS_MEMORY, _ENTROPY, _ENTROPY_MEMORY),
+    goals=(
+        *_SEARCH.goals,
         *(
             Goal("train-step", shape, baseline="vector-quantize-pytorch", at_least=times)
             for shape, times in TIMES_LUCIDRAINS.items()
@@ -217,7 +229,10 @@ _KMEANS = Preset(
     goals=(Goal("kmeans", KMEANS, baseline="faiss", at_least=2.0),),
 )
 
-PRESETS = {"cpu": _CPU, "kmeans": _KMEANS, "data": _DATA, "avx2": _AVX2, "worst": _WORST, "h200": _H200}
+PRESETS = {
+    **{"cpu": _CPU, "search": _SEARCH, "kmeans": _KMEANS, "data": _DATA, "avx2": _AVX2, "worst": _WORST},
+    "h200": _H200,
+}
 
 
 def preset_configs(name: str, base: BenchConfig) -> list[BenchConfig]:

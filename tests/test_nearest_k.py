@@ -35,9 +35,14 @@ def place(request: pytest.FixtureRequest):
         yield device
 
 
+def interpreted() -> bool:
+    """Whether the backend in force is Triton's interpreter, which takes its time."""
+    return requested_backend() == "triton" and not HAS_CUDA
+
+
 def few(x: torch.Tensor) -> torch.Tensor:  # [N, D] -> [n, D]
     """As many as the oracle answers where the interpreter runs; all of them elsewhere."""
-    return x[:TOKENS] if requested_backend() == "triton" and not HAS_CUDA else x
+    return x[:TOKENS] if interpreted() else x
 
 
 def truth(case: Case, k: int, metric: str) -> tuple[torch.Tensor, torch.Tensor]:  # [n, k] each
@@ -66,9 +71,10 @@ def test_the_codes_are_the_true_ones_in_order(place: str, metric: str, case: Cas
     assert torch.equal(codes[:TOKENS], true)
     absolute = 2.0**-46 if metric == "cosine" else 0.0
     torch.testing.assert_close(distance[:TOKENS], true_distance, rtol=2.0**-22, atol=absolute, equal_nan=True)
-    first, first_distance = (found.cpu() for found in vq.nearest(x, codebook, metric=metric))
-    assert torch.equal(codes[:, 0], first)
-    torch.testing.assert_close(distance[:, 0], first_distance, rtol=2.0**-22, atol=absolute, equal_nan=True)
+    if len(x) > TOKENS:  # beyond those of the oracle
+        first, first_distance = (found.cpu() for found in vq.nearest(x, codebook, metric=metric))
+        assert torch.equal(codes[:, 0], first)
+        torch.testing.assert_close(distance[:, 0], first_distance, rtol=2.0**-22, atol=absolute, equal_nan=True)
     ascending = distance.diff(dim=1)
     assert ((ascending >= 0) | ascending.isnan()).all()
 
@@ -107,7 +113,7 @@ def test_thousands_of_codes_on_every_instruction_set(monkeypatch, isa: str, case
 def test_all_codes_in_order(place: str, metric: str):
     x, codebook = few(randn(20, 6)), randn(40, 6, seed=1)
     codebook[20:] = codebook[:20].clone()  # all of them twice
-    for k in (1, 39, 40):
+    for k in (40,) if interpreted() else (1, 39, 40):
         codes = vq.nearest_k(x.to(place), codebook.to(place), k, metric=metric)[0].cpu()
         assert torch.equal(codes[:TOKENS], truth(Case("", x, codebook), k, metric)[0])
     assert torch.equal(codes.sort(dim=1).values, torch.arange(40).expand(len(x), 40))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from requirements import skip_or_fail
 
 import vqkernels as vq
 from vqkernels import _extension
@@ -70,9 +71,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the installed package keeps its compiled library."""
-    return tmp_path_factory.mktemp("cache")
+def cache() -> Path:
+    """Where the checkout keeps its compiled library. Its name is a digest of the sources, so that an installed package
+    finds it there if, and only if, it holds the same ones."""
+    if (reason := _extension.cpu_library()) is not None:
+        skip_or_fail("compiled", reason)
+    if _extension._prebuilt() is not None:
+        pytest.skip("the library is part of this installation")
+    return _extension.cache_folder()
 
 
 def _run(code: str, site: Path, cache: Path, path: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -80,7 +86,7 @@ def _run(code: str, site: Path, cache: Path, path: str | None = None) -> subproc
     env = {key: value for key, value in os.environ.items() if key not in drop}
     env |= {"PYTHONPATH": str(site), "VQKERNELS_CACHE": str(cache), "PATH": path or os.environ["PATH"]}
     command = [sys.executable, "-c", code.format(target=str(site))]
-    return subprocess.run(command, cwd=cache, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=site.parent, env=env, capture_output=True, text=True, check=False)
 
 
 def test_the_wheel_holds_the_sources_and_nothing_compiled(installed: Path):
@@ -93,7 +99,10 @@ def test_the_wheel_holds_the_sources_and_nothing_compiled(installed: Path):
 
 
 def test_a_wheel_with_the_library_inside_needs_no_compiler(tmp_path: Path):
-    wheel, site = _install(tmp_path, VQKERNELS_PREBUILD="1")
+    quick = tmp_path / "quick-c++"  # which does not optimise: what is looked at is the wheel
+    quick.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
+    quick.chmod(0o755)
+    wheel, site = _install(tmp_path, VQKERNELS_PREBUILD="1", CXX=str(quick))
     assert "cp310-abi3" in wheel.name
     done = _run(ROUND_TRIP, site, tmp_path, path=str(tmp_path))
     assert done.returncode == 0, done.stderr
@@ -108,8 +117,8 @@ def test_the_console_script_runs(installed: Path, cache: Path):
     assert os.access(installed / "bin" / "vqkernels", os.X_OK)
 
 
-def test_it_works_away_from_the_checkout(installed: Path, cache: Path):
-    done = _run(ROUND_TRIP, installed, cache)
+def test_it_works_away_from_the_checkout(installed: Path, cache: Path, tmp_path: Path):
+    done = _run(ROUND_TRIP, installed, cache, path=str(tmp_path))  # where no compiler is
     assert done.returncode == 0, done.stderr
     assert "compiled   runs here  <- chosen" in done.stdout
 
