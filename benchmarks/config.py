@@ -70,7 +70,7 @@ class BenchConfig:
     json: str | None = None
     """write the whole result to this file"""
     preset: str | None = None
-    """a named set of benchmarks instead of the options above: cpu | kmeans | data | avx2 | worst | h200"""
+    """a named set of benchmarks instead of the options above: cpu | search | kmeans | data | avx2 | worst | h200"""
 
     def __post_init__(self) -> None:
         for name, allowed in _choices().items():

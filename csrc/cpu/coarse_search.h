@@ -42,7 +42,7 @@ constexpr int64_t CROWD = 4096;              // candidates that the float64 pass
 constexpr int MOST_ROWS = 16;                // of a tile
 constexpr float LARGEST_SQUARE = 0x1p80f;    // of a token's norm; the float64 pass takes larger ones
 constexpr double MIXED_NORMS = 4.0;  // the largest norm over the least, from which on tokens are sorted
-constexpr int64_t PREFETCHED = 4;    // tokens whose candidates are asked of the memory ahead of time
+constexpr int64_t PREFETCHED = 8;    // tokens whose candidates are asked of the memory ahead of time
 constexpr int64_t PREFETCHED_BYTES = 1024;    // of each code
 constexpr int64_t CACHED_BYTES = 512 * 1024;  // of a codebook that needs no such help
 

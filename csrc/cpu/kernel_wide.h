@@ -154,25 +154,27 @@ void pack_wide_token(const float* token,  // [D]
   *bound = {1.0, norm, residual, 0.0};
 }
 
-inline DoubleHalf widen(DoubleHalf v) { return v; }
+// The unit's own conversion where it has one: GCC 12 makes two halves of what it converts to 64 bytes.
+template <class U>
+inline DoubleHalf widen(DoubleHalf v) {
+  return v;
+}
+template <class U>
 inline DoubleHalf widen(FloatHalf v) {
-#if defined(__AVX512F__)
-  return (DoubleHalf)_mm512_cvtps_pd((__m256)v);  // GCC 12 makes two halves of the conversion
-#else
+  if constexpr (requires { typename U::Narrow; }) return (DoubleHalf)U::widen((typename U::Narrow)v);
   return __builtin_convertvector(v, DoubleHalf);
-#endif
 }
 
-template <class Code>
+template <class U, class Code>
 inline DoubleHalf load_wide(const Code* p) {
   typedef Code Half __attribute__((vector_size(8 * sizeof(Code))));
-  return widen(load_vector<Half>(p));
+  return widen<U>(load_vector<Half>(p));
 }
 
-template <class Code>
+template <class U, class Code>
 inline DoubleHalf load_wide_part(const Code* p, int64_t width) {
   typedef Code Half __attribute__((vector_size(8 * sizeof(Code))));
-  return widen(load_part<Half>(p, width));
+  return widen<U>(load_part<Half>(p, width));
 }
 
 template <bool DIFFERENCE>
@@ -182,7 +184,7 @@ inline DoubleHalf term(DoubleHalf x, DoubleHalf c) {
 }
 
 // sum_d (x - c)^2, or sum_d x * c, of COUNT codes side by side.
-template <class Code, bool DIFFERENCE, int COUNT>
+template <class U, class Code, bool DIFFERENCE, int COUNT>
 inline void reduce_together(const Code* x, const Code* const (&codes)[COUNT], int64_t dim, double* out) {
   constexpr int64_t HALF = 8;
   DoubleHalf sums[COUNT];
@@ -190,20 +192,21 @@ inline void reduce_together(const Code* x, const Code* const (&codes)[COUNT], in
   for (int i = 0; i < COUNT; ++i) sums[i] = DoubleHalf{};
   int64_t d = 0;
   for (; d + HALF <= dim; d += HALF) {
-    const DoubleHalf token = load_wide(x + d);
+    const DoubleHalf token = load_wide<U>(x + d);
 #pragma GCC unroll 4
-    for (int i = 0; i < COUNT; ++i) sums[i] += term<DIFFERENCE>(token, load_wide(codes[i] + d));
+    for (int i = 0; i < COUNT; ++i) sums[i] += term<DIFFERENCE>(token, load_wide<U>(codes[i] + d));
   }
   if (d < dim) {
-    const DoubleHalf token = load_wide_part(x + d, dim - d);
+    const DoubleHalf token = load_wide_part<U>(x + d, dim - d);
 #pragma GCC unroll 4
-    for (int i = 0; i < COUNT; ++i) sums[i] += term<DIFFERENCE>(token, load_wide_part(codes[i] + d, dim - d));
+    for (int i = 0; i < COUNT; ++i)
+      sums[i] += term<DIFFERENCE>(token, load_wide_part<U>(codes[i] + d, dim - d));
   }
 #pragma GCC unroll 4
   for (int i = 0; i < COUNT; ++i) out[i] = sum_of(sums[i]);
 }
 
-template <class Code, bool DIFFERENCE>
+template <class U, class Code, bool DIFFERENCE>
 void reduce_rows(const Code* x,          // [D]
                  const Code* rows,       // [K, D]
                  const int64_t* chosen,  // [count], or null for the first `count`
@@ -213,11 +216,11 @@ void reduce_rows(const Code* x,          // [D]
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) {
     const Code* const codes[4] = {row(i), row(i + 1), row(i + 2), row(i + 3)};
-    reduce_together<Code, DIFFERENCE, 4>(x, codes, dim, out + i);
+    reduce_together<U, Code, DIFFERENCE, 4>(x, codes, dim, out + i);
   }
   for (; i < count; ++i) {
     const Code* const code[1] = {row(i)};
-    reduce_together<Code, DIFFERENCE, 1>(x, code, dim, out + i);
+    reduce_together<U, Code, DIFFERENCE, 1>(x, code, dim, out + i);
   }
 }
 
@@ -235,10 +238,10 @@ constexpr KernelTable make_table(const char* name, const CoarsePass* float32, co
           int16,
           measure_rows,
           hash_words<U>,
-          reduce_rows<float, true>,
-          reduce_rows<double, true>,
-          reduce_rows<float, false>,
-          reduce_rows<double, false>};
+          reduce_rows<U, float, true>,
+          reduce_rows<U, double, true>,
+          reduce_rows<U, float, false>,
+          reduce_rows<U, double, false>};
 }
 
 }  // namespace

@@ -68,6 +68,8 @@ struct Unit {
   static Words product_of_halves(Words word) {
     return (Words)_mm512_mul_epu32((__m512i)word, _mm512_srli_epi64((__m512i)word, 32));
   }
+  using Narrow = __m256;
+  static __m512d widen(Narrow v) { return _mm512_cvtps_pd(v); }
 };
 
 }  // namespace
