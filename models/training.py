@@ -443,6 +443,13 @@ class Trainer:
             self._report(share)
         return self._finish(saved_at)
 
+    def end(self) -> None:
+        """Ends the process group, after DistributedDataParallel's wrapper: where that is the last to hold the group, it
+        waits for gloo's thread and keeps the GIL meanwhile, which that thread may be waiting for."""
+        self.model = self.raw_model
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
     def _finish(self, saved_at: int) -> TrainResult:
         seconds = self._seconds()
         self._log_window()
@@ -491,5 +498,5 @@ def train(
     with process_settings(config):
         trainer = Trainer(dataclasses.replace(config), progress)
         result = trainer.run()
-        trainer.accelerator.end_training()
+        trainer.end()
         return result

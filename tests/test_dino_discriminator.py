@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 import pickle
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,7 +16,8 @@ from PIL import Image
 from published_networks import dino_features, dino_layout, random_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vqkernels.models import QuantizerConfig, TrainConfig, VQVAEConfig, dino, dino_discriminator, save_config, train
+from two_ranks import train_with_two_ranks
+from vqkernels.models import QuantizerConfig, TrainConfig, VQVAEConfig, dino, dino_discriminator, train
 from vqkernels.models.checkpoint import load_newest
 from vqkernels.models.config import DiscriminatorConfig, from_dict
 from vqkernels.models.dino import Block, DinoBackbone, make_backbone
@@ -28,7 +26,6 @@ from vqkernels.models.discriminator import make_discriminator
 from vqkernels.models.objective import Critic
 
 SIDE, PATCH, WIDTH, DEPTH, HEADS = 32, 16, 8, 12, 2  # of the small backbone: a 2 x 2 grid of tokens
-SINGLE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -381,25 +378,18 @@ def test_heads_learn_although_statistics_are_taken_out(tiny):
     assert sum(gaps[-10:]) / 10 > 0.5
 
 
-TWO = """
-import functools, sys
-from vqkernels.models import dino, dino_discriminator, load_config, train
+TINY = """
+import functools
+from vqkernels.models import dino, dino_discriminator
 dino.DinoBackbone = functools.partial(dino.DinoBackbone, width=8, depth=12, heads=2, side=32)
 dino_discriminator.VIRTUAL_BATCH = 2
-train(load_config(sys.argv[1]))
 """
 
 
 def test_two_processes_equal_one_with_the_joined_batch(tiny, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(dino_discriminator, "VIRTUAL_BATCH", 2)  # one rank's images
     train(small_run(pictures, tmp_path / "alone", batch_size=4, critic={"crop": 0.0}))
-    config = small_run(pictures, tmp_path / "both", batch_size=2, critic={"crop": 0.0})
-    save_config(config, tmp_path / "config.yaml")
-    (tmp_path / "two.py").write_text(TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [*launch, str(tmp_path / "two.py"), str(tmp_path / "config.yaml")]
-    found = subprocess.run(words, env=SINGLE_THREAD, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr[-3000:]
+    train_with_two_ranks(small_run(pictures, tmp_path / "both", batch_size=2, critic={"crop": 0.0}), tmp_path, TINY)
     one, two = (load_newest(tmp_path / name / "checkpoints")["discriminator"]["network"] for name in ("alone", "both"))
     assert one.keys() == two.keys()
     for name, value in one.items():

@@ -5,16 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from two_ranks import train_with_two_ranks
 from vqkernels.models import (
     VQVAE,
     CodesWriter,
@@ -28,7 +26,6 @@ from vqkernels.models import (
     load_config,
     load_pretrained,
     open_codes,
-    save_config,
     train,
 )
 from vqkernels.models.code_files import level_folders
@@ -340,17 +337,7 @@ def test_resume_takes_the_exact_next_step(pictures, tmp_path):
 
 def test_two_processes_equal_one_with_the_joined_batch(pictures, tmp_path):
     alone = train(run_config(pictures, tmp_path / "alone", batch_size=4, steps=2))
-    save_config(run_config(pictures, tmp_path / "both", batch_size=2, steps=2), tmp_path / "config.yaml")
-    script = tmp_path / "two.py"
-    script.write_text("import sys\nfrom vqkernels.models import load_config, train\ntrain(load_config(sys.argv[1]))\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = subprocess.run(
-        [*launch, str(script), str(tmp_path / "config.yaml")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
+    train_with_two_ranks(run_config(pictures, tmp_path / "both", batch_size=2, steps=2), tmp_path)
     both = load_pretrained(tmp_path / "both").state_dict()
     for name, values in alone.model.state_dict().items():
         # sums in another order differ by float32 rounding; one step moves a weight by up to 2e-3

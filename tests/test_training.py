@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from two_ranks import train_with_two_ranks
 from vqkernels.models import (
     VQVAE,
     NonFiniteLossError,
@@ -276,14 +277,7 @@ def test_two_processes_equal_one_with_the_joined_batch(pictures, tmp_path):
     options = {"steps": 4, "model": without_draws(pictures), "device": device}
     alone = train(small_run(pictures, tmp_path / "alone", batch_size=4, **options))
     config = small_run(pictures, tmp_path / "both", batch_size=2, **options)
-    save_config(config, tmp_path / "config.yaml")
-    script = tmp_path / "two.py"
-    script.write_text("import sys\nfrom vqkernels.models import load_config, train\ntrain(load_config(sys.argv[1]))\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    found = subprocess.run(
-        [*launch, str(script), str(tmp_path / "config.yaml")], env=SINGLE_THREAD, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr[-3000:]
+    train_with_two_ranks(config, tmp_path)
     both = VQVAE.from_pretrained(tmp_path / "both" / "model")
     assert_close_models(alone.model, both)
     state = load_newest(tmp_path / "both" / "checkpoints")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import pytest
 import torch
 from kill_and_resume import kill_and_resume, make_config, write_pictures
 from PIL import Image
+from two_ranks import train_with_two_ranks
 from vqkernels.models import (
     VQGAN,
     HierarchicalVQVAEConfig,
@@ -23,7 +21,6 @@ from vqkernels.models import (
     VQVAEConfig,
     load_config,
     make_model,
-    save_config,
     train,
 )
 from vqkernels.models.checkpoint import load_newest, save_checkpoint
@@ -182,19 +179,6 @@ def gan_run(pictures: Path, output: Path, batch_size: int, steps: int) -> TrainC
     critic = DiscriminatorConfig(kind="patch", channels=8, layers=1, norm="act", start_step=2, lecam_weight=0.01)
     changes = {"model": model, "discriminator": critic, "perceptual_weight": 0.1, "perceptual_start": 0.0}
     return run_of(pictures, output, batch_size=batch_size, steps=steps, learning_rate=1e-3, **changes)
-
-
-TRAIN = "import sys\nfrom vqkernels.models import load_config, train\ntrain(load_config(sys.argv[1]))\n"
-
-
-def train_with_two_ranks(config: TrainConfig, folder: Path) -> None:
-    save_config(config, folder / "config.yaml")
-    assert load_config(folder / "config.yaml") == config
-    (folder / "two.py").write_text(TRAIN)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [*launch, str(folder / "two.py"), str(folder / "config.yaml")]
-    found = subprocess.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert found.returncode == 0, found.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")

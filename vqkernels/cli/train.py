@@ -51,7 +51,8 @@ def _print_result(console: Console, result: TrainResult) -> None:
 def _hint_after_stop(console: Console, output: str) -> None:
     checkpoints = sorted(Path(output, "checkpoints").glob("step-*.pt"))
     if checkpoints:
-        console.print(f"last checkpoint: {checkpoints[-1]}; the same command with --resume goes on from there")
+        text = f"last checkpoint: {checkpoints[-1]}; the same command with --resume goes on from there"
+        console.print(text, markup=False, soft_wrap=True)
     else:
         console.print(f"there was no checkpoint yet in {output}/checkpoints")
 
