@@ -453,12 +453,9 @@ class Trainer:
     def _finish(self, saved_at: int) -> TrainResult:
         seconds = self._seconds()
         self._log_window()
-        if self.is_main and self.step < self.config.warmup_steps:
-            warnings.warn(
-                f"the run ended at step {self.step} of warmup_steps {self.config.warmup_steps}, so its learning rate "
-                f"never reached {self.config.learning_rate:g}",
-                stacklevel=3,
-            )
+        if self.is_main and self.step < (warmup := self.config.warmup_steps):
+            text = f"the run ended at step {self.step} of warmup_steps {warmup}, so its learning rate never reached"
+            warnings.warn(f"{text} {self.config.learning_rate:g}", stacklevel=3)
         if saved_at != self.step or self.step == 0:
             self._save_checkpoint()
         self._sample()
