@@ -36,7 +36,6 @@ MAX_STACK |= dict.fromkeys(SOFTMAX_KERNELS, 16)
 # 12.0 has a 64th of float32's units for float64, and ptxas saves more around it; the kernel has no product there either
 MAX_STACK_OF = {120: MAX_STACK | {"order_kernel": 216}}
 LIST_KERNELS = {"limit_kernel", "collect_kernel", "order_kernel"}  # of nearest_k
-READERS = {80, 120}  # which compile for each dtype and layout of x; they are read in one line, the rest is the same
 NO_LISTS = {100}  # which Triton does not compile them for: triton_nearest_k.NO_COLLECT
 SEARCH_KERNELS = {"operands_kernel", "coarse_kernel", "finish_kernel", *LIST_KERNELS}
 KERNELS = {
@@ -177,7 +176,7 @@ def gpu_of(arch: int) -> Any:
 
 
 def launch_search(arch: int) -> None:
-    """Every configuration that fits, at dims that differ in how |c|^2 enters; each metric, dtype and kind of stride."""
+    """Every configuration that fits, at dims that differ in how |c|^2 enters; each dtype, metric and kind of stride."""
     import torch
 
     from vqkernels.kernels import triton_configs, triton_nearest
@@ -200,11 +199,10 @@ def launch_search(arch: int) -> None:
             triton_nearest.search(torch.zeros(1, 300, dim), codebook, cosine, config)
             kept = triton_nearest.prepare_codes(codebook, cosine, config)
             triton_nearest.search(torch.zeros(1, 300, dim), codebook, cosine, config, kept)
-    if arch in READERS:
-        for dtype in (torch.float16, torch.bfloat16):
-            triton_nearest.search(torch.zeros(1, 300, 64, dtype=dtype), torch.zeros(37, 64, dtype=dtype), False, deep)
-        maps = torch.zeros(2, 64, 100).transpose(1, 2)  # channels first
-        triton_nearest.search(maps, torch.zeros(37, 64), False, deep)
+    for dtype in (torch.float16, torch.bfloat16):
+        triton_nearest.search(torch.zeros(1, 300, 64, dtype=dtype), torch.zeros(37, 64, dtype=dtype), False, deep)
+    maps = torch.zeros(2, 64, 100).transpose(1, 2)  # channels first
+    triton_nearest.search(maps, torch.zeros(37, 64), False, deep)
     if arch == 90:
         triton_nearest.search(torch.zeros(1, 300, 1), torch.zeros(37, 1), False, small)  # D = 1 is a constant to Triton
 
@@ -225,11 +223,10 @@ def launch_nearest_k(arch: int) -> None:
     small, deep = (triton_configs.choose_config(5000, 1 << 20, dim, gpu) for dim in (8, 256))
     for dim, config in ((8, small), (256, deep)):
         triton_nearest_k.search_k(torch.zeros(1, 300, dim), torch.zeros(37, dim), 3, True, config)
-    if arch in READERS:
-        for dtype in (torch.float16, torch.bfloat16):
-            x, codebook = torch.zeros(1, 300, 64, dtype=dtype), torch.zeros(37, 64, dtype=dtype)
-            triton_nearest_k.search_k(x, codebook, 3, False, deep)
-        triton_nearest_k.search_k(torch.zeros(2, 64, 100).transpose(1, 2), torch.zeros(37, 64), 3, False, deep)
+    for dtype in (torch.float16, torch.bfloat16):
+        x, codebook = torch.zeros(1, 300, 64, dtype=dtype), torch.zeros(37, 64, dtype=dtype)
+        triton_nearest_k.search_k(x, codebook, 3, False, deep)
+    triton_nearest_k.search_k(torch.zeros(2, 64, 100).transpose(1, 2), torch.zeros(37, 64), 3, False, deep)
 
 
 def launch_other_sizes(arch: int) -> None:
