@@ -29,11 +29,8 @@ TIMES_FAISS = {  # at its best setting
     "64,262144,256": 1.5,
     "16384,512,64": 1.5,
 }
-LARGE = {
-    "1024,16384,256": OURS,
-    "4096,8192,64": OURS,
-    "64,262144,256": PREPARED,
-}  # else a codebook is read for 64 tokens
+# bound by arithmetic, by whom: unprepared, (64,262144,256) reads a codebook for 64 tokens
+LARGE = {"1024,16384,256": OURS, "4096,8192,64": OURS, "64,262144,256": PREPARED}
 PERCENT_OF_INT16 = 85.0
 STEP, LONG_STEP = "4096,16384,8", "131072,16384,8"
 SIGNS, LARGE_CODEBOOK = "1024,262144,18", "1024,262144,256"
@@ -230,7 +227,12 @@ _KMEANS = Preset(
 )
 
 PRESETS = {
-    **{"cpu": _CPU, "search": _SEARCH, "kmeans": _KMEANS, "data": _DATA, "avx2": _AVX2, "worst": _WORST},
+    "cpu": _CPU,
+    "search": _SEARCH,
+    "kmeans": _KMEANS,
+    "data": _DATA,
+    "avx2": _AVX2,
+    "worst": _WORST,
     "h200": _H200,
 }
 

@@ -52,9 +52,9 @@ def _hint_after_stop(console: Console, output: str) -> None:
     checkpoints = sorted(Path(output, "checkpoints").glob("step-*.pt"))
     if checkpoints:
         text = f"last checkpoint: {checkpoints[-1]}; the same command with --resume goes on from there"
-        console.print(text, markup=False, soft_wrap=True)
     else:
-        console.print(f"there was no checkpoint yet in {output}/checkpoints")
+        text = f"there was no checkpoint yet in {output}/checkpoints"
+    console.print(text, markup=False, soft_wrap=True)
 
 
 def run(config: TrainConfig) -> None:
