@@ -291,6 +291,26 @@ def test_many_codes_give_the_sums_of_few():
     assert many[0].sum() == counts.sum()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("n", "k", "d"), [(40_000, 512, 64), (9000, 1000, 40), (70_000, 8, 18), (300, 3, 1)])
+def test_few_codes_with_many_tokens_have_the_bits_of_any_other_road(dtype: torch.dtype, n: int, k: int, d: int):
+    """Read in their own order, by one thread or two, or sorted (a map, or more codes): the same additions."""
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, d, generator=generator).to(dtype)
+    x[:3] = -0.0
+    codes = torch.randint(-1, k, (n,), generator=generator)
+    roads = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        roads += [vq.codebook_stats(rows, codes, k) for rows in (x, x.T.contiguous().T)]
+    roads.append([each[:k] for each in vq.codebook_stats(x, codes, n)])
+    bits = torch.int64 if dtype == torch.float64 else torch.int32
+    for counts, sums in roads[1:]:
+        assert torch.equal(counts, roads[0][0])
+        assert torch.equal(sums.contiguous().view(bits), roads[0][1].view(bits))
+    torch.testing.assert_close(roads[0][1].double(), code_sums(x.double(), codes, k), rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("rotation", [False, True])
 @pytest.mark.parametrize("first", [False, True], ids=["rows", "maps"])
 def test_absent_gradients_are_zeros_and_masked_tokens_get_none(backend, first: bool, rotation: bool):

@@ -42,6 +42,7 @@ constexpr int64_t CROWD = 4096;              // candidates that the float64 pass
 constexpr int MOST_ROWS = 16;                // of a tile
 constexpr float LARGEST_SQUARE = 0x1p80f;    // of a token's norm; the float64 pass takes larger ones
 constexpr double MIXED_NORMS = 4.0;  // the largest norm over the least, from which on tokens are sorted
+constexpr int64_t FETCHED_DIM = 64;  // with less, the loops that know D count for more
 constexpr int64_t PREFETCHED = 8;    // tokens whose candidates are asked of the memory ahead of time
 constexpr int64_t PREFETCHED_BYTES = 1024;    // of each code
 constexpr int64_t CACHED_BYTES = 512 * 1024;  // of a codebook that needs no such help
@@ -317,11 +318,25 @@ class CoarseSearch {
     }
   }
 
+  // What of the next block is brought into the cache while this tile is scored: the last few tiles have time
+  // for all of it. Null before them, and where there is no next block or no room for it.
+  const char* next_panels(const CoarseBlock& block, const char* panels, int64_t base,
+                          const Scratch& scratch) const {
+    const int64_t bytes = block.count * coarse_.panel_bytes(), tiles = ceil_div(scratch.count, pass_.rows);
+    const bool room = 2 * bytes + tiles * coarse_.tile_bytes() <= second_cache();
+    if (book_.dim < FETCHED_DIM || !room) return nullptr;
+    const int64_t share = pass_.fetched_bytes(block.count, book_.dim), sharing = ceil_div(bytes, share);
+    const int64_t part = base / pass_.rows - std::max<int64_t>(tiles - sharing, 0);
+    const char* next = panels + bytes + part * share;
+    return part >= 0 && next < coarse_.panels.memory.get() + coarse_.panels.bytes ? next : nullptr;
+  }
+
   void score_tile(const CoarseBlock& block, const char* panels, int64_t base, Scratch& scratch,
                   double* least) {
     const char* tile = scratch.tiles.get() + base / pass_.rows * coarse_.tile_bytes();
     if (columns_ == nullptr) {
-      pass_.score_panels(tile, panels, block.count, book_.dim, coarse_.group, scratch.scores.get(), least);
+      pass_.score_panels(tile, panels, block.count, book_.dim, coarse_.group, scratch.scores.get(), least,
+                         next_panels(block, panels, base, scratch));
     } else {
       ColumnState& columns = *scratch.columns;
       pass_.score_both(tile, panels, block.count, book_.dim, coarse_.group, scratch.scores.get(), least,
@@ -462,7 +477,7 @@ class CoarseSearch {
     std::vector<int32_t> found(granules);
     double least[MOST_ROWS];
     pass.score_panels(tiles + base / pass.rows * wide.tile_bytes(), panels, block.count, wide.dim, wide.group,
-                      scores.data(), least);
+                      scores.data(), least, nullptr);
     const int64_t rows = std::min<int64_t>(pass.rows, static_cast<int64_t>(bounds.size()) - base);
     for (int64_t i = 0; i < rows; ++i) {
       Crowd& crowd = crowds[base + i];

@@ -9,6 +9,7 @@
 #include "groups.h"
 #include "ops.h"
 #include "parallel.h"
+#include "sums_in_order.h"
 #include "tokens.h"
 #include "training_table.h"
 
@@ -59,7 +60,7 @@ struct State {
   }
 };
 
-// Tokens of another layout or type than the rows': sums as an array.
+// Tokens of another layout or type than the rows', or few codes: sums as an array.
 void step_with_sums(const Tensor& x, const Tensor& codes, const Tensor& codebook, const Tensor& cluster_size,
                     const Tensor& embed_sum, double decay, double eps, bool normalize, bool plain) {
   const auto [counts, sums] = codebook_stats(x, codes, codebook.size(0));
@@ -95,7 +96,8 @@ void ema_step_(Tensor x, Tensor codes, Tensor codebook, Tensor cluster_size, Ten
   codes = torch::stable::contiguous(codes);
   const auto step = [&](auto number) {
     using W = decltype(number);
-    if (x.scalar_type() != codebook.scalar_type() || !sums_in_place(tokens_of<W>(x))) {
+    if (x.scalar_type() != codebook.scalar_type() || !sums_in_place(tokens_of<W>(x)) ||
+        slab_width<W>(x.size(0) * x.size(1), codebook.size(0), codebook.size(1)) > 0) {
       return step_with_sums(x, codes, codebook, cluster_size, embed_sum, decay, eps, normalize, plain);
     }
     const State<W> state{static_cast<W*>(codebook.mutable_data_ptr()),

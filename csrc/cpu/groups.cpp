@@ -21,10 +21,7 @@ bool is_valid(int64_t code, int64_t codebook_size) {
 }
 
 void group_by_counting(const int64_t* codes, int64_t count, int64_t codebook_size, Groups& groups) {
-  std::vector<int64_t> next(codebook_size, 0);
-  for (int64_t n = 0; n < count; ++n) {
-    if (is_valid(codes[n], codebook_size)) ++next[codes[n]];
-  }
+  std::vector<int64_t> next = tokens_of_codes(codes, count, codebook_size);
   const int64_t most = std::min(count, codebook_size);
   groups.code.resize(most + 1);  // one more, so that what has no token can be written, too
   groups.start.resize(most + 1);
@@ -78,6 +75,14 @@ void group_by_digits(const int64_t* codes, int64_t count, int64_t codebook_size,
 }
 
 }  // namespace
+
+std::vector<int64_t> tokens_of_codes(const int64_t* codes, int64_t count, int64_t codebook_size) {
+  std::vector<int64_t> tokens(codebook_size, 0);
+  for (int64_t n = 0; n < count; ++n) {
+    if (is_valid(codes[n], codebook_size)) ++tokens[codes[n]];
+  }
+  return tokens;
+}
 
 Groups group_by_code(const int64_t* codes, int64_t count, int64_t codebook_size) {
   Groups groups{{}, {}, Buffer<int64_t>(count)};

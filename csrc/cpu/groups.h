@@ -25,6 +25,10 @@ struct Groups {
 Groups group_by_code(const int64_t* codes,  // [count]
                      int64_t count, int64_t codebook_size);
 
+// How many tokens each code has; throws as group_by_code does.
+std::vector<int64_t> tokens_of_codes(const int64_t* codes,  // [count]
+                                     int64_t count, int64_t codebook_size);
+
 // The group of every token, -1 for those without a code.
 Buffer<int64_t> group_of_tokens(const Groups& groups, int64_t count);  // -> [count]
 

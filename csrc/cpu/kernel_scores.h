@@ -21,6 +21,7 @@ struct Scores {
   using Word = typename P::Word;
   using Vector = typename P::Vector;
   static constexpr int WIDTH = P::VECTORS * P::LANES;
+  static constexpr int64_t LINE = 64;  // bytes
 
   static int64_t tile_words(int64_t dim) {
     return (P::ROWS * P::steps(dim) + 16) / 16 * 16;
@@ -47,17 +48,28 @@ struct Scores {
     }
   }
 
-  // What else is made of the sums, row by row: nothing, or the columns.
+  // What else is done at every step, and made of the sums, row by row: nothing, the next panels brought into
+  // the cache, or the columns.
   struct RowsAlone {
     struct Least {};
+    static inline __attribute__((always_inline)) void step(int64_t /*number*/) {}
     static inline __attribute__((always_inline)) void take(int /*row*/, const Vector* /*sums*/,
                                                            Least& /*least*/) {}
     static inline __attribute__((always_inline)) void store(const Least& /*least*/, int64_t /*panel*/) {}
+  };
+  struct RowsAndNext : RowsAlone {
+    const char* next;
+
+    explicit RowsAndNext(const void* from) : next(static_cast<const char*>(from)) {}
+    inline __attribute__((always_inline)) void step(int64_t number) const {
+      __builtin_prefetch(next + number * LINE, 0, 2);  // all at once they would hold up the panel's own lines
+    }
   };
   struct RowsAndColumns {
     const float* factors;  // [ROWS]
     const float* offsets;  // [ROWS]
     float* columns;        // [panels, WIDTH]
+    static inline __attribute__((always_inline)) void step(int64_t /*number*/) {}
     struct Least {
       decltype(P::load_values(nullptr)) values[P::VECTORS];
 
@@ -105,6 +117,7 @@ struct Scores {
 #pragma GCC unroll 1
       for (int64_t step = 0; step < run_time_steps; ++step) {  // unrolled further, GCC 12 spills the sums
         add_step(tile + step, run_time_steps, panel + step * WIDTH, sums);
+        also.step(number * run_time_steps + step);
       }
     }
     typename Also::Least least_values;
@@ -146,6 +159,13 @@ struct Scores {
     ((chosen = steps == STEPS ? &sweep<STEPS, Also> : chosen), ...);
     return chosen;
   }
+  template <class Also>
+  static auto sweep_for(const Also& /*also*/, int64_t steps) {
+    return choose_sweep<Also, 1, 2, 3, 4, 6, 8, 9, 16, 32>(steps);
+  }
+  static auto sweep_for(const RowsAndNext& /*also*/, int64_t /*steps*/) { return &sweep<0, RowsAndNext>; }
+
+  static int64_t fetched_bytes(int64_t count, int64_t dim) { return count * P::steps(dim) * LINE; }
 
   template <class Also>
   static void sweep_apart(const Word* tile, const Word* panels, int64_t count, int64_t dim, Word* scores,
@@ -186,15 +206,18 @@ struct Scores {
     if (group == 0) {
       sweep_apart(tokens, codes, count, dim, out, granules, also);
     } else {
-      const auto sweep = choose_sweep<Also, 1, 2, 3, 4, 6, 8, 9, 16, 32>(P::steps(dim));
-      sweep(tokens, codes, count, dim, group, out, granules, also);
+      sweep_for(also, P::steps(dim))(tokens, codes, count, dim, group, out, granules, also);
     }
     for (int row = 0; row < P::ROWS; ++row) least[row] = least_of(out + row * granules, granules);
   }
 
   static void score_panels(const void* tile, const void* panels, int64_t count, int64_t dim, int64_t group,
-                           void* granule_scores, double* least) {
-    score(tile, panels, count, dim, group, granule_scores, least, RowsAlone());
+                           void* granule_scores, double* least, const void* next) {
+    if (next == nullptr) {
+      score(tile, panels, count, dim, group, granule_scores, least, RowsAlone());
+    } else {
+      score(tile, panels, count, dim, group, granule_scores, least, RowsAndNext(next));
+    }
   }
 
   static void score_both(const void* tile, const void* panels, int64_t count, int64_t dim, int64_t group,
@@ -313,9 +336,9 @@ struct Scores {
   static constexpr CoarsePass make_pass(const char* name, double largest_score,
                                         decltype(CoarsePass::pack_panel) pack_panel,
                                         decltype(CoarsePass::pack_token) pack_token) {
-    CoarsePass pass{name,     sizeof(Word), P::ROWS,     P::LANES,     P::VECTORS, largest_score,
-                    P::steps, tile_words,   panel_words, score_panels, nullptr,    nullptr,
-                    nullptr,  find_scores,  pack_panel,  pack_token,   run_peak};
+    CoarsePass pass{name,     sizeof(Word), P::ROWS,     P::LANES,     P::VECTORS,    largest_score,
+                    P::steps, tile_words,   panel_words, score_panels, fetched_bytes, nullptr,
+                    nullptr,  nullptr,      find_scores, pack_panel,   pack_token,    run_peak};
     if constexpr (requires { typename P::Values; }) {
       pass.score_both = score_both;
       pass.lower_columns = lower_columns;

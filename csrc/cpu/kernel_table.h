@@ -49,12 +49,15 @@ struct CoarsePass {
   int64_t (*tile_words)(int64_t dim);
   int64_t (*panel_words)(int64_t dim);
 
-  // Scores of `rows` tokens against panels; of every granule only the least is kept.
+  // Scores of `rows` tokens against panels; of every granule only the least is kept. Meanwhile
+  // fetched_bytes(count, dim) from `next` on are asked for, into the second cache, where it is not null.
   void (*score_panels)(const void* tile,    // [tile_words]
                        const void* panels,  // [count, panel_words]
                        int64_t count, int64_t dim, int64_t group,
                        void* granule_scores,  // [rows, granules]
-                       double* least);        // [rows]
+                       double* least,         // [rows]
+                       const void* next);
+  int64_t (*fetched_bytes)(int64_t count, int64_t dim);
 
   // The same, and the least value of every code over the tile's tokens into `columns`, where that is less
   // than what is there: value = score * factor + offset, by row. Null in the float64 pass, as the next two.

@@ -309,7 +309,7 @@ class KSearch {
     double least[64];
     pass_.score_panels(scratch.tiles.get() + base / pass_.rows * coarse_.tile_bytes(),
                        coarse_.panels.memory.get() + block.first_panel * coarse_.panel_bytes(), block.count,
-                       book_.dim, coarse_.group, scratch.scores.get(), least);
+                       book_.dim, coarse_.group, scratch.scores.get(), least, nullptr);
     for (int64_t i = 0; i < rows; ++i) {
       KState& state = scratch.states[base + i];
       const TokenBound& bound = scratch.bounds[base + i];

@@ -13,6 +13,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace vqkernels {
@@ -113,6 +114,16 @@ class Buffer {
   size_t bytes_;
   T* data_;
 };
+
+// Bytes of a core's second cache, where the system tells; else as many as most cores have.
+inline int64_t second_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  constexpr int64_t bytes = 0;
+#endif
+  return bytes > 0 ? bytes : int64_t{1} << 20;
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

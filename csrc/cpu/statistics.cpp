@@ -9,6 +9,7 @@
 #include "groups.h"
 #include "ops.h"
 #include "parallel.h"
+#include "sums_in_order.h"
 #include "tokens.h"
 #include "training_table.h"
 
@@ -60,7 +61,7 @@ void sum_by_code(const Groups& groups, int64_t dim, const Prefetch& prefetch, co
       [&](int64_t item, SumScratch<W>& scratch) {
         const int64_t first = item * per_item, end = std::min(groups.used(), first + per_item);
         for (int64_t g = first; g < end; ++g) {
-          std::fill(scratch.total.begin(), scratch.total.end(), 0.0);
+          std::fill(scratch.total.begin(), scratch.total.end(), NO_ROWS);
           for (int64_t i = groups.start[g]; i < groups.start[g + 1]; ++i) {
             if (i + AHEAD < tokens) prefetch(groups.order[i + AHEAD]);
             add(groups.order[i], scratch);
@@ -88,11 +89,12 @@ void sum_by_dimension(const Groups& groups, int64_t tokens, int64_t dim, const F
       },
       [&](int64_t item, SumScratch<W>& scratch) {
         const int64_t first = item * width, count = std::min(width, dim - first);
-        std::fill(scratch.total.begin(), scratch.total.end(), 0.0);
+        std::fill(scratch.total.begin(), scratch.total.end(), NO_ROWS);
         for (int64_t begin = 0; begin < tokens; begin += BLOCK) {
           const int64_t end = std::min(tokens, begin + BLOCK);
           fill(begin, end, first, count, scratch);
-          loops.add_rows(scratch.rows.data(), group.get() + begin, end - begin, count, scratch.total.data());
+          loops.add_rows(scratch.rows.data(), count, group.get() + begin, end - begin, count,
+                         scratch.total.data());
         }
         for (int64_t g = 0; g < groups.used(); ++g) {
           emit(groups.code[g], first, count, scratch.total.data() + g * count);
@@ -194,16 +196,32 @@ auto write_to(Out* rows, int64_t dim, bool adds) {  // rows [K, D]
 
 const int64_t* data_of(const Tensor& codes) { return static_cast<const int64_t*>(codes.const_data_ptr()); }
 
+template <class W>
+void put_count(int64_t tokens, bool adds, W& count) {
+  count = adds ? count + static_cast<W>(tokens) : static_cast<W>(tokens);
+}
+
+// Nothing is written before all codes are known to be below `size`.
 template <class T>
-void statistics_into(const Tokens<const T>& x, const Groups& groups, Wide<T>* counts, Wide<T>* sums,
-                     bool adds) {
+void statistics_into(const Tokens<const T>& x, const int64_t* codes, int64_t size, Wide<T>* counts,
+                     Wide<T>* sums, bool adds) {
+  bool dense = false;
+  if constexpr (std::is_same_v<T, Wide<T>>) {
+    dense = !side_by_side(x) && usable_as_rows(x);
+    const int64_t width = dense && sums != nullptr ? slab_width<T>(x.count(), size, x.dim) : 0;
+    if (width > 0) {
+      const std::vector<int64_t> tokens = tokens_of_codes(codes, x.count(), size);
+      for (int64_t k = 0; k < size; ++k) put_count(tokens[k], adds, counts[k]);
+      return sum_rows_in_order(x.data, x.spacing(), codes, x.count(), size, x.dim, width, tokens, adds, sums);
+    }
+  }
+  const Groups groups = group_by_code(codes, x.count(), size);
   for (int64_t g = 0; g < groups.used(); ++g) {
-    const Wide<T> tokens = static_cast<Wide<T>>(groups.start[g + 1] - groups.start[g]);
-    counts[groups.code[g]] = adds ? counts[groups.code[g]] + tokens : tokens;
+    put_count(groups.start[g + 1] - groups.start[g], adds, counts[groups.code[g]]);
   }
   if (sums == nullptr) return;
   if constexpr (std::is_same_v<T, Wide<T>>) {
-    if (!side_by_side(x) && usable_as_rows(x)) return sum_dense_rows(x, groups, sums, adds);
+    if (dense) return sum_dense_rows(x, groups, sums, adds);
   }
   sum_tokens(x, groups, write_to(sums, x.dim, adds));
 }
@@ -215,7 +233,6 @@ std::tuple<Tensor, Tensor> codebook_stats(Tensor x, Tensor codes, int64_t codebo
   check_codes(codes, x);
   check(codebook_size >= 1, "codebook_size: expected at least 1, got ", codebook_size);
   codes = torch::stable::contiguous(codes);
-  const Groups groups = group_by_code(data_of(codes), x.size(0) * x.size(1), codebook_size);
   const ScalarType type = wide_type(x);
   Tensor counts = torch::stable::new_empty(x, {codebook_size}, type);
   Tensor sums = torch::stable::new_empty(x, {codebook_size, x.size(2)}, type);
@@ -225,7 +242,7 @@ std::tuple<Tensor, Tensor> codebook_stats(Tensor x, Tensor codes, int64_t codebo
     auto* sum = static_cast<Wide<T>*>(sums.mutable_data_ptr());
     clear_rows(count, codebook_size);
     clear_rows(sum, codebook_size * x.size(2));
-    statistics_into<T>(tokens_of<T>(x), groups, count, sum, false);
+    statistics_into<T>(tokens_of<T>(x), data_of(codes), codebook_size, count, sum, false);
   });
   return {counts, sums};
 }
@@ -244,11 +261,11 @@ void add_statistics_(Tensor x, Tensor codes, Tensor counts, std::optional<Tensor
     check(sums->is_contiguous(), "sums: expected a contiguous tensor");
   }
   codes = torch::stable::contiguous(codes);
-  const Groups groups = group_by_code(data_of(codes), x.size(0) * x.size(1), counts.size(0));
   dispatch_floating(x.scalar_type(), [&](auto element) {
     using T = decltype(element);
     auto* sum = sums.has_value() ? static_cast<Wide<T>*>(sums->mutable_data_ptr()) : nullptr;
-    statistics_into<T>(tokens_of<T>(x), groups, static_cast<Wide<T>*>(counts.mutable_data_ptr()), sum, true);
+    auto* count = static_cast<Wide<T>*>(counts.mutable_data_ptr());
+    statistics_into<T>(tokens_of<T>(x), data_of(codes), counts.size(0), count, sum, true);
   });
 }
 

@@ -79,6 +79,10 @@ VQ_INLINE Halves load_halves(const double* from) {
   __builtin_memcpy(&halves.high, from + 4, sizeof(halves.high));
   return halves;
 }
+VQ_INLINE Halves no_rows() {
+  const FourDoubles none = {NO_ROWS, NO_ROWS, NO_ROWS, NO_ROWS};
+  return {none, none};
+}
 VQ_INLINE void store_halves(double* to, const Halves& from) {
   __builtin_memcpy(to, &from.low, sizeof(from.low));
   __builtin_memcpy(to + 4, &from.high, sizeof(from.high));
@@ -291,10 +295,8 @@ struct SumEnds {
 template <int BLOCKS, class W>
 VQ_INLINE void sum_blocks(const Run<W>& run, int64_t d, const SumEnds<W>& ends) {
   Halves sum[BLOCKS];
-  if (!ends.starts) {
 #pragma GCC unroll 4
-    for (int b = 0; b < BLOCKS; ++b) sum[b] = load_halves(ends.total + d + b * LANES);
-  }
+  for (int b = 0; b < BLOCKS; ++b) sum[b] = ends.starts ? no_rows() : load_halves(ends.total + d + b * LANES);
   for (int64_t i = 0; i < run.count; ++i) {
     const W* row = run[i] + d;
 #pragma GCC unroll 4
@@ -315,7 +317,7 @@ VQ_INLINE void sum_run(const Run<W>& run, int64_t dim, const SumEnds<W>& ends) {
   for (; d + 4 * LANES <= dim; d += 4 * LANES) sum_blocks<4>(run, d, ends);
   for (; d + LANES <= dim; d += LANES) sum_blocks<1>(run, d, ends);
   for (; d < dim; ++d) {
-    double sum = ends.starts ? 0.0 : ends.total[d];
+    double sum = ends.starts ? NO_ROWS : ends.total[d];
     for (int64_t i = 0; i < run.count; ++i) sum += run[i][d];
     if (ends.ends) {
       put_one(static_cast<W>(sum), ends.adds, ends.out + d);
@@ -392,9 +394,10 @@ void sum_codes(const W* rows, int64_t stride, const CodeTokens& tokens, int64_t 
 }
 
 template <class W>
-void add_rows(const W* rows, const int64_t* slots, int64_t count, int64_t dim, double* totals) {
+void add_rows(const W* rows, int64_t stride, const int64_t* slots, int64_t count, int64_t dim,
+              double* totals) {
   for (int64_t n = 0; n < count; ++n) {
-    if (slots[n] >= 0) add_row(rows + n * dim, dim, totals + slots[n] * dim);
+    if (slots[n] >= 0) add_row(rows + n * stride, dim, totals + slots[n] * dim);
   }
 }
 

@@ -7,6 +7,9 @@
 namespace vqkernels {
 namespace cpu {
 
+// Where sums of rows start: a sum of one row is that row, down to the sign of its zeros.
+constexpr double NO_ROWS = -0.0;
+
 // What an EMA step does to sizes and rows.
 struct EmaStep {
   double decay;
@@ -57,7 +60,8 @@ struct TrainingLoops {
                    W* dx);  // [D]
 
   // total[slot] += row, row after row; a slot below 0 is left out.
-  void (*add_rows)(const W* rows,         // [count, D]
+  void (*add_rows)(const W* rows,  // [count, D], stride apart
+                   int64_t stride,
                    const int64_t* slots,  // [count]
                    int64_t count, int64_t dim,
                    double* totals);  // [slots, D]
