@@ -66,7 +66,8 @@ def _sums(
         for rows in _blocks(z):
             left = _half(z[rows, :, :first]) * weight[rows, None, None]  # [n, G, 2^first]
             right = _half(z[rows, :, first:])  # [n, G, 2^rest]
-            sums += left.permute(1, 2, 0) @ right.transpose(0, 1)
+            # rounded from float64, as in _sigmoid: long sums of a small product are shared out by tokens, too
+            sums += (left.permute(1, 2, 0).double() @ right.transpose(0, 1).double()).to(sums.dtype)
     return sums.flatten(1)
 
 
