@@ -32,9 +32,10 @@ FAMILIES |= {"sum_chunks_kernel", "update_rows_kernel", "prepare_tokens_kernel"}
 
 
 def _whole_file(stem: str):
-    """Launchers and registration; unoptimised, since the kernels themselves are compiled below."""
-    quick = ["-Xcicc=-O0", "-Xptxas=-O0"]
-    mode = [f"-gencode=arch=compute_{BUILD_ARCHITECTURE},code=sm_{BUILD_ARCHITECTURE}", "-Xcompiler=-fPIC", "-c"]
+    """Launchers and registration; the kernels, which are compiled below, only to unoptimised PTX."""
+    quick = ["-Xcicc=-O0"]
+    virtual = f"compute_{BUILD_ARCHITECTURE}"
+    mode = [f"-gencode=arch={virtual},code={virtual}", "-Xcompiler=-fPIC", "-c"]
     mode += ["-DVQKERNELS_SM90A"]  # as the package itself builds for compute capability 9.0
     includes = [f"-I{folder}" for folder in cpp_extension.include_paths()]
     return ptxas.compile_source(host.CSRC / "cuda" / f"{stem}.cu", [*mode, *quick, *includes])

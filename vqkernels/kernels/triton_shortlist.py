@@ -129,7 +129,7 @@ def append(
     number = hits // ONE_MORE
     at = count_ptr + rows[:, None] + 0 * number
     place = tl.atomic_add(at, number, mask=number > 0)
-    for code in tl.static_range(GRANULE):
+    for code in range(GRANULE):  # seldom run, and unrolled it would be most of the kernel's code
         marked = (hits >> code) & 1
         where = codes_ptr + rows[:, None] * capacity + place
         tl.store(where, (first + code)[None, :] + 0 * place, mask=(marked > 0) & (place < capacity))
