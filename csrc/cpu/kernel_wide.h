@@ -37,6 +37,7 @@ void hash_words(const uint64_t* words,  // [count]
                 uint64_t* sums) {      // [16]
   using Words = typename U::Words;
   constexpr int LANES = sizeof(Words) / sizeof(uint64_t), PARTS = 8 / LANES;
+  constexpr int64_t AHEAD = 512;  // words: a page, for the processor's own fetching ends with each
   Words first[PARTS] = {}, second[PARTS] = {};
   const auto add = [&](const uint64_t* eight, int64_t i) __attribute__((always_inline)) {
 #pragma GCC unroll 4
@@ -48,7 +49,10 @@ void hash_words(const uint64_t* words,  // [count]
     }
   };
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) add(words + i, i);
+  for (; i + 8 <= count; i += 8) {
+    __builtin_prefetch(words + i + AHEAD);
+    add(words + i, i);
+  }
   if (i < count) {
     uint64_t last[8] = {};
     __builtin_memcpy(last, words + i, sizeof(uint64_t) * (count - i));  // may lie at any float's address
