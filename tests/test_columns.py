@@ -27,6 +27,8 @@ def test_the_index_is_that_of_the_true_nearest_token(backend, metric: str, case:
     name, device = backend
     if name == "triton" and (case.x.dtype == torch.float64 or case.x.numel() * len(case.codebook) > 8_000):
         return  # float64 it does not take, as nearest's tests show; and the interpreter takes its time
+    if name == "triton" and device == "cpu" and case.name == "cosine-dim-1":
+        case = Case(case.name, case.x[:8], case.codebook[:12])  # all of them tie, and are decided one by one
     x, codebook = case.x.to(device), case.codebook.to(device)
     finite = case.x.isfinite().all(1)
     index, distance = vq.nearest_tokens(x, codebook, metric=metric)

@@ -219,18 +219,17 @@ def test_ema_step_is_statistics_and_update(backend, layout: str, dtype: torch.dt
     _skip_float64(name, dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     generator = torch.Generator().manual_seed(5)
-    x = torch.randn(3, 200, 45, generator=generator).to(device, dtype)
+    k, rest = (60, 20) if name == "triton" and device == "cpu" else (300, 100)  # the interpreter takes its time
+    x = torch.randn(3, 100 + rest, 45, generator=generator).to(device, dtype)
     x = {"rows": x, "maps": x.transpose(1, 2).contiguous().transpose(1, 2), "slice": x[:, :, 1:38]}[layout]
-    few, many = (
-        torch.randint(-1, 3, (3, 100), generator=generator),
-        torch.randint(3, 300, (3, 100), generator=generator),
-    )
+    few = torch.randint(-1, 3, (3, 100), generator=generator)
+    many = torch.randint(3, k, (3, rest), generator=generator)
     codes = torch.cat([few, many], dim=1).to(device)
-    codebook, size = torch.randn(300, x.shape[2], generator=generator), torch.rand(300, generator=generator)
+    codebook, size = torch.randn(k, x.shape[2], generator=generator), torch.rand(k, generator=generator)
     state = [t.to(device, wide) for t in (codebook, size, codebook * size[:, None])]
     mine = [t.clone() for t in state]
     run("ema_step_", x, codes, *mine, 0.9, 1e-5, normalize)
-    vq.ema_update_(*state, *vq.codebook_stats(x, codes, 300), decay=0.9, normalize=normalize)
+    vq.ema_update_(*state, *vq.codebook_stats(x, codes, k), decay=0.9, normalize=normalize)
     assert all(torch.equal(a, b) for a, b in zip(mine, state, strict=True))
     run("ema_step_", x, torch.full_like(codes, -1), *mine, 0.9, 1e-5, normalize)
     assert all(torch.equal(a, b) for a, b in zip(mine, state, strict=True))  # nothing to learn from

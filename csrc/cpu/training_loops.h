@@ -291,14 +291,15 @@ struct SumEnds {
   bool adds;  // to out
 };
 
-// BLOCKS * 8 dimensions in registers over all rows of a run.
+// BLOCKS * 8 dimensions in registers over all rows of a run; as many rows of `next` are asked for meanwhile.
 template <int BLOCKS, class W>
-VQ_INLINE void sum_blocks(const Run<W>& run, int64_t d, const SumEnds<W>& ends) {
+VQ_INLINE void sum_blocks(const Run<W>& run, const Run<W>& next, int64_t d, const SumEnds<W>& ends) {
   Halves sum[BLOCKS];
 #pragma GCC unroll 4
   for (int b = 0; b < BLOCKS; ++b) sum[b] = ends.starts ? no_rows() : load_halves(ends.total + d + b * LANES);
   for (int64_t i = 0; i < run.count; ++i) {
     const W* row = run[i] + d;
+    if (i < next.count) fetch_row(next[i] + d, BLOCKS * LANES);
 #pragma GCC unroll 4
     for (int b = 0; b < BLOCKS; ++b) sum[b] += load_halves(row + b * LANES);
   }
@@ -312,10 +313,10 @@ VQ_INLINE void sum_blocks(const Run<W>& run, int64_t d, const SumEnds<W>& ends) 
 }
 
 template <class W>
-VQ_INLINE void sum_run(const Run<W>& run, int64_t dim, const SumEnds<W>& ends) {
+VQ_INLINE void sum_run(const Run<W>& run, const Run<W>& next, int64_t dim, const SumEnds<W>& ends) {
   int64_t d = 0;
-  for (; d + 4 * LANES <= dim; d += 4 * LANES) sum_blocks<4>(run, d, ends);
-  for (; d + LANES <= dim; d += LANES) sum_blocks<1>(run, d, ends);
+  for (; d + 4 * LANES <= dim; d += 4 * LANES) sum_blocks<4>(run, next, d, ends);
+  for (; d + LANES <= dim; d += LANES) sum_blocks<1>(run, next, d, ends);
   for (; d < dim; ++d) {
     double sum = ends.starts ? NO_ROWS : ends.total[d];
     for (int64_t i = 0; i < run.count; ++i) sum += run[i][d];
@@ -330,6 +331,7 @@ VQ_INLINE void sum_run(const Run<W>& run, int64_t dim, const SumEnds<W>& ends) {
 constexpr int64_t AHEAD_BYTES = 4096;  // rows lie anywhere in memory, and the processor would not guess them
 constexpr int64_t RUN_BYTES =
     1 << 14;  // of a code with many tokens at a time: fetched ones must not be driven out
+constexpr int64_t PACED_DIM = 64;  // from which on asking for a run of rows at once would hold up the sums
 
 // Sums of one code after another, in the order of `tokens`.
 template <class W>
@@ -341,16 +343,20 @@ class CodeSums {
         dim_(dim),
         tokens_(tokens),
         total_(total),
-        ahead_(1 + AHEAD_BYTES / (dim * static_cast<int64_t>(sizeof(W)))),
+        ahead_(1 + (dim < PACED_DIM ? AHEAD_BYTES : RUN_BYTES) / (dim * static_cast<int64_t>(sizeof(W)))),
         most_(1 + RUN_BYTES / (dim * static_cast<int64_t>(sizeof(W)))),
         fetched_(tokens.start[first]) {}
 
   VQ_INLINE const W* row(int64_t i) const { return rows_ + tokens_.order[i] * stride_; }
 
-  // Asks for the rows that are needed when those before `end` have been summed.
-  VQ_INLINE void fetch(int64_t end) {
+  // Asks for the rows that are needed when those before `end` have been summed, but for `left` or fewer,
+  // which are returned.
+  VQ_INLINE Run<W> fetch(int64_t end, int64_t left) {
     const int64_t last = end + ahead_ < tokens_.count ? end + ahead_ : tokens_.count;
-    for (; fetched_ < last; ++fetched_) fetch_row(row(fetched_), dim_);
+    for (; fetched_ < last - left; ++fetched_) fetch_row(row(fetched_), dim_);
+    const Run<W> rest{rows_, stride_, tokens_.order + fetched_, last - fetched_};
+    fetched_ = last;
+    return rest;
   }
 
   // The sum in `out`, or the one row that it consists of.
@@ -360,7 +366,7 @@ class CodeSums {
       sum(g, false, out);
       return out;
     }
-    fetch(end);
+    fetch(end, 0);
     return row(start);
   }
 
@@ -368,9 +374,9 @@ class CodeSums {
     const int64_t start = tokens_.start[g], end = tokens_.start[g + 1];
     for (int64_t i = start; i < end; i += most_) {
       const int64_t count = end - i < most_ ? end - i : most_;
-      fetch(i + count);
+      const Run<W> next = fetch(i + count, dim_ < PACED_DIM || end - start == 1 ? 0 : count);
       if (end - start == 1) return put_row(row(start), dim_, adds, out);
-      sum_run(Run<W>{rows_, stride_, tokens_.order + i, count}, dim_,
+      sum_run(Run<W>{rows_, stride_, tokens_.order + i, count}, next, dim_,
               SumEnds<W>{total_, out, i == start, i + count == end, adds});
     }
   }
