@@ -97,7 +97,7 @@ void ema_step_(Tensor x, Tensor codes, Tensor codebook, Tensor cluster_size, Ten
   const auto step = [&](auto number) {
     using W = decltype(number);
     if (x.scalar_type() != codebook.scalar_type() || !sums_in_place(tokens_of<W>(x)) ||
-        slab_width<W>(x.size(0) * x.size(1), codebook.size(0), codebook.size(1)) > 0) {
+        better_in_order(x.size(0) * x.size(1), codebook.size(0), codebook.size(1))) {
       return step_with_sums(x, codes, codebook, cluster_size, embed_sum, decay, eps, normalize, plain);
     }
     const State<W> state{static_cast<W*>(codebook.mutable_data_ptr()),

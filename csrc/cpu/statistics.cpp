@@ -208,11 +208,10 @@ void statistics_into(const Tokens<const T>& x, const int64_t* codes, int64_t siz
   bool dense = false;
   if constexpr (std::is_same_v<T, Wide<T>>) {
     dense = !side_by_side(x) && usable_as_rows(x);
-    const int64_t width = dense && sums != nullptr ? slab_width<T>(x.count(), size, x.dim) : 0;
-    if (width > 0) {
+    if (dense && sums != nullptr && better_in_order(x.count(), size, x.dim)) {
       const std::vector<int64_t> tokens = tokens_of_codes(codes, x.count(), size);
       for (int64_t k = 0; k < size; ++k) put_count(tokens[k], adds, counts[k]);
-      return sum_rows_in_order(x.data, x.spacing(), codes, x.count(), size, x.dim, width, tokens, adds, sums);
+      return sum_rows_in_order(x.data, x.spacing(), codes, x.count(), x.dim, tokens, adds, sums);
     }
   }
   const Groups groups = group_by_code(codes, x.count(), size);
