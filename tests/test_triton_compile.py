@@ -56,7 +56,7 @@ def compiled() -> list[dict[str, Any]]:
         subprocess.Popen([sys.executable, __file__, *map(str, archs)], env=env, stdout=-1, stderr=-1, text=True)
         for archs in PROCESSES
     ]
-    results = [(*worker.communicate(timeout=500), worker.returncode) for worker in workers]
+    results = [(*worker.communicate(timeout=1500), worker.returncode) for worker in workers]
     for _, errors, status in results:
         assert status == 0, errors[-4000:]
     return [record for out, _, _ in results for record in json.loads(out.splitlines()[-1])]
