@@ -25,7 +25,8 @@ def check_distance(found: Tensor, true: Tensor, metric: str) -> None:
 @pytest.mark.parametrize(("metric", "case"), ALL, ids=str)
 def test_both_are_the_true_ones(backend, metric: str, case: Case):
     name, device = backend
-    large = case.x.numel() * len(case.codebook) > 600 or case.name == "cosine-dim-1"  # where all are decided one by one
+    one_by_one = device == "cpu" and case.name == "cosine-dim-1"  # all of them tie, which takes the interpreter long
+    large = case.x.numel() * len(case.codebook) > 600 or one_by_one
     if name == "triton" and (case.x.dtype == torch.float64 or large):
         return  # two searches there, of which test_nearest.py and test_columns.py run larger cases
     codes, distance, tokens, token_distance = vq.nearest_both(
