@@ -97,7 +97,7 @@ SHAPES = [(1500, 300, 8), (330, 2100, 17), (260, 2100, 64), (500, 150, 130), (20
 @pytest.mark.parametrize(
     "inputs", [gaussian, approaching, doubled, lattice, scales, huge, huge_but_masked, far], ids=lambda f: f.__name__
 )
-@pytest.mark.parametrize(("isa", "coarse_pass"), [("", ""), ("", "float32"), ("portable", "")])
+@pytest.mark.parametrize(("isa", "coarse_pass"), [("", ""), ("", "float32"), ("", "int8"), ("portable", "")])
 def test_they_are_those_of_two_searches(
     monkeypatch: pytest.MonkeyPatch, isa: str, coarse_pass: str, inputs: Callable, shape: tuple, metric: str
 ):

@@ -60,6 +60,20 @@ def test_nearest_is_true_on_every_instruction_set(instruction_set: str, metric: 
             torch.testing.assert_close(distance, true_distance, rtol=2.0**-23, atol=absolute, equal_nan=True)
 
 
+@pytest.mark.parametrize("isa", ["avx512", "portable"])
+@pytest.mark.parametrize(("metric", "case"), ALL, ids=str)
+def test_nearest_is_true_with_the_int8_pass(monkeypatch: pytest.MonkeyPatch, isa: str, metric: str, case: Case):
+    """On this CPU's tiles where it has some (avx512), and on tiles in plain loops."""
+    monkeypatch.setenv("VQKERNELS_CPU_ISA", isa)
+    monkeypatch.setenv("VQKERNELS_CPU_PASS", "int8")
+    if _extension.instruction_set() != isa:
+        skip_or_fail(isa, f"this CPU has no {isa}")
+    true, _ = true_nearest(case.x, case.codebook, metric)
+    for threads, pieces in ((2, 1), (1, 4)):
+        torch.set_num_threads(threads)
+        assert torch.equal(_search(case.x, case.codebook, metric, pieces)[0], true)
+
+
 @pytest.mark.parametrize(("n", "size", "dim"), [(5, 70000, 3), (700, 4100, 8), (64, 3000, 200), (130, 200, 18)])
 def test_work_split_over_tokens_or_codes_changes_nothing(instruction_set: str, n: int, size: int, dim: int):
     x, codebook = _randn(n, dim, seed=n), _randn(size, dim, seed=size)
@@ -72,8 +86,8 @@ def test_work_split_over_tokens_or_codes_changes_nothing(instruction_set: str, n
             assert torch.equal(_search(x, codebook, "euclidean", pieces)[0], expected)
 
 
-@pytest.mark.parametrize("coarse_pass", ["int16", "float32"])
-@pytest.mark.parametrize(("n", "size", "dim"), [(60, 5000, 8), (40, 300, 33), (50, 2500, 96), (13, 70, 1)])
+@pytest.mark.parametrize("coarse_pass", ["int8", "int16", "float32"])
+@pytest.mark.parametrize(("n", "size", "dim"), [(60, 5000, 8), (40, 300, 33), (50, 2500, 96), (70, 2500, 65), (13, 70, 1)])
 def test_every_coarse_pass_and_granule_gives_the_same_codes(
     instruction_set: str, monkeypatch: pytest.MonkeyPatch, coarse_pass: str, n: int, size: int, dim: int
 ):
@@ -81,7 +95,8 @@ def test_every_coarse_pass_and_granule_gives_the_same_codes(
     x, codebook = _randn(n, dim, seed=31), _randn(size, dim, seed=32)
     for metric in ("euclidean", "cosine"):
         report = compiled.nearest_report(x[None], codebook, metric, "exact")
-        assert report.coarse_pass == (coarse_pass if instruction_set != "portable" else "float32")
+        had = instruction_set != "portable" or coarse_pass == "int8"  # which has plain loops to test it anywhere
+        assert report.coarse_pass == (coarse_pass if had else "float32")
         assert torch.equal(report.codes[0], true_nearest(x, codebook, metric)[0])
         assert report.scanned == n or report.candidates >= 1  # in one dimension every cosine is a tie
 
@@ -191,8 +206,8 @@ def test_explain_names_the_coarse_pass(monkeypatch: pytest.MonkeyPatch, instruct
 
 
 def test_a_coarse_pass_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("VQKERNELS_CPU_PASS", "int8")
-    with pytest.raises(RuntimeError, match="VQKERNELS_CPU_PASS: expected int16 or float32, got int8"):
+    monkeypatch.setenv("VQKERNELS_CPU_PASS", "int4")
+    with pytest.raises(RuntimeError, match="VQKERNELS_CPU_PASS: expected int8, int16 or float32, got int4"):
         compiled.nearest(_randn(4, 8, seed=39)[None], _randn(9, 8, seed=40), "euclidean", "exact")
 
 
@@ -200,6 +215,7 @@ def test_peak_rates_are_measured():
     one = compiled.peak_rates(1)
     assert one["float32"] > 1e8
     assert one["int16"] == 0 or one["int16"] > 1e8
+    assert one["int8"] == 0 or one["int8"] > 1e8
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

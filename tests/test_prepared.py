@@ -76,7 +76,7 @@ def _check_operand(case: Case, metric: str) -> None:
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
-@pytest.mark.parametrize("coarse_pass", ["int16", "float32"])
+@pytest.mark.parametrize("coarse_pass", ["int8", "int16", "float32"])
 def test_every_instruction_set_pass_and_thread_count(compiled, monkeypatch, isa: str, coarse_pass: str, metric: str):
     monkeypatch.setenv("VQKERNELS_CPU_ISA", isa)
     if instruction_set() != isa:

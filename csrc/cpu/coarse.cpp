@@ -139,7 +139,7 @@ void cut_blocks(CoarseBook& book, int32_t scale, int64_t first_panel, int64_t co
   for (int64_t first = 0; first < panels; first += step) {
     const int64_t count = std::min(step, panels - first);
     const int64_t held = std::min(count * book.width, codes - first * book.width);
-    book.blocks.push_back({scale, first_panel + first, count, held, {0.0, 0.0, 0.0}});
+    book.blocks.push_back({scale, first_panel + first, count, held, CodeBound{}});
   }
 }
 
@@ -221,7 +221,7 @@ CodeBound pack_block(const CoarseBook& book, const CodeRows& codes, const Coarse
   const float* rows[MOST_WIDTH];
   double inverse_norms[MOST_WIDTH];
   const Packing packing = book.packing(book.scales[block.scale], codes.rows + codes.size * codes.dim);
-  CodeBound bound{0.0, 0.0, 0.0};
+  CodeBound bound{};
   for (int64_t i = 0; i < block.count; ++i) {
     const int64_t slot = (block.first_panel + i) * book.width;
     for (int64_t j = 0; j < book.width; ++j) {

@@ -39,7 +39,7 @@ constexpr int64_t TOKEN_BYTES = 320 * 1024;  // of a block of tokens, as tiles
 constexpr int64_t MOST_TOKENS = 1024;        // in a block
 constexpr int64_t FEWEST_TOKENS = 96;        // enough uses of a codebook block brought into the cache
 constexpr int64_t CROWD = 4096;              // candidates that the float64 pass keeps of a token
-constexpr int MOST_ROWS = 16;                // of a tile
+constexpr int MOST_ROWS = 32;                // of a tile
 constexpr float LARGEST_SQUARE = 0x1p80f;    // of a token's norm; the float64 pass takes larger ones
 constexpr double MIXED_NORMS = 4.0;  // the largest norm over the least, from which on tokens are sorted
 constexpr int64_t FETCHED_DIM = 64;  // with less, the loops that know D count for more
@@ -81,7 +81,8 @@ inline Split choose_split(const CoarseBook& coarse, int64_t count) {
 // The error of a token's scores against a block of codes, in score units; NaN or infinite where nothing is
 // known.
 inline double error_of(const TokenBound& token, const CodeBound& code) {
-  return token.residual * code.largest + token.norm * code.residual + token.offset + code.offset;
+  return token.residual * code.largest + token.norm * code.residual + token.low * code.low + token.offset +
+         code.offset;
 }
 
 template <class Element>
@@ -246,7 +247,8 @@ class CoarseSearch {
   void pack_tile(const CoarseScale& scale, const Packing& packing, int64_t base, int64_t count,
                  Scratch& scratch) {
     char* tile = scratch.tiles.get() + base / pass_.rows * coarse_.tile_bytes();
-    if (count < pass_.rows) std::fill_n(tile, coarse_.tile_bytes(), char{0});
+    const int64_t rows_bytes = pass_.rows * coarse_.row_bytes(), kept = count < pass_.rows ? 0 : rows_bytes;
+    std::fill_n(tile + kept, coarse_.tile_bytes() - kept, char{0});
     double largest = 0.0;
     for (int64_t i = 0; i < count; ++i) largest = std::max(largest, scratch.norms[scratch.order[base + i]]);
     for (int64_t i = 0; i < count; ++i) {

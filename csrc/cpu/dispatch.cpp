@@ -1,4 +1,10 @@
 // Which instruction set this process uses.
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -25,10 +31,24 @@ bool has_avx512() { return false; }
 bool has_avx512_vnni() { return false; }
 #endif
 
+// Tiles are memory of every thread that the system reserves for a process that asks.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned TILES = 1u << 24, INT8 = 1u << 25;
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & TILES) != 0 && (d & INT8) != 0 &&
+         syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
+#else
+  return false;
+#endif
+}
+
 const KernelTable& avx512_table() {
   static const KernelTable table = [] {
     KernelTable best = *avx512_kernels();
     if (has_avx512_vnni()) best.int16 = avx512_vnni_int16();
+    if (has_amx()) best.int8 = avx512_amx_int8();
     return best;
   }();
   return table;

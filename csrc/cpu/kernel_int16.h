@@ -161,7 +161,7 @@ void pack_int16_token(const float* token,  // [D]
   const double length = scale.factor * norm;
   const double left =
       __builtin_sqrt(static_cast<double>(sum_of(residuals))) * SUM_SLACK + ROUNDING * length + 0x1p-40;
-  *bound = {scale.factor * packing.code_factor, length + left, left, bias_error(packing, scale)};
+  *bound = {scale.factor * packing.code_factor, length + left, left, bias_error(packing, scale), 0.0};
 }
 
 template <class P>

@@ -19,25 +19,28 @@ struct Packing {
 };
 
 // What the score of a packed token and a packed code is: real score = score / unit, within
-//   token.residual * code.largest + token.norm * code.residual + token.offset + code.offset   (in score
-//   units)
+//   token.residual * code.largest + token.norm * code.residual + token.low * code.low
+//     + token.offset + code.offset   (in score units)
 struct TokenBound {
   double unit;
   double norm;
   double residual;
   double offset;
+  double low;  // of the part whose product with the codes' is left out
 };
 struct CodeBound {
   double largest;   // |code|
   double residual;  // |code - packed code|
   double offset;
+  double low;
 };
 
 // One way to score tokens against codes at low precision. A *tile* is `rows` tokens, [rows, steps] words and
-// then one more that they share; a *panel* is WIDTH = vectors * lanes codes, a row of biases and then their
-// numbers transposed, [1 + steps, WIDTH] words. A *granule* is one lane of `group` neighbouring panels:
-// vectors * group codes, or a single code where `group` is 0. The score of a token and a code stands for h -
-// x.c with h = |c|^2 / 2 (0 for cosine). Words are 32 bits wide, 64 in the float64 pass.
+// then what they share; a *panel* is WIDTH = vectors * lanes codes, a row of biases and then their numbers
+// transposed, [1 + steps, WIDTH] words (kernel_int8.h has an order of its own). A *granule* is one lane of
+// `group` neighbouring panels: vectors * group codes, or a single code where `group` is 0. The score of a
+// token and a code stands for h - x.c with h = |c|^2 / 2 (0 for cosine). Words are 32 bits wide, 64 in the
+// float64 pass.
 struct CoarsePass {
   const char* name;
   int word_bytes;
@@ -114,6 +117,7 @@ struct KernelTable {
   const CoarsePass* float32;
   const CoarsePass* float64;
   const CoarsePass* int16;  // null where the instruction set has nothing faster than float32's
+  const CoarsePass* int8;   // null where this CPU has no tiles
 
   // squares[j] = |(rows[j] - centre) * scale * scale2|^2, with a relative error below (D / 16 + 10) 2^-24;
   // NaN or infinity where some entry is not finite, or a square overflows.
@@ -153,8 +157,10 @@ struct KernelTable {
 // One a unit; null where the unit was not compiled for this machine's architecture.
 const KernelTable* avx512_kernels();
 const CoarsePass* avx512_vnni_int16();
+const CoarsePass* avx512_amx_int8();
 const KernelTable* avx2_kernels();
 const KernelTable* portable_kernels();
+const CoarsePass* portable_int8();  // in plain loops: to test the pass anywhere
 
 // The best table this CPU can run, or the one that VQKERNELS_CPU_ISA names; throws where that cannot run.
 const KernelTable& kernels();

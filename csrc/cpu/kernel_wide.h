@@ -126,7 +126,7 @@ void pack_wide_panel(const float* const* codes,    // [WIDTH] of [D]
   const double underflow = static_cast<double>(packing.dim) * Rounding<Word>::smallest;
   const double norm = __builtin_sqrt(largest) * (1.0 + 1e-12);
   const double half_square = packing.cosine ? 0.0 : 0.5 * largest;
-  *bound = {norm, underflow, relative * half_square + underflow * (1.0 + norm)};
+  *bound = {norm, underflow, relative * half_square + underflow * (1.0 + norm), 0.0};
 }
 
 template <class P>
@@ -155,7 +155,7 @@ void pack_wide_token(const float* token,  // [D]
   const double norm = __builtin_sqrt(square) * (1.0 + 1e-12);
   const double residual =
       relative_error<Word>(packing.dim) * norm + static_cast<double>(packing.dim) * Rounding<Word>::smallest;
-  *bound = {1.0, norm, residual, 0.0};
+  *bound = {1.0, norm, residual, 0.0, 0.0};
 }
 
 // The unit's own conversion where it has one: GCC 12 makes two halves of what it converts to 64 bytes.
@@ -240,6 +240,7 @@ constexpr KernelTable make_table(const char* name, const CoarsePass* float32, co
           float32,
           float64,
           int16,
+          nullptr,
           measure_rows,
           hash_words<U>,
           reduce_rows<U, float, true>,

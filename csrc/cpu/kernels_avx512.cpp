@@ -23,8 +23,9 @@ struct Float32 {
   static Values least_values(Values a, Values b) { return _mm512_min_ps(a, b); }
   static unsigned not_above(Values v, Values limits) { return _mm512_cmp_ps_mask(v, limits, _CMP_LE_OQ); }
   static Values values(__m512 sums, float factor, float offset) {
-    return _mm512_fmadd_ps(sums, _mm512_set1_ps(factor), _mm512_set1_ps(offset));
+    return multiply_add(sums, factor, _mm512_set1_ps(offset));
   }
+  static __m512 multiply_add(__m512 a, float b, __m512 c) { return _mm512_fmadd_ps(a, _mm512_set1_ps(b), c); }
 
   using Word = float;
   using Vector = __m512;
@@ -42,6 +43,40 @@ struct Float32 {
   }
   static unsigned below(Vector v, float limit) {
     return _mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_LE_OQ);
+  }
+};
+
+// Eight tiles of 16 rows of 64 bytes, this thread's until released. The compiler's own functions for them
+// want literals for numbers.
+struct AmxTiles {
+  AmxTiles() {
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } shape;
+    asm volatile("ldtilecfg %0" ::"m"(shape));
+  }
+  ~AmxTiles() { asm volatile("tilerelease"); }
+  AmxTiles(const AmxTiles&) = delete;
+  AmxTiles& operator=(const AmxTiles&) = delete;
+
+  void clear() {}  // as they are at first
+  template <int TILE>
+  void zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(TILE));
+  }
+  template <int TILE>
+  void load(const void* from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(TILE) : "memory");
+  }
+  template <int TILE>
+  void store(int32_t* to) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(int64_t{64}), "i"(TILE) : "memory");
+  }
+  template <int SUM, int A, int B>
+  void multiply() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUM), "i"(A), "i"(B));
   }
 };
 
@@ -76,12 +111,14 @@ struct Unit {
 }  // namespace cpu
 }  // namespace vqkernels
 
+#include "kernel_int8.h"
 #include "kernel_wide.h"
 
 namespace vqkernels {
 namespace cpu {
 namespace {
 constexpr CoarsePass FLOAT32 = make_wide_pass<Float32>("float32", 0x1p120);
+constexpr CoarsePass INT8 = Int8<Float32, AmxTiles>::make_pass();
 constexpr CoarsePass FLOAT64 = make_wide_pass<Float64>("float64", __builtin_inf());
 constexpr KernelTable TABLE =
     make_table<Unit>("avx512", &FLOAT32, &FLOAT64, nullptr);  // kernels_avx512_vnni.cpp has int16
@@ -98,6 +135,7 @@ constexpr KernelTable TABLE =
 namespace vqkernels {
 namespace cpu {
 const KernelTable* avx512_kernels() { return &TABLE; }
+const CoarsePass* avx512_amx_int8() { return &INT8; }
 }  // namespace cpu
 }  // namespace vqkernels
 
@@ -105,6 +143,7 @@ const KernelTable* avx512_kernels() { return &TABLE; }
 namespace vqkernels {
 namespace cpu {
 const KernelTable* avx512_kernels() { return nullptr; }
+const CoarsePass* avx512_amx_int8() { return nullptr; }
 }  // namespace cpu
 }  // namespace vqkernels
 #endif

@@ -5,11 +5,11 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
-template <class T>
+template <class T, int BYTES = 16>
 struct Portable {
   using Word = T;
-  typedef T Vector __attribute__((vector_size(16)));
-  static constexpr int ROWS = 4, VECTORS = 2, LANES = 16 / sizeof(T), DEPTH = 1;
+  typedef T Vector __attribute__((vector_size(BYTES)));
+  static constexpr int ROWS = 4, VECTORS = 2, LANES = BYTES / sizeof(T), DEPTH = 1;
   static int64_t steps(int64_t dim) { return dim; }
   static Vector load(const T* p) {
     Vector v;
@@ -37,17 +37,27 @@ struct Portable {
   }
 };
 
-struct Float32 : Portable<float> {
+template <int BYTES>
+struct Floats : Portable<float, BYTES> {
+  using Base = Portable<float, BYTES>;
+  using Vector = typename Base::Vector;
+  using Base::LANES, Base::load, Base::store, Base::minimum;
   using Values = Vector;
   static Values load_values(const float* p) { return load(p); }
   static void store_values(float* p, Values v) { store(p, v); }
   static Values least_values(Values a, Values b) { return minimum(a, b); }
   static Values values(Vector sums, float factor, float offset) { return sums * factor + offset; }
+  static Vector multiply_add(Vector a, float b, Vector c) { return a * b + c; }
   static unsigned not_above(Values v, Values limits) {
     unsigned lanes = 0;
     for (int lane = 0; lane < LANES; ++lane) lanes |= (v[lane] <= limits[lane] ? 1u : 0u) << lane;
     return lanes;
   }
+};
+using Float32 = Floats<16>;
+
+struct Sixteen : Floats<64> {
+  static constexpr int VECTORS = 4;
 };
 
 struct Unit {
@@ -59,6 +69,7 @@ struct Unit {
 }  // namespace cpu
 }  // namespace vqkernels
 
+#include "kernel_int8.h"
 #include "kernel_wide.h"
 
 namespace vqkernels {
@@ -66,8 +77,10 @@ namespace cpu {
 namespace {
 constexpr CoarsePass FLOAT32 = make_wide_pass<Float32>("float32", 0x1p120);
 constexpr CoarsePass FLOAT64 = make_wide_pass<Portable<double>>("float64", __builtin_inf());
+constexpr CoarsePass INT8 = Int8<Sixteen, PlainTiles>::make_pass();
 constexpr KernelTable TABLE = make_table<Unit>("portable", &FLOAT32, &FLOAT64, nullptr);
 }  // namespace
 const KernelTable* portable_kernels() { return &TABLE; }
+const CoarsePass* portable_int8() { return &INT8; }
 }  // namespace cpu
 }  // namespace vqkernels

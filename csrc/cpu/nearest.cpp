@@ -22,6 +22,8 @@ namespace cpu {
 namespace {
 
 constexpr int64_t LARGEST_INT16_DIM = 8192;  // its error grows like the root of D, and so do the candidates
+constexpr int64_t LARGEST_INT8_DIM = 1024;   // beyond it sums of int32 may overflow
+constexpr int64_t SMALLEST_INT8_DIM = 28;    // below, tiles of 64 dimensions are too empty
 
 void search_double(const Book<double>& book, const Tokens<const double>& tokens, const Outputs& out,
                    SearchReport* report) {
@@ -50,12 +52,15 @@ void search_double(const Book<double>& book, const Tokens<const double>& tokens,
 const CoarsePass& choose_pass(const KernelTable& table, int64_t dim, bool exact) {
   const char* name = std::getenv("VQKERNELS_CPU_PASS");
   const bool asked = name != nullptr && name[0] != '\0';
-  if (asked && std::strcmp(name, "float32") != 0 && std::strcmp(name, "int16") != 0) {
-    throw std::runtime_error(std::string("VQKERNELS_CPU_PASS: expected int16 or float32, got ") + name);
+  const auto is = [&](const char* pass) { return asked && std::strcmp(name, pass) == 0; };
+  if (asked && !is("float32") && !is("int16") && !is("int8")) {
+    throw std::runtime_error(std::string("VQKERNELS_CPU_PASS: expected int8, int16 or float32, got ") + name);
   }
-  const bool wanted = !asked || std::strcmp(name, "int16") == 0;
-  return exact && wanted && table.int16 != nullptr && dim <= LARGEST_INT16_DIM ? *table.int16
-                                                                               : *table.float32;
+  if (!exact || is("float32")) return *table.float32;
+  if (is("int8") && dim <= LARGEST_INT8_DIM) return table.int8 != nullptr ? *table.int8 : *portable_int8();
+  if (!asked && table.int8 != nullptr && dim >= SMALLEST_INT8_DIM && dim <= LARGEST_INT8_DIM)
+    return *table.int8;
+  return table.int16 != nullptr && dim <= LARGEST_INT16_DIM ? *table.int16 : *table.float32;
 }
 
 void prepare(const KernelTable& table, const CoarsePass& pass, const CodebookRows<float>& dense, bool cosine,
@@ -145,8 +150,8 @@ std::tuple<Tensor, Tensor> nearest(Tensor x, Tensor codebook, bool cosine, bool 
 std::tuple<Tensor, Tensor, Tensor> nearest_report(Tensor x, Tensor codebook, bool cosine, bool exact) {
   SearchReport report;
   Result result = run(x, codebook, cosine, exact, &report);
-  constexpr int64_t PASSES = 3;
-  const char* names[PASSES] = {"int16", "float32", "float64"};
+  constexpr int64_t PASSES = 4;
+  const char* names[PASSES] = {"int8", "int16", "float32", "float64"};
   Tensor numbers = torch::stable::new_empty(x, {STAGES + 6}, ScalarType::Double);
   double* out = static_cast<double*>(numbers.mutable_data_ptr());
   for (int i = 0; i < STAGES; ++i) out[i] = report.seconds[i];
@@ -212,7 +217,9 @@ const char* coarse_pass(int64_t dim, bool exact) noexcept {
 double peak_rate(const char* pass) noexcept {
   try {
     const KernelTable& table = kernels();
-    const CoarsePass* which = std::strcmp(pass, "int16") == 0 ? table.int16 : table.float32;
+    const CoarsePass* which = std::strcmp(pass, "int8") == 0    ? table.int8
+                              : std::strcmp(pass, "int16") == 0 ? table.int16
+                                                                : table.float32;
     if (which == nullptr) return 0.0;
     which->run_peak(1 << 16);  // wakes the vector units
     const auto begin = std::chrono::steady_clock::now();

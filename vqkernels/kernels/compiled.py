@@ -80,7 +80,7 @@ def nearest_k(
 
 
 STAGES = ("prepare", "tokens", "coarse", "rerank", "scan")  # as csrc/cpu/report.h has them
-PASSES = ("int16", "float32", "float64")
+PASSES = ("int8", "int16", "float32", "float64")
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +147,7 @@ def peak_rates(threads: int) -> dict[str, float]:
     rate = ctypes.CDLL(str(_extension.library_path())).vqkernels_peak_rate
     rate.argtypes, rate.restype = [ctypes.c_char_p], ctypes.c_double
     with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
-        return {name: sum(pool.map(rate, [name.encode()] * threads)) for name in ("float32", "int16")}
+        return {name: sum(pool.map(rate, [name.encode()] * threads)) for name in ("float32", "int16", "int8")}
 
 
 def quantize(
@@ -294,6 +294,7 @@ def nearest_details(x: Tensor, _codebook: Tensor, _metric: str, precision: str) 
     isa, forced = _extension.instruction_set(), os.environ.get("VQKERNELS_CPU_PASS")
     name = "float64" if x.dtype == torch.float64 else _coarse_pass(x.shape[-1], precision == "exact")
     reason = {
+        "int8": "integers of two bytes on this CPU's tiles, their products several times as many as int16's",
         "int16": "its products are exact and twice as many as float32's",
         "float32": f"{isa} has no faster int16 products, or D is beyond 8192",
         "float64": "as precise as the input",
