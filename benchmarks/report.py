@@ -67,7 +67,11 @@ def add_verdict(entry: dict[str, Any], verdict: Verdict) -> None:
 
 
 def add_timing(entry: dict[str, Any], timing: Timing, problem: Problem, peaks: Peaks) -> None:
-    """Median, spread and rates of one provider; the int16 peak is only for those whose coarse pass is of int16."""
+    """Median, spread and rates of one provider; the peaks of integers are only for those whose coarse pass has some.
+
+    The int8 pass, on tiles, is held against int16's peak too: that of the same numbers on vector units, which it may
+    pass.
+    """
     low, high = timing.quartiles()
     entry["median_ms"], entry["min_ms"] = timing.median * 1e3, min(timing.samples) * 1e3
     entry["p25_ms"], entry["p75_ms"] = low * 1e3, high * 1e3
@@ -76,7 +80,8 @@ def add_timing(entry: dict[str, Any], timing: Timing, problem: Problem, peaks: P
     if problem.flops is not None:
         entry["gflops"] = problem.flops / timing.median / 1e9
         coarse = (entry["search"] or {}).get("coarse_pass")
-        names = [name for name in peaks.rates if name in ("sgemm", "float32", coarse)]
+        beside = {"sgemm", "float32", coarse} | ({"int16"} if coarse == "int8" else set())
+        names = [name for name in peaks.rates if name in beside]
         entry["percent_of_peak"] = {name: peaks.percent(name, problem.flops, timing) for name in names}
 
 

@@ -57,7 +57,7 @@ def test_touch_never_returns_to_numbers_that_were_there():
         assert torch.equal(codebook, torch.tensor([[1.5 + step * 2.0**-23, 2.0]]))
 
 
-def test_percentages_are_medians_of_rounds_and_int16_is_for_int16_alone():
+def test_percentages_are_medians_of_rounds_and_integers_are_for_passes_that_have_some():
     problem, peaks = make_problem("search", Shape(10, 10, 5)), Peaks("cpu", 1)
     peaks.rates = {"float32": [1e3, 2e3, 1e3], "int16": [2e3, 4e3, 2e3], "sgemm": [1e3, 1e3, 1e3]}
     timing = Timing([1.0, 0.5, 2.0], 1)  # 1000 FLOP: all, all and half of the fp32 peak of the round
@@ -68,6 +68,12 @@ def test_percentages_are_medians_of_rounds_and_int16_is_for_int16_alone():
     entry["search"] = {"coarse_pass": "int16"}
     add_timing(entry, timing, problem, peaks)
     assert entry["percent_of_peak"] == {"float32": 100.0, "int16": 50.0, "sgemm": 100.0}
+    peaks.rates["int8"] = [1e4, 1e4, 2e4]
+    add_timing(entry, timing, problem, peaks)
+    assert "int8" not in entry["percent_of_peak"]
+    entry["search"] = {"coarse_pass": "int8"}  # as many numbers as int16 has, on tiles
+    add_timing(entry, timing, problem, peaks)
+    assert entry["percent_of_peak"] == {"float32": 100.0, "int16": 50.0, "int8": 10.0, "sgemm": 100.0}
 
 
 def test_the_stand_in_for_cuvs_finds_the_nearest():

@@ -87,7 +87,9 @@ def test_work_split_over_tokens_or_codes_changes_nothing(instruction_set: str, n
 
 
 @pytest.mark.parametrize("coarse_pass", ["int8", "int16", "float32"])
-@pytest.mark.parametrize(("n", "size", "dim"), [(60, 5000, 8), (40, 300, 33), (50, 2500, 96), (70, 2500, 65), (13, 70, 1)])
+@pytest.mark.parametrize(
+    ("n", "size", "dim"), [(60, 5000, 8), (40, 300, 33), (50, 2500, 96), (70, 2500, 65), (13, 70, 1)]
+)
 def test_every_coarse_pass_and_granule_gives_the_same_codes(
     instruction_set: str, monkeypatch: pytest.MonkeyPatch, coarse_pass: str, n: int, size: int, dim: int
 ):

@@ -51,9 +51,13 @@ inline FloatStrip largest_of(FloatStrip so_far, FloatStrip strip) {
 }
 
 inline float largest_of(FloatStrip strip) {
-  float largest = 0.0f;
-  for (int i = 0; i < STRIP; ++i) largest = strip[i] > largest ? strip[i] : largest;
-  return largest;
+  strip = largest_of(
+      strip, __builtin_shufflevector(strip, strip, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+  strip = largest_of(
+      strip, __builtin_shufflevector(strip, strip, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+  strip = largest_of(
+      strip, __builtin_shufflevector(strip, strip, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+  return strip[0] > strip[1] ? strip[0] : strip[1];
 }
 
 // What brings numbers of that size to integers of 15 bits.
@@ -117,6 +121,7 @@ struct Int8 {
       biases[code] = packing.cosine ? 0.0f : 0.5f * sum;
     }
     const float factor = integer_factor(largest_of(most));
+    const double inverse = 1.0 / factor;
     for (int i = 0; i < STRIP; ++i) biases[WIDTH + i] = i == 0 ? 128.0f / factor : 0.0f;
     IntStrip* out = reinterpret_cast<IntStrip*>(static_cast<int32_t*>(panel) + HEAD);
     float residual = 0.0f, low = 0.0f;
@@ -145,10 +150,10 @@ struct Int8 {
       }
     }
     const double norm = __builtin_sqrt(static_cast<double>(largest)) * SQUARES_SLACK;
-    const double left = root(residual) / factor + INTEGER_ROUNDING * norm + NOTHING;
+    const double left = root(residual) * inverse + INTEGER_ROUNDING * norm + NOTHING;
     raise(bound->largest, norm);
     raise(bound->residual, left);
-    raise(bound->low, root(low) / factor);
+    raise(bound->low, root(low) * inverse);
     const double sums = (static_cast<double>(packing.dim) / 16.0 + 48.0) * 1.1 * UNIT32;
     if (!packing.cosine) raise(bound->offset, 0.5 * norm * norm * (sums + SCORE_ROUNDING) + NOTHING);
   }
@@ -163,6 +168,7 @@ struct Int8 {
     FloatStrip most{}, residuals{}, lows{};
     for (int64_t d = 0; d < packing.dim; d += STRIP) most = largest_of(most, packed_strip(token, packing, d));
     const float factor = integer_factor(largest_of(most));
+    const double inverse = 1.0 / factor;
     const int64_t words = steps(packing.dim);
     char* out = reinterpret_cast<char*>(static_cast<int32_t*>(tile) + row * words);
     for (int64_t d = 0; d < depth(packing.dim) * TILE_DIM; d += STRIP) {
@@ -173,9 +179,9 @@ struct Int8 {
       residuals += bytes.residual;
       lows += bytes.low_square;
     }
-    static_cast<float*>(tile)[ROWS * words + row] = -1.0f / factor;
-    const double left = root(sum_of(residuals)) / factor + INTEGER_ROUNDING * norm + NOTHING;
-    *bound = {1.0, norm + left, left + SCORE_ROUNDING * norm, 0.0, root(sum_of(lows)) / factor};
+    static_cast<float*>(tile)[ROWS * words + row] = static_cast<float>(-inverse);
+    const double left = root(sum_of(residuals)) * inverse + INTEGER_ROUNDING * norm + NOTHING;
+    *bound = {1.0, norm + left, left + SCORE_ROUNDING * norm, 0.0, root(sum_of(lows)) * inverse};
   }
 
   // ---------------------------------------------------------------------------------------------- scores
@@ -294,9 +300,9 @@ struct Int8 {
     tiles.template store<3>(sums[1][1]);
   }
 
-  // Lines of the next panels for each 16 codes by 64 dimensions: with these a block comes in over four tiles
+  // Lines of the next panels for each 16 codes by 64 dimensions: with these a block comes in over two tiles
   // of tokens.
-  static constexpr int64_t LINES = 8, LINE = 64;
+  static constexpr int64_t LINES = 16, LINE = 64;
   static int64_t fetched_bytes(int64_t count, int64_t dim) {
     return count * VECTORS * depth(dim) * LINES * LINE;
   }

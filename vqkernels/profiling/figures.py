@@ -11,7 +11,12 @@ from .style import colour
 from .svg import Box, Labels, LogAxis, element, text, text_box
 from .units import percent, power, scaled, seconds
 
-RATE_NAMES = {"int16": "int16 multiply-add", "float16": "fp16 matrix", "float32": "fp32 multiply-add"}
+RATE_NAMES = {
+    "int8": "int8 tile",
+    "int16": "int16 multiply-add",
+    "float16": "fp16 matrix",
+    "float32": "fp32 multiply-add",
+}
 
 
 LEADER = 8.0  # pixels between a point and its label that need no line

@@ -12,7 +12,13 @@ from typing import Any
 from .peaks import Peaks
 from .subject import StepOptions
 
-COARSE_BYTES = {"int16": 2, "float16": 2, "float32": 4, "float64": 8}  # of a number that the coarse pass multiplies
+COARSE_BYTES = {  # of a number that the coarse pass multiplies
+    "int8": 2,  # high and low
+    "int16": 2,
+    "float16": 2,
+    "float32": 4,
+    "float64": 8,
+}
 
 
 @dataclass(frozen=True)
