@@ -186,8 +186,8 @@ struct Int8 {
 
   // ---------------------------------------------------------------------------------------------- scores
 
-  // Of 32 tokens and 16 codes, sums of products: of high bytes, and mixed, for each half of the rows.
-  using Sums = int32_t[2][2][TILE_WORDS];
+  // Of 32 tokens and 16 codes, sums of products: of high bytes, and mixed.
+  using Sums = int32_t[2][ROWS * LANES];
 
   // Where their scores go.
   struct Place {
@@ -206,8 +206,8 @@ struct Int8 {
                                                                 typename Also::Least& least) {
     const Vector bias = P::load(place.biases);
     for (int64_t row = begin; row < end; ++row) {
-      const int32_t* high = sums[row / TILE_ROWS][0] + row % TILE_ROWS * LANES;
-      const IntStrip whole = (load_vector<IntStrip>(high) << 7) + load_vector<IntStrip>(high + TILE_WORDS);
+      const IntStrip high = load_vector<IntStrip>(sums[0] + row * LANES);
+      const IntStrip whole = (high << 7) + load_vector<IntStrip>(sums[1] + row * LANES);
       const Vector value = (Vector) __builtin_convertvector(whole, FloatStrip);
       Vector score = P::multiply_add(value, place.factors[row], bias);
       also.take(row, score, least);
@@ -252,52 +252,59 @@ struct Int8 {
   template <bool FOLD, class Also>
   static void sweep(const char* tile, const int32_t* panels, int64_t count, int64_t dim, int64_t group,
                     float* scores, int64_t stride, float* columns, const char* next, const Also& also) {
+    static_assert(VECTORS % 2 == 0);
     alignas(64) Sums sums[2];
     alignas(64) float factors[2][ROWS];
-    const int64_t deep = depth(dim), words = panel_words(dim), row_bytes = deep * 2 * TILE_DIM;
+    const int64_t deep = depth(dim), row_bytes = deep * 2 * TILE_DIM, share = ROWS / deep;
     const float* inverse = reinterpret_cast<const float*>(tile + ROWS * row_bytes);
     T tiles;
     Place before{};
-    for (int64_t step = 0; step < count * VECTORS; ++step) {
-      const int64_t panel = step / VECTORS, v = step % VECTORS;
-      const int32_t* head = panels + panel * words;
-      const float* biases = reinterpret_cast<const float*>(head);
+    int64_t grouped = 0;
+    for (int64_t panel = 0; panel < count; ++panel) {
+      const float* biases = reinterpret_cast<const float*>(panels + panel * panel_words(dim));
+      const int32_t* codes = panels + panel * panel_words(dim) + HEAD;
       float* own_factors = factors[panel % 2];
-      for (int row = 0; v == 0 && row < ROWS; ++row) own_factors[row] = inverse[row] * biases[WIDTH];
-      const Sums& done = sums[(step + 1) % 2];
-      typename Also::Least least;
-      tiles.template zero<0>();
-      tiles.template zero<1>();
-      tiles.template zero<2>();
-      tiles.template zero<3>();
-      for (int64_t k = 0; k < deep; ++k) {
-        const int32_t* codes = head + HEAD + (v * deep + k) * 2 * TILE_WORDS;
-        const char* tokens = tile + k * 2 * TILE_DIM;
-        tiles.template load<6>(codes, TILE_DIM);
-        tiles.template load<7>(codes + TILE_WORDS, TILE_DIM);
-        add_products<0>(tiles, tokens, row_bytes);
-        const int64_t begin = ROWS * k / deep, end = ROWS * (k + 1) / deep, middle = (begin + end) / 2;
-        if (step > 0) finish_rows<FOLD>(begin, middle, done, before, stride, also, least);
-        add_products<2>(tiles, tokens + TILE_ROWS * row_bytes, row_bytes);
-        if (step > 0) finish_rows<FOLD>(middle, end, done, before, stride, also, least);
-        if (next != nullptr) next = fetch(next);
+      for (int row = 0; row < ROWS; ++row) own_factors[row] = inverse[row] * biases[WIDTH];
+      for (int v = 0; v < VECTORS; ++v) {
+        const Sums& done = sums[(v + 1) % 2];
+        const int64_t rows = before.scores != nullptr ? ROWS : 0;
+        typename Also::Least least;
+        tiles.template zero<0>();
+        tiles.template zero<1>();
+        tiles.template zero<2>();
+        tiles.template zero<3>();
+        const char* tokens = tile;
+        for (int64_t k = 0, row = 0; k < deep; ++k, codes += 2 * TILE_WORDS, tokens += 2 * TILE_DIM) {
+          const int64_t end = k + 1 < deep ? row + share : rows, middle = row + (end - row) / 2;
+          tiles.template load<6>(codes, TILE_DIM);
+          tiles.template load<7>(codes + TILE_WORDS, TILE_DIM);
+          add_products<0>(tiles, tokens, row_bytes);
+          if (rows > 0) finish_rows<FOLD>(row, middle, done, before, stride, also, least);
+          add_products<2>(tiles, tokens + TILE_ROWS * row_bytes, row_bytes);
+          if (rows > 0) finish_rows<FOLD>(middle, end, done, before, stride, also, least);
+          if (next != nullptr) next = fetch(next);
+          row = end;
+        }
+        if (rows > 0) also.store(least, before.columns);
+        store(tiles, sums[v % 2]);
+        before = {biases + v * LANES, own_factors, FOLD ? scores : scores + v * LANES, grouped == 0 && v == 0,
+                  columns == nullptr ? nullptr : columns + panel * WIDTH + v * LANES};
       }
-      if (step > 0) also.store(least, before.columns);
-      store(tiles, sums[step % 2]);
-      const int64_t slot = panel * WIDTH + v * LANES;
-      before = {biases + v * LANES, own_factors, scores + (FOLD ? panel / group * LANES : slot),
-                v == 0 && panel % group == 0, columns == nullptr ? nullptr : columns + slot};
+      ++grouped;
+      if (FOLD && grouped < group) continue;
+      grouped = 0;
+      scores += FOLD ? LANES : WIDTH;
     }
     typename Also::Least least;
-    finish_rows<FOLD>(0, ROWS, sums[(count * VECTORS + 1) % 2], before, stride, also, least);
+    finish_rows<FOLD>(0, ROWS, sums[(VECTORS - 1) % 2], before, stride, also, least);
     also.store(least, before.columns);
   }
 
   static inline __attribute__((always_inline)) void store(T& tiles, Sums& sums) {
-    tiles.template store<0>(sums[0][0]);
-    tiles.template store<1>(sums[0][1]);
-    tiles.template store<2>(sums[1][0]);
-    tiles.template store<3>(sums[1][1]);
+    tiles.template store<0>(sums[0]);
+    tiles.template store<1>(sums[1]);
+    tiles.template store<2>(sums[0] + TILE_WORDS);
+    tiles.template store<3>(sums[1] + TILE_WORDS);
   }
 
   // Lines of the next panels for each 16 codes by 64 dimensions: with these a block comes in over two tiles
@@ -320,7 +327,7 @@ struct Int8 {
     float* out = static_cast<float*>(granule_scores);
     const int64_t granules = group == 0 ? count * WIDTH : (count + group - 1) / group * LANES;
     if (group == 0) {
-      sweep<false>(tokens, codes, count, dim, 1, out, granules, columns, fetched, also);
+      sweep<false>(tokens, codes, count, dim, group, out, granules, columns, fetched, also);
     } else {
       sweep<true>(tokens, codes, count, dim, group, out, granules, columns, fetched, also);
     }
