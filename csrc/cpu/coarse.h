@@ -71,6 +71,13 @@ struct CoarseBook {
   }
 };
 
+// The error of a token's scores against a block of codes, in score units; NaN or infinite where nothing is
+// known.
+inline double error_of(const TokenBound& token, const CodeBound& code) {
+  return token.residual * code.largest + token.norm * code.residual + token.low * code.low + token.offset +
+         code.offset;
+}
+
 // Rows of a codebook as they are packed.
 struct CodeRows {
   const float* rows;           // [K, D]

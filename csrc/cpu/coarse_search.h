@@ -78,13 +78,6 @@ inline Split choose_split(const CoarseBook& coarse, int64_t count) {
   return {tokens, token_blocks, enough ? 1 : std::min(blocks, ceil_div(2 * threads, token_blocks))};
 }
 
-// The error of a token's scores against a block of codes, in score units; NaN or infinite where nothing is
-// known.
-inline double error_of(const TokenBound& token, const CodeBound& code) {
-  return token.residual * code.largest + token.norm * code.residual + token.low * code.low + token.offset +
-         code.offset;
-}
-
 template <class Element>
 class CoarseSearch {
  public:

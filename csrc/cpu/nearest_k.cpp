@@ -21,6 +21,7 @@
 #include "kernel_table.h"
 #include "ops.h"
 #include "parallel.h"
+#include "search.h"
 #include "snapshot.h"
 #include "tokens.h"
 
@@ -28,7 +29,6 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
-constexpr int64_t LARGEST_INT16_DIM = 8192;
 constexpr int64_t TOKENS = 96;             // that share a block of panels in the cache
 constexpr float LARGEST_SQUARE = 0x1p80f;  // of a token's norm; beyond it all codes are looked at in float64
 constexpr int64_t FIRST_PIECE = 64;        // granules, a multiple of every pass's lanes
@@ -314,8 +314,7 @@ class KSearch {
       KState& state = scratch.states[base + i];
       const TokenBound& bound = scratch.bounds[base + i];
       if (state.way != Way::COARSE) continue;
-      const double error = bound.residual * block.bound.largest + bound.norm * block.bound.residual +
-                           bound.offset + block.bound.offset;
+      const double error = error_of(bound, block.bound);
       const double reach = block.bound.largest;
       if (!((bound.norm + reach) * reach + error < pass_.largest_score)) {
         state.way = Way::ALL;
@@ -427,9 +426,7 @@ void search(const Tensor& x, const Tensor& codebook, bool cosine, const KOutputs
   if constexpr (std::is_same_v<Element, double>) {
     search_double(book, tokens, out);
   } else if (tokens.count() > 0) {
-    const bool integers = table.int16 != nullptr && dense.dim <= LARGEST_INT16_DIM;
-    const CoarsePass& pass = integers ? *table.int16 : *table.float32;
-    const CoarseBook coarse = pack_coarse(table, pass, book.code_rows(), {});
+    const CoarseBook coarse = pack_coarse(table, choose_pass(table, dense.dim, true), book.code_rows(), {});
     KSearch<Element>(book, coarse, tokens, out).run();
   }
 }
