@@ -74,6 +74,24 @@ def test_nearest_is_true_with_the_int8_pass(monkeypatch: pytest.MonkeyPatch, isa
         assert torch.equal(_search(case.x, case.codebook, metric, pieces)[0], true)
 
 
+@pytest.mark.parametrize("isa", ["avx512", "portable"])
+@pytest.mark.parametrize("dim", [1024, 1025])
+def test_the_largest_sums_of_the_int8_pass_fit_into_32_bits(monkeypatch: pytest.MonkeyPatch, isa: str, dim: int):
+    """Every number is the largest of its row, and products have one sign: 1024 * 127^2 * 128 is 1.6 % below 2^31."""
+    monkeypatch.setenv("VQKERNELS_CPU_ISA", isa)
+    monkeypatch.setenv("VQKERNELS_CPU_PASS", "int8")
+    if _extension.instruction_set() != isa:
+        skip_or_fail(isa, f"this CPU has no {isa}")
+    signs = _randn(20, dim, seed=44).sign()
+    codebook = torch.stack([signs, -signs], dim=1).flatten(0, 1)  # their mean is 0
+    report = compiled.nearest_report(3.0 * codebook[None], codebook, "euclidean", "exact")
+    assert torch.equal(report.codes[0], torch.arange(40))
+    if dim == 1024:
+        assert (report.coarse_pass, report.certified) == ("int8", 40)
+    else:
+        assert report.coarse_pass != "int8"
+
+
 @pytest.mark.parametrize(("n", "size", "dim"), [(5, 70000, 3), (700, 4100, 8), (64, 3000, 200), (130, 200, 18)])
 def test_work_split_over_tokens_or_codes_changes_nothing(instruction_set: str, n: int, size: int, dim: int):
     x, codebook = _randn(n, dim, seed=n), _randn(size, dim, seed=size)
