@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # each of xdist's processes its share of the cores, as more threads wait for each other; read where torch is imported
 os.environ.setdefault(
@@ -49,3 +50,11 @@ def _quiet_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """A training run draws its curves for seconds; the tests that look at them are marked ``curves``."""
+    log = sys.modules.get("vqkernels.models.run_log")
+    if log is not None and request.node.get_closest_marker("curves") is None:
+        monkeypatch.setattr(log.RunLog, "draw_curves", lambda self: None)

@@ -47,6 +47,7 @@ def run_of(pictures: Path, output: Path, **changes) -> TrainConfig:
     return dataclasses.replace(make_config(pictures, output, 6), **options)
 
 
+@pytest.mark.curves
 def test_the_losses_begin_at_their_share_of_the_run(pictures, tmp_path):
     critic = DiscriminatorConfig(kind="patch", channels=8, layers=1, start_share=0.5)
     changes = {"perceptual_weight": 0.1, "perceptual_start": 0.3, "discriminator": critic, "sample_every": 3}
