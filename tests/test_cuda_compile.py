@@ -86,7 +86,9 @@ def test_the_lists_name_every_kernel_of_the_sources(products):
     if ptxas.disassembler() is None:
         skip_or_fail("nvcc", "no cuobjdump")
     lists = (BUILD_ARCHITECTURE, "hopper_kernels")
-    named = {kernel.name for name in lists for kernel in _usage(products[name].result().with_suffix(".log").read_text())}
+    named = {
+        kernel.name for name in lists for kernel in _usage(products[name].result().with_suffix(".log").read_text())
+    }
     built = {name for stem in SOURCES for name in ptxas.entries(products[stem].result())}
     assert len(built) > 20
     assert built == named
