@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from collections import Counter
 
 # each of xdist's processes its share of the cores, as more threads wait for each other; read where torch is imported
 os.environ.setdefault(
@@ -16,10 +19,21 @@ if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 import pytest  # noqa: E402
+from quick_interpreter import make_quick  # noqa: E402
 from requirements import skip_or_fail  # noqa: E402
 
 import vqkernels as vq  # noqa: E402
 from vqkernels.backends import candidates  # noqa: E402
+
+# first, the longest before the others: a long file that comes last keeps one process busy while the others are done
+LONG_FILES = (
+    *("test_triton_compile.py", "test_cuda_compile.py", "test_training_vqgan.py", "test_packaging.py"),
+    *("test_nearest_k.py", "test_nearest.py", "test_cuda_device_code.py", "test_compile.py", "test_export.py"),
+    *("test_cuda_hopper.py", "test_triton_kernels.py"),
+)
+
+if not HAS_CUDA and importlib.util.find_spec("triton") is not None:
+    make_quick()
 
 RUNS = [
     ("reference", "cpu"),
@@ -27,6 +41,18 @@ RUNS = [
     ("triton", "cuda" if HAS_CUDA else "cpu"),
     ("compiled", "cuda"),
 ]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The order below is also that of xdist, which would begin with the files of the most tests."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """LONG_FILES, then the files of the most tests."""
+    tests = Counter(item.path for item in items)
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: (places.get(item.path.name, len(places)), -tests[item.path], str(item.path)))
 
 
 @pytest.fixture(params=RUNS, ids=lambda run: f"{run[0]}-{run[1]}")
@@ -49,3 +75,11 @@ def _quiet_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """A training run draws its curves for seconds; the tests that look at them are marked ``curves``."""
+    log = sys.modules.get("vqkernels.models.run_log")
+    if log is not None and request.node.get_closest_marker("curves") is None:
+        monkeypatch.setattr(log.RunLog, "draw_curves", lambda self: None)

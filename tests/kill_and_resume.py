@@ -28,7 +28,8 @@ from vqkernels.models.config import DiscriminatorConfig
 
 RUN = """
 import sys
-from vqkernels.models import load_config, train
+from vqkernels.models import load_config, run_log, train
+run_log.RunLog.draw_curves = lambda self: None  # takes seconds, and nobody looks
 train(load_config(sys.argv[1]), progress=lambda report: print(report.step, flush=True))
 """
 COMPARED = ("model", "average", "optimizer", "discriminator", "step", "skipped")

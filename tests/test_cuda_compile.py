@@ -48,6 +48,7 @@ def products():
         skip_or_fail("nvcc", "no nvcc")
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         jobs = {name: pool.submit(ptxas.compile_kernels, name) for name in ARCHITECTURES}
+        jobs["hopper_kernels"] = pool.submit(ptxas.compile_kernels, BUILD_ARCHITECTURE, "hopper_kernels")
         jobs |= {stem: pool.submit(_whole_file, stem) for stem in SOURCES}
         yield jobs
 
@@ -78,3 +79,16 @@ def test_the_coarse_pass_runs_on_the_matrix_units(products, architecture: str):
         assert found[name][product] >= 64, found[name]  # a step of 32 columns, unrolled
         assert found[name]["LDSM"] == 16
         assert (found[name]["LDGSTS"] > 0) == (architecture != "75")  # copies past the registers
+
+
+def test_the_lists_name_every_kernel_of_the_sources(products):
+    """ptxas sees what all_kernels.cu and hopper_kernels.cu name, and of the package's own files nothing."""
+    if ptxas.disassembler() is None:
+        skip_or_fail("nvcc", "no cuobjdump")
+    lists = (BUILD_ARCHITECTURE, "hopper_kernels")
+    named = {
+        kernel.name for name in lists for kernel in _usage(products[name].result().with_suffix(".log").read_text())
+    }
+    built = {name for stem in SOURCES for name in ptxas.entries(products[stem].result())}
+    assert len(built) > 20
+    assert built == named

@@ -66,13 +66,14 @@ def test_every_search_configuration_at_every_kind_of_dim(monkeypatch, config, di
     monkeypatch.setattr(triton_nearest, "config_for", lambda x, k, dim: config)
     generator = torch.Generator().manual_seed(dim)
     x, codebook = torch.randn(70, dim, generator=generator), torch.randn(75, dim, generator=generator)
-    _check_nearest(Case("config", x, codebook.round(decimals=1)), "euclidean")
+    codebook[::3] = codebook[::3].round(decimals=1)  # not all: the interpreter takes a second for each tie
+    _check_nearest(Case("config", x, codebook), "euclidean")
 
 
 def test_parallel_codes_of_any_length_tie():
     """Multiples by 3, 5, 7 ...: equal cosines whose double-double values differ in the last bits."""
     generator = torch.Generator().manual_seed(5)
-    x = torch.randint(-9, 10, (12, 7), generator=generator).float()
+    x = torch.randint(-9, 10, (6, 7), generator=generator).float()
     codes = torch.randint(-9, 10, (9, 1, 7), generator=generator) * torch.tensor([7, 3, 11, 1, 5, 13])[:, None]
     _check_nearest(Case("parallel", x, codes.reshape(54, 7).float()), "cosine")
 

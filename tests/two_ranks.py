@@ -13,8 +13,9 @@ SCRIPT = """
 import gc, sys
 from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
-from vqkernels.models import load_config, train
+from vqkernels.models import load_config, run_log, train
 
+run_log.RunLog.draw_curves = lambda self: None  # takes seconds, and nobody looks
 end = Accelerator.end_training
 
 def end_training(self):

@@ -358,13 +358,7 @@ class HopperBlock {
     if (sum > 65536) fail("setmaxnreg: more registers than a multiprocessor has");
   }
 
-  void prepare(Fiber& fiber) {
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStackBytes;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, &HopperBlock::enter, 0);
-  }
+  void prepare(Fiber& fiber) { fiber.context.start(fiber.stack.get(), kStackBytes, &HopperBlock::enter); }
   static void enter() {
     HopperBlock& block = *current();
     block.entered(nullptr);
@@ -380,10 +374,10 @@ class HopperBlock {
 #ifdef __SANITIZE_ADDRESS__
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStackBytes);
-    swapcontext(&scheduler_, &fiber.context);
+    Context::change(scheduler_, fiber.context);
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #else
-    swapcontext(&scheduler_, &fiber.context);
+    Context::change(scheduler_, fiber.context);
 #endif
   }
   void suspend() {
@@ -398,7 +392,7 @@ class HopperBlock {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(fake, scheduler_stack_, scheduler_stack_bytes_);
 #endif
-    swapcontext(&self.context, &scheduler_);
+    Context::change(self.context, scheduler_);
   }
   void entered([[maybe_unused]] void* fake) {
 #ifdef __SANITIZE_ADDRESS__
@@ -419,7 +413,7 @@ class HopperBlock {
   std::vector<int> ready_;
   size_t finished_ = 0;
   const std::function<void()>* body_ = nullptr;
-  ucontext_t scheduler_;
+  Context scheduler_;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
 };

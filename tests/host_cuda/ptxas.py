@@ -116,6 +116,13 @@ def instructions(product: Path, pattern: str = TENSOR_CORES) -> dict[str, Counte
     }
 
 
+def entries(product: Path) -> set[str]:
+    """The kernels of this package in an object's PTX; not those of CUB."""
+    command = [disassembler() or "cuobjdump", "-ptx", str(product)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {demangled(name) for name in re.findall(r"\.entry (\w+)\(", text) if "vqkernels4cuda" in name}
+
+
 def table() -> dict[str, list[dict[str, object]]]:
     """Architecture -> kernels with their registers, bytes of stack, spills and static shared memory, instructions."""
     rows: dict[str, list[dict[str, object]]] = {}

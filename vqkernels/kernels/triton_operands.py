@@ -67,9 +67,10 @@ def sampled_center(
     """[BLOCK_D] float32: the mean of SAMPLES codes from all over the codebook, or zeros.
 
     The same bits wherever it is computed: added one by one, and no subnormal, which a fused multiply-add never rounds.
+    A loop: Triton's passes look at each load with everything that it is connected to, LLVM unrolls it in the end.
     """
     total = tl.zeros([BLOCK_D], tl.float32)
-    for sample in tl.static_range(SAMPLES):
+    for sample in range(SAMPLES):
         row = tl.full([], sample, tl.int64) * K // SAMPLES
         total += tl.load(codebook_ptr + row * D + dims, mask=dims < D, other=0.0).to(tl.float32)
     usual = (tl.abs(total) > 2.0**-100) & (tl.abs(total) < float("inf"))
