@@ -2,6 +2,8 @@
 #include "training_table.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cmath>
 
 #if defined(__clang__)
@@ -12,6 +14,21 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
+
+namespace vqkernels {
+namespace cpu {
+namespace {
+
+struct Unit {
+  typedef float Floats __attribute__((vector_size(32)));
+  typedef double Doubles __attribute__((vector_size(64)));
+  static Doubles widen(Floats v) { return _mm512_cvtps_pd(v); }
+  static Floats narrow(Doubles v) { return _mm512_cvtpd_ps(v); }
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace vqkernels
 
 #include "training_loops.h"
 
