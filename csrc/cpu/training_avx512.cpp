@@ -19,11 +19,13 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
+// Of 256 bits: where rows come from beyond the caches (16384 tokens, 16384 codes, D = 256), registers of 512
+// take 6.0 instead of 5.1 ms on a Xeon (Sapphire Rapids), and gain nothing elsewhere.
 struct Unit {
-  typedef float Floats __attribute__((vector_size(32)));
-  typedef double Doubles __attribute__((vector_size(64)));
-  static Doubles widen(Floats v) { return _mm512_cvtps_pd(v); }
-  static Floats narrow(Doubles v) { return _mm512_cvtpd_ps(v); }
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef double Doubles __attribute__((vector_size(32)));
+  static Doubles widen(Floats v) { return _mm256_cvtps_pd(v); }
+  static Floats narrow(Doubles v) { return _mm256_cvtpd_ps(v); }
 };
 
 }  // namespace
