@@ -48,10 +48,10 @@ struct State {
     };
     const TrainingLoops<W>& loops = training_loops<W>();
     const CodeTokens tokens = groups.tokens();
-    const int64_t grain = 1 + 16384 / dim;
+    const double cost = (4.0 * tokens.count + 8.0 * size) * dim;
+    const int64_t grain = codes_at_a_time(size, cost);
     for_each_item<Scratch>(
-        ceil_div(size, grain), (4.0 * tokens.count + 8.0 * size) * dim,
-        [&] { return Scratch{std::vector<double>(dim), std::vector<W>(dim)}; },
+        ceil_div(size, grain), cost, [&] { return Scratch{std::vector<double>(dim), std::vector<W>(dim)}; },
         [&](int64_t item, Scratch& scratch) {
           const int64_t begin = item * grain, end = std::min(size, begin + grain);
           loops.learn_codes(step, cluster_size, x.data, x.spacing(), tokens, group_from(groups, begin), begin,

@@ -9,6 +9,8 @@ namespace cpu {
 namespace {
 
 constexpr int64_t MOST_CODES_PER_TOKEN = 4;  // beyond it, tables of K numbers cost more than sorting N pairs
+constexpr double OPERATIONS_A_TOKEN = 32.0;  // in time
+constexpr int64_t PLACES_AHEAD = 24;         // places lie anywhere in memory
 
 [[noreturn]] void refuse(int64_t code, int64_t codebook_size) {
   check(false, "codes: expected values below codebook_size = ", codebook_size, ", got ", code);
@@ -20,26 +22,61 @@ bool is_valid(int64_t code, int64_t codebook_size) {
   return code >= 0;
 }
 
+// tokens[k] = how many of the `count` have code k; returns the first code that is none, or the last one.
+int64_t count_tokens(const int64_t* codes,  // [count]
+                     int64_t count, int64_t codebook_size,
+                     int64_t* tokens) {  // [K]
+  std::fill_n(tokens, codebook_size, 0);
+  int64_t code = -1;
+  for (int64_t n = 0; n < count; ++n) {
+    code = codes[n];
+    if (code >= codebook_size) break;
+    if (code >= 0) ++tokens[code];
+  }
+  return code;
+}
+
+// Every thread has a run of tokens and its own places for them, which come after those of the runs before.
+// They are asked for ahead: on a Xeon (Sapphire Rapids) half the time that 65536 tokens of 16384 codes would
+// take to go there.
 void group_by_counting(const int64_t* codes, int64_t count, int64_t codebook_size, Groups& groups) {
-  std::vector<int64_t> next = tokens_of_codes(codes, count, codebook_size);
+  const double cost = OPERATIONS_A_TOKEN * count;
+  const int64_t most_parts = std::max<int64_t>(1, count / codebook_size);  // each has a table
+  const int64_t part = ceil_div(count, std::min(useful_threads(cost), most_parts));
+  const int64_t parts = ceil_div(count, part);
+  const Buffer<int64_t> next(parts * codebook_size);
+  const Buffer<int64_t> last(parts);
+  for_each_range(count, part, cost, [&](int64_t begin, int64_t end) {
+    const int64_t p = begin / part;
+    last[p] = count_tokens(codes + begin, end - begin, codebook_size, next.get() + p * codebook_size);
+  });
+  for (int64_t p = 0; p < parts; ++p) is_valid(last[p], codebook_size);
   const int64_t most = std::min(count, codebook_size);
   groups.code.resize(most + 1);  // one more, so that what has no token can be written, too
   groups.start.resize(most + 1);
   int64_t used = 0, start = 0;
   for (int64_t k = 0; k < codebook_size; ++k) {
-    const int64_t tokens = next[k];
     groups.code[used] = k;
     groups.start[used] = start;
-    used += tokens > 0;
-    next[k] = start;
-    start += tokens;
+    const int64_t before = start;
+    for (int64_t i = k; i < parts * codebook_size; i += codebook_size) {
+      const int64_t tokens = next[i];
+      next[i] = start;
+      start += tokens;
+    }
+    used += start > before;
   }
   groups.code.resize(used);
   groups.start.resize(used);
-  for (int64_t n = 0; n < count; ++n) {
-    if (codes[n] >= 0) groups.order[next[codes[n]]++] = n;
-  }
   groups.start.push_back(start);
+  for_each_range(count, part, cost, [&](int64_t begin, int64_t end) {
+    int64_t* place = next.get() + begin / part * codebook_size;
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t later = codes[std::min(n + PLACES_AHEAD, end - 1)];
+      if (later >= 0) __builtin_prefetch(groups.order.get() + place[later], 1);
+      if (codes[n] >= 0) groups.order[place[codes[n]]++] = n;
+    }
+  });
 }
 
 struct Entry {
@@ -77,10 +114,8 @@ void group_by_digits(const int64_t* codes, int64_t count, int64_t codebook_size,
 }  // namespace
 
 std::vector<int64_t> tokens_of_codes(const int64_t* codes, int64_t count, int64_t codebook_size) {
-  std::vector<int64_t> tokens(codebook_size, 0);
-  for (int64_t n = 0; n < count; ++n) {
-    if (is_valid(codes[n], codebook_size)) ++tokens[codes[n]];
-  }
+  std::vector<int64_t> tokens(codebook_size);
+  is_valid(count_tokens(codes, count, codebook_size, tokens.data()), codebook_size);
   return tokens;
 }
 

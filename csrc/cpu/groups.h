@@ -21,6 +21,12 @@ struct Groups {
   CodeTokens tokens() const { return {code.data(), start.data(), order.get(), used(), start.back()}; }
 };
 
+// How many of `codes` with so many operations in all one thread takes at a time.
+inline int64_t codes_at_a_time(int64_t codes, double operations) {
+  constexpr double OPERATIONS = 1 << 19;
+  return 1 + static_cast<int64_t>(OPERATIONS / (operations + 1.0) * static_cast<double>(codes));
+}
+
 // Throws where a code is not below codebook_size; tokens with a negative one are left out.
 Groups group_by_code(const int64_t* codes,  // [count]
                      int64_t count, int64_t codebook_size);

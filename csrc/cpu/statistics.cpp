@@ -54,9 +54,11 @@ struct SumScratch {
 template <class W, class Prefetch, class Add, class Emit>
 void sum_by_code(const Groups& groups, int64_t dim, const Prefetch& prefetch, const Add& add,
                  const Emit& emit) {
-  const int64_t tokens = groups.start.back(), per_item = 1 + 8192 / dim;
+  const int64_t tokens = groups.start.back();
+  const double cost = 4.0 * (tokens + groups.used()) * dim;
+  const int64_t per_item = codes_at_a_time(groups.used(), cost);
   for_each_item<SumScratch<W>>(
-      ceil_div(groups.used(), per_item), 4.0 * (tokens + groups.used()) * dim,
+      ceil_div(groups.used(), per_item), cost,
       [&] { return SumScratch<W>{std::vector<double>(dim), std::vector<W>(dim), std::vector<W>(dim)}; },
       [&](int64_t item, SumScratch<W>& scratch) {
         const int64_t first = item * per_item, end = std::min(groups.used(), first + per_item);
@@ -114,10 +116,10 @@ template <class W>
 void sum_dense_rows(const Tokens<const W>& x, const Groups& groups, W* out, bool adds) {  // out [K, D]
   const TrainingLoops<W>& loops = training_loops<W>();
   const CodeTokens tokens = groups.tokens();
-  const int64_t per_item = 1 + 8192 / x.dim;
+  const double cost = 4.0 * (tokens.count + groups.used()) * x.dim;
+  const int64_t per_item = codes_at_a_time(groups.used(), cost);
   for_each_item<std::vector<double>>(
-      ceil_div(groups.used(), per_item), 4.0 * (tokens.count + groups.used()) * x.dim,
-      [&] { return std::vector<double>(x.dim); },
+      ceil_div(groups.used(), per_item), cost, [&] { return std::vector<double>(x.dim); },
       [&](int64_t item, std::vector<double>& total) {
         const int64_t first = item * per_item, end = std::min(groups.used(), first + per_item);
         loops.sum_codes(x.data, x.spacing(), tokens, first, end, x.dim, total.data(), adds, out);

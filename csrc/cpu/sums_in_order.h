@@ -3,6 +3,7 @@
 // reading all over the memory. The additions, and so the bits, are those of the sums by code.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -32,10 +33,11 @@ void sum_rows_in_order(const W* rows,  // [N, D], stride apart
   const DefaultArithmetic guard;
   const TrainingLoops<W>& loops = training_loops<W>();
   const int64_t size = static_cast<int64_t>(tokens_of_code.size());
-  std::vector<double> totals(size * dim, NO_ROWS);
-  loops.add_rows(rows, stride, codes, tokens, dim, totals.data());
+  const Buffer<double> totals(size * dim);  // on a line's boundary, for vectors of a line each
+  std::fill_n(totals.get(), size * dim, NO_ROWS);
+  loops.add_rows(rows, stride, codes, tokens, dim, totals.get());
   for (int64_t k = 0; k < size; ++k) {
-    if (tokens_of_code[k] > 0) loops.put_sum(totals.data() + k * dim, dim, adds, sums + k * dim);
+    if (tokens_of_code[k] > 0) loops.put_sum(totals.get() + k * dim, dim, adds, sums + k * dim);
   }
 }
 

@@ -2,6 +2,8 @@
 #include "training_table.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #include <cmath>
 
 #if defined(__clang__)
@@ -11,6 +13,21 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 #endif
+
+namespace vqkernels {
+namespace cpu {
+namespace {
+
+struct Unit {
+  typedef float Floats __attribute__((vector_size(16)));
+  typedef double Doubles __attribute__((vector_size(32)));
+  static Doubles widen(Floats v) { return _mm256_cvtps_pd(v); }
+  static Floats narrow(Doubles v) { return _mm256_cvtpd_ps(v); }
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace vqkernels
 
 #include "training_loops.h"
 
