@@ -225,6 +225,14 @@ def test_explain_names_the_coarse_pass(monkeypatch: pytest.MonkeyPatch, instruct
     assert f"float32 pass ({instruction_set}): VQKERNELS_CPU_PASS=float32" in explain("nearest", x, codebook)
 
 
+def test_the_int8_pass_is_for_dimensions_that_fill_its_tiles():
+    """Below 64 int16 is quicker, above 1024 its sums would not fit; and only CPUs with tiles have it."""
+    chosen = {dim: compiled._coarse_pass(dim, True) for dim in (8, 63, 64, 256, 1024, 1025)}
+    assert {chosen[dim] for dim in (8, 63, 1025)} <= {"int16", "float32"}
+    assert len({chosen[dim] for dim in (64, 256, 1024)}) == 1
+    assert (chosen[64] == "int8") == (compiled.peak_rates(1)["int8"] > 0)
+
+
 def test_a_coarse_pass_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("VQKERNELS_CPU_PASS", "int4")
     with pytest.raises(RuntimeError, match="VQKERNELS_CPU_PASS: expected int8, int16 or float32, got int4"):

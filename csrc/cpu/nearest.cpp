@@ -23,7 +23,7 @@ namespace {
 
 constexpr int64_t LARGEST_INT16_DIM = 8192;  // its error grows like the root of D, and so do the candidates
 constexpr int64_t LARGEST_INT8_DIM = 1024;   // beyond it sums of int32 may overflow
-constexpr int64_t SMALLEST_INT8_DIM = 28;    // below, tiles of 64 dimensions are too empty
+constexpr int64_t SMALLEST_INT8_DIM = 64;    // below, tiles of as many dimensions are too empty
 
 void search_double(const Book<double>& book, const Tokens<const double>& tokens, const Outputs& out,
                    SearchReport* report) {
