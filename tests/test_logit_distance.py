@@ -41,6 +41,12 @@ def shapes(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    """Differences of random pictures' logits have bounds that a few of many draws would miss."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
     """The published classifiers with few channels."""

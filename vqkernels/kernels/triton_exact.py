@@ -3,8 +3,6 @@
 A float64 scan of every code that the coarse pass leaves possible, then exact arithmetic between what ties. A float64
 sum of D squared differences is off by less than (D + 4) 2^-53 of itself, a float64 cosine by less than (2 D + 8) 2^-53:
 one code inside that window of the best is the answer, among several the exact order decides.
-
-The rounds share one loop over the codes: Triton compiles what is called twice twice, in more than twice the time.
 """
 
 from __future__ import annotations
@@ -95,6 +93,34 @@ def with_lowest(
 
 
 @triton.jit
+def scan(
+    x_ptr,  # [B, T, D]
+    codebook_ptr,  # [K, D]
+    unit_ptr,  # [K] float64, 1 / |c|
+    state,
+    offset,
+    stride_d,
+    K,
+    D,
+    COSINE: tl.constexpr,
+    GRANULE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The best float64 score, its code, and the best score of any other code."""
+    best = tl.full([], float("inf"), tl.float64)
+    second = tl.full([], float("inf"), tl.float64)
+    code = tl.full([], 0, tl.int32)
+    for start in range(0, K, BLOCK_K):
+        codes = start + tl.arange(0, BLOCK_K)
+        score = tile_scores(
+            x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, codes, K, D, COSINE, GRANULE, BLOCK_K, BLOCK_D
+        )
+        best, second, code = with_lowest(best, second, code, codes, score)
+    return best, second, code
+
+
+@triton.jit
 def differ_from(
     codebook_ptr,  # [K, D]
     codes,  # [BLOCK_K] int32
@@ -150,57 +176,42 @@ def not_farther(
 
 
 @triton.jit
-def closest(
+def closest_of_tied(
     x_ptr,  # [B, T, D]
     codebook_ptr,  # [K, D]
     unit_ptr,  # [K] float64, 1 / |c|
     state,
     offset,
     stride_d,
+    limit,  # float64 scalar
     K,
     D,
     GRANULE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The truly nearest code, lowest index on equality, and its float64 score.
-
-    Round 0 finds the least score; a second one decides where others are within its error.
-    """
-    best = tl.full([], float("inf"), tl.float64)
-    second = tl.full([], float("inf"), tl.float64)
-    limit = tl.full([], float("inf"), tl.float64)
-    code = tl.full([], 0, tl.int32)
+    """The truly nearest among the codes whose score is within ``limit``, lowest index on equality."""
     winner = tl.full([], -1, tl.int32)
-    turn = tl.full([], 0, tl.int32)
-    rounds = tl.full([], 1, tl.int32)
-    while turn < rounds:
-        for start in range(0, K, BLOCK_K):
-            codes = start + tl.arange(0, BLOCK_K)
-            score = tile_scores(
-                x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, codes, K, D, False, GRANULE, BLOCK_K, BLOCK_D
-            )
-            if turn == 0:
-                best, second, code = with_lowest(best, second, code, codes, score)
-            else:
-                tied = score <= limit
-                if winner >= 0:
-                    tied = tied & differ_from(codebook_ptr, codes, winner, K, D, BLOCK_K, BLOCK_D)
-                one = tl.min(tl.where(tied, codes, NO_CODE), 0)
-                if one < NO_CODE:
-                    tied = not_farther(x_ptr, codebook_ptr, offset, stride_d, codes, tied, one, D, BLOCK_K, BLOCK_D)
-                    one = tl.min(tl.where(tied, codes, NO_CODE), 0)
-                while one < NO_CODE:
-                    if winner < 0:  # noqa: SIM114  (`or` would compare first, and look at code -1)
-                        winner = one
-                    elif compare_codes(x_ptr, offset, stride_d, codebook_ptr, one, winner, D, BLOCK_D) < 0:
-                        winner = one
-                    tied = tied & (codes > one) & differ_from(codebook_ptr, codes, one, K, D, BLOCK_K, BLOCK_D)
-                    one = tl.min(tl.where(tied, codes, NO_CODE), 0)
-        limit = best + best * (D + 4) * (2.1 * UNIT64)
-        rounds = tl.where(second <= limit, 2, 1)
-        turn += 1
-    return tl.where(winner >= 0, winner, code), best
+    for start in range(0, K, BLOCK_K):
+        codes = start + tl.arange(0, BLOCK_K)
+        score = tile_scores(
+            x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, codes, K, D, False, GRANULE, BLOCK_K, BLOCK_D
+        )
+        tied = score <= limit
+        if winner >= 0:
+            tied = tied & differ_from(codebook_ptr, codes, winner, K, D, BLOCK_K, BLOCK_D)
+        code = tl.min(tl.where(tied, codes, NO_CODE), 0)
+        if code < NO_CODE:
+            tied = not_farther(x_ptr, codebook_ptr, offset, stride_d, codes, tied, code, D, BLOCK_K, BLOCK_D)
+            code = tl.min(tl.where(tied, codes, NO_CODE), 0)
+        while code < NO_CODE:
+            if winner < 0:  # noqa: SIM114  (`or` would compare first, and look at code -1)
+                winner = code
+            elif compare_codes(x_ptr, offset, stride_d, codebook_ptr, code, winner, D, BLOCK_D) < 0:
+                winner = code
+            tied = tied & (codes > code) & differ_from(codebook_ptr, codes, code, K, D, BLOCK_K, BLOCK_D)
+            code = tl.min(tl.where(tied, codes, NO_CODE), 0)
+    return winner
 
 
 @triton.jit
@@ -223,13 +234,14 @@ def exact_cosine(
 
 
 @triton.jit
-def most_parallel(
+def most_parallel_of_tied(
     x_ptr,  # [B, T, D]
     codebook_ptr,  # [K, D]
     unit_ptr,  # [K] float64, 1 / |c|
     state,
     offset,
     stride_d,
+    limit,  # float64 scalar
     x_high,  # |x|^2 as a double-double
     x_low,
     K,
@@ -238,50 +250,35 @@ def most_parallel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The first code whose cosine is within 2^-90 of the largest, and the least float64 score.
-
-    Round 0 finds that score; where others are within its error two more find the largest cosine and who ties with it.
-    """
-    best = tl.full([], float("inf"), tl.float64)
-    second = tl.full([], float("inf"), tl.float64)
-    limit = tl.full([], float("inf"), tl.float64)
-    code = tl.full([], 0, tl.int32)
+    """Among the codes whose score is within ``limit``: the first whose cosine is within 2^-90 of the largest."""
     high = tl.full([], -2.0, tl.float64)
     low = tl.full([], 0.0, tl.float64)
     top = tl.full([], -1, tl.int32)
     winner = tl.full([], -1, tl.int32)
-    turn = tl.full([], 0, tl.int32)
-    rounds = tl.full([], 1, tl.int32)
-    while turn < rounds:
+    for phase in tl.static_range(2):  # the largest, then the first that ties with it
         for start in range(0, K, BLOCK_K):
             codes = start + tl.arange(0, BLOCK_K)
             score = tile_scores(
                 x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, codes, K, D, True, GRANULE, BLOCK_K, BLOCK_D
             )
-            if turn == 0:
-                best, second, code = with_lowest(best, second, code, codes, score)
-            else:
-                tied = (score <= limit) & (winner < 0)
+            tied = (score <= limit) & (winner < 0)
+            if phase == 0:  # noqa: SIM102  (a constexpr and a tensor do not join)
                 if top >= 0:
                     tied = tied & differ_from(codebook_ptr, codes, top, K, D, BLOCK_K, BLOCK_D)
-                one = tl.min(tl.where(tied, codes, NO_CODE), 0)
-                while one < NO_CODE:
-                    c_high, c_low = exact_cosine(x_ptr, codebook_ptr, offset, stride_d, x_high, x_low, one, D, BLOCK_D)
-                    gain = (c_high - high) + (c_low - low)
-                    if turn == 1:
-                        top = tl.where(gain > 0, one, top)
-                        low = tl.where(gain > 0, c_low, low)
-                        high = tl.where(gain > 0, c_high, high)
-                    else:
-                        winner = tl.where((winner < 0) & (gain >= -TIE_COSINE), one, winner)
-                    tied = tied & (codes > one) & (winner < 0)
-                    tied = tied & differ_from(codebook_ptr, codes, one, K, D, BLOCK_K, BLOCK_D)
-                    one = tl.min(tl.where(tied, codes, NO_CODE), 0)
-        limit = best + tl.sqrt(x_high) * (2 * D + 8) * (2.1 * UNIT64)
-        rounds = tl.where(second <= limit, 3, 1)
-        turn += 1
-        top = tl.full([], -1, tl.int32)  # its own row counts in the last round
-    return tl.where(winner >= 0, winner, code), best
+            code = tl.min(tl.where(tied, codes, NO_CODE), 0)
+            while code < NO_CODE:
+                c_high, c_low = exact_cosine(x_ptr, codebook_ptr, offset, stride_d, x_high, x_low, code, D, BLOCK_D)
+                gain = (c_high - high) + (c_low - low)
+                if phase == 0:
+                    top = tl.where(gain > 0, code, top)
+                    low = tl.where(gain > 0, c_low, low)
+                    high = tl.where(gain > 0, c_high, high)
+                else:
+                    winner = tl.where((winner < 0) & (gain >= -TIE_COSINE), code, winner)
+                tied = tied & (codes > code) & (winner < 0)
+                tied = tied & differ_from(codebook_ptr, codes, code, K, D, BLOCK_K, BLOCK_D)
+                code = tl.min(tl.where(tied, codes, NO_CODE), 0)
+    return winner
 
 
 @triton.jit
@@ -300,14 +297,24 @@ def decide(
     BLOCK_D: tl.constexpr,
 ):
     """The code of one token, int32, and its distance, float64."""
+    best, second, code = scan(
+        x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, K, D, COSINE, GRANULE, BLOCK_K, BLOCK_D
+    )
     if COSINE:
         x_high, x_low = row_dot(x_ptr, offset, stride_d, x_ptr, offset, stride_d, D, BLOCK_D)
-        code, best = most_parallel(
-            x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, x_high, x_low, K, D, GRANULE, BLOCK_K, BLOCK_D
-        )
-        distance = tl.maximum(1.0 + best / tl.sqrt(x_high), 0.0)
+        x_norm = tl.sqrt(x_high)
+        limit = best + x_norm * (2 * D + 8) * (2.1 * UNIT64)
+        if second <= limit:
+            code = most_parallel_of_tied(
+                x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, limit, x_high, x_low, K, D,
+                GRANULE, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+        distance = tl.maximum(1.0 + best / x_norm, 0.0)
     else:
-        code, distance = closest(
-            x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, K, D, GRANULE, BLOCK_K, BLOCK_D
-        )
+        limit = best + best * (D + 4) * (2.1 * UNIT64)
+        if second <= limit:
+            code = closest_of_tied(
+                x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, limit, K, D, GRANULE, BLOCK_K, BLOCK_D
+            )
+        distance = best
     return code, distance

@@ -167,30 +167,27 @@ def rerank(
     best, second, winner, square = found
     PAIRS: tl.constexpr = BLOCK_N * WIDTH
     last = tl.full([BLOCK_N], (1 << 63) - 1, tl.int64)
-    more = tl.full([], 1, tl.int32)
-    while more > 0:
-        key = next_candidate(upper_ptr, code_ptr, inner_ptr, rows, active, lower, last, slots, REST, BLOCK_N, BLOCK_S)
-        more = (tl.max(key, 0) > NOTHING).to(tl.int32)
-        if more > 0:
-            last = key
-            kept = (key & 0x7FFFFFFF).to(tl.int32)[:, None]
-            codes = (kept // GRANULE * GRANULE if REST else kept) + tl.arange(0, WIDTH)[None, :]
-            inside = (key > NOTHING)[:, None] & (codes < K)
-            if REST:
-                inside = inside & (codes != kept)
-            start = tl.reshape(offsets[:, None] + 0 * codes.to(tl.int64), [PAIRS])
-            score, square_of_pair = score_codes(
-                x_ptr, codebook_ptr, unit_ptr, start, tl.reshape(codes, [PAIRS]), tl.reshape(inside, [PAIRS]),
-                stride_d, D, COSINE, PAIRS, BLOCK_D,
-            )  # fmt: skip
-            score = tl.reshape(score, [BLOCK_N, WIDTH])
-            square = tl.maximum(square, tl.max(tl.reshape(square_of_pair, [BLOCK_N, WIDTH]), 1))
-            low = tl.min(score, 1)
-            code = tl.min(tl.where(score == low[:, None], codes, NO_CODE), 1)
-            others = tl.min(tl.where(codes == code[:, None], float("inf"), score), 1)
-            second = tl.minimum(tl.maximum(best, low), tl.minimum(second, others))
-            winner = tl.where(low < best, code, winner)
-            best = tl.minimum(best, low)
+    key = next_candidate(upper_ptr, code_ptr, inner_ptr, rows, active, lower, last, slots, REST, BLOCK_N, BLOCK_S)
+    while tl.max(key, 0) > NOTHING:
+        kept = (key & 0x7FFFFFFF).to(tl.int32)[:, None]
+        codes = (kept // GRANULE * GRANULE if REST else kept) + tl.arange(0, WIDTH)[None, :]
+        inside = (key > NOTHING)[:, None] & (codes < K)
+        if REST:
+            inside = inside & (codes != kept)
+        start = tl.reshape(offsets[:, None] + 0 * codes.to(tl.int64), [PAIRS])
+        score, square_of_pair = score_codes(
+            x_ptr, codebook_ptr, unit_ptr, start, tl.reshape(codes, [PAIRS]), tl.reshape(inside, [PAIRS]),
+            stride_d, D, COSINE, PAIRS, BLOCK_D,
+        )  # fmt: skip
+        score = tl.reshape(score, [BLOCK_N, WIDTH])
+        square = tl.maximum(square, tl.max(tl.reshape(square_of_pair, [BLOCK_N, WIDTH]), 1))
+        low = tl.min(score, 1)
+        code = tl.min(tl.where(score == low[:, None], codes, NO_CODE), 1)
+        others = tl.min(tl.where(codes == code[:, None], float("inf"), score), 1)
+        second = tl.minimum(tl.maximum(best, low), tl.minimum(second, others))
+        winner = tl.where(low < best, code, winner)
+        best = tl.minimum(best, low)
+        key = next_candidate(upper_ptr, code_ptr, inner_ptr, rows, active, lower, key, slots, REST, BLOCK_N, BLOCK_S)
     return best, second, winner, square
 
 

@@ -31,8 +31,7 @@ from .triton_operands import operands_kernel
 OPERANDS_TILE, OPERANDS_WARPS = 8192, 8  # numbers of one step: whole rows of D up to 256
 FINISH_WARPS, FINISH_SLOTS = 4, 16
 EXACT_BLOCK_K, EXACT_BLOCK_D = 64, 32
-# by pack: tokens times GRANULE, and dims of one step, there and on the exact road; without it there are few dims
-FINISH_TILES = {True: (256, 32, EXACT_BLOCK_D), False: (128, 16, 16)}
+FINISH_TILES = {True: (256, 32), False: (128, 16)}  # by pack: tokens times GRANULE, and dims of one step
 
 
 @dataclass(frozen=True)
@@ -183,13 +182,13 @@ def finish(
 ) -> None:
     """One launch."""
     n, (k, dim) = codes.numel(), codebook.shape
-    pairs, block_d, exact_d = FINISH_TILES[config.pack]
+    pairs, block_d = FINISH_TILES[config.pack]
     block_n = pairs // config.granule
     finish_kernel[(triton.cdiv(n, block_n),)](
         x, codebook, operands.unit, operands.limits, operands.stats, state.upper, state.code, state.inner, state.third,
         codes, distance, x.shape[1], *x.stride(), n, k, dim, state.upper.shape[1], state.tiles_per_split,
         COSINE=cosine, PACK=config.pack, GRANULE=config.granule, BLOCK_N=block_n, BLOCK_S=FINISH_SLOTS,
-        BLOCK_D=block_d, EXACT_K=EXACT_BLOCK_K, EXACT_D=exact_d, num_warps=FINISH_WARPS,
+        BLOCK_D=block_d, EXACT_K=EXACT_BLOCK_K, EXACT_D=EXACT_BLOCK_D, num_warps=FINISH_WARPS,
     )  # fmt: skip
 
 

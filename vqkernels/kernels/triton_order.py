@@ -78,58 +78,64 @@ def left_over(
 
 
 @triton.jit
+def scan_left(
+    token,  # see left_over, as are the others
+    places,
+    taken,
+    D,
+    COSINE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The least score that is left, its code, and the least of any other."""
+    best = tl.full([], float("inf"), tl.float64)
+    second = tl.full([], float("inf"), tl.float64)
+    code = tl.full([], 0, tl.int32)
+    for start in range(0, places[2], BLOCK_K):
+        codes, score = left_over(token, places, start, taken, D, COSINE, BLOCK_K, BLOCK_D)
+        best, second, code = with_lowest(best, second, code, codes, score)
+    return best, second, code
+
+
+@triton.jit
 def closest_left(
     token,  # see left_over, as are the others
     places,
     taken,
+    limit,  # float64 scalar
     before,  # the code of the place before, int32; -1 where there is none
     K,
     D,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The truly nearest of what is left, the lowest index on equality, and the least float64 score.
+    """The truly nearest of what is left and scores within ``limit``, the lowest index on equality.
 
-    Round 0 finds that score; a second one decides where others are within its error. Nothing left is nearer than
-    ``before``: beside one as near as that only the index counts.
+    Nothing left is nearer than ``before``: beside one as near as that only the index counts.
     """
     x_ptr, offset, stride_d, codebook_ptr, _ = token
-    best = tl.full([], float("inf"), tl.float64)
-    second = tl.full([], float("inf"), tl.float64)
-    limit = tl.full([], float("inf"), tl.float64)
-    least = tl.full([], 0, tl.int32)
     winner = tl.full([], -1, tl.int32)
     settled = tl.full([], 0, tl.int32)
-    turn = tl.full([], 0, tl.int32)
-    rounds = tl.full([], 1, tl.int32)
-    while turn < rounds:
-        for start in range(0, places[2], BLOCK_K):
-            codes, score = left_over(token, places, start, taken, D, False, BLOCK_K, BLOCK_D)
-            if turn == 0:
-                best, second, least = with_lowest(best, second, least, codes, score)
-            else:
-                tied = (score <= limit) & ((codes < winner) | (settled == 0))
-                code = tl.min(tl.where(tied, codes, NO_CODE), 0)
-                if code < NO_CODE:
-                    tied = not_farther(x_ptr, codebook_ptr, offset, stride_d, codes, tied, code, D, BLOCK_K, BLOCK_D)
-                    code = tl.min(tl.where(tied, codes, NO_CODE), 0)
-                while code < NO_CODE:
-                    for step in range(0, 2):  # the code beside the winner so far, then that beside ``before``
-                        first = tl.where(step == 0, code, winner)
-                        other = tl.where(step == 0, winner, before)
-                        sign = tl.full([], -1, tl.int64)
-                        if other >= 0:
-                            sign = compare_codes(x_ptr, offset, stride_d, codebook_ptr, first, other, D, BLOCK_D)
-                        settled = (sign == 0).to(tl.int32)
-                        leads = (sign < 0) | ((sign == 0) & (code < winner))
-                        winner = tl.where(leads & (step == 0), code, winner)
-                    tied = tied & (codes > code) & ((codes < winner) | (settled == 0))
-                    tied = tied & differ_from(codebook_ptr, codes, code, K, D, BLOCK_K, BLOCK_D)
-                    code = tl.min(tl.where(tied, codes, NO_CODE), 0)
-        limit = tie_limit(best, best, D, False)
-        rounds = tl.where(second <= limit, 2, 1)
-        turn += 1
-    return tl.where(winner >= 0, winner, least), best
+    for start in range(0, places[2], BLOCK_K):
+        codes, score = left_over(token, places, start, taken, D, False, BLOCK_K, BLOCK_D)
+        tied = (score <= limit) & ((codes < winner) | (settled == 0))
+        code = tl.min(tl.where(tied, codes, NO_CODE), 0)
+        if code < NO_CODE:
+            tied = not_farther(x_ptr, codebook_ptr, offset, stride_d, codes, tied, code, D, BLOCK_K, BLOCK_D)
+            code = tl.min(tl.where(tied, codes, NO_CODE), 0)
+        while code < NO_CODE:
+            sign = tl.full([], -1, tl.int64)
+            if winner >= 0:
+                sign = compare_codes(x_ptr, offset, stride_d, codebook_ptr, code, winner, D, BLOCK_D)
+            leads = (sign < 0) | ((sign == 0) & (code < winner))
+            winner = tl.where(leads, code, winner)
+            if before >= 0:
+                equal = compare_codes(x_ptr, offset, stride_d, codebook_ptr, winner, before, D, BLOCK_D) == 0
+                settled = equal.to(tl.int32)
+            tied = tied & (codes > code) & ((codes < winner) | (settled == 0))
+            tied = tied & differ_from(codebook_ptr, codes, code, K, D, BLOCK_K, BLOCK_D)
+            code = tl.min(tl.where(tied, codes, NO_CODE), 0)
+    return winner
 
 
 @triton.jit
@@ -137,6 +143,7 @@ def most_parallel_left(
     token,  # see left_over, as are the others
     places,
     taken,
+    limit,  # float64 scalar
     x_high,  # |x|^2 as a double-double
     x_low,
     top_high,  # a cosine as a double-double: no code that is left has a larger one
@@ -146,47 +153,31 @@ def most_parallel_left(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The lowest index whose cosine is within 2^-90 of the largest of what is left, the least float64 score, and that
-    largest cosine where it was asked for.
-
-    Round 0 finds that score; where others are within its error two more find the largest cosine and who ties with it.
-    """
+    """The lowest index whose cosine is within 2^-90 of the largest of what is left and scores within ``limit``; and
+    that largest cosine."""
     x_ptr, offset, stride_d, codebook_ptr, _ = token
-    best = tl.full([], float("inf"), tl.float64)
-    second = tl.full([], float("inf"), tl.float64)
-    limit = tl.full([], float("inf"), tl.float64)
-    least = tl.full([], 0, tl.int32)
     high = tl.full([], -2.0, tl.float64)
     low = tl.full([], 0.0, tl.float64)
     winner = tl.full([], NO_CODE, tl.int32)
-    turn = tl.full([], 0, tl.int32)
-    rounds = tl.full([], 1, tl.int32)
-    while turn < rounds:
+    for phase in tl.static_range(2):  # the largest, then the first that ties with it
         for start in range(0, places[2], BLOCK_K):
             codes, score = left_over(token, places, start, taken, D, True, BLOCK_K, BLOCK_D)
-            if turn == 0:
-                best, second, least = with_lowest(best, second, least, codes, score)
-            else:
-                tied = (score <= limit) & (codes < winner)
+            tied = (score <= limit) & (codes < winner)
+            code = tl.min(tl.where(tied, codes, NO_CODE), 0)
+            while code < NO_CODE:
+                c_high, c_low = exact_cosine(x_ptr, codebook_ptr, offset, stride_d, x_high, x_low, code, D, BLOCK_D)
+                gain = (c_high - high) + (c_low - low)
+                if phase == 0:
+                    low = tl.where(gain > 0, c_low, low)
+                    high = tl.where(gain > 0, c_high, high)
+                    below_top = tl.where((high - top_high) + (low - top_low) < 0, 1, 0)
+                    tied = tied & (below_top > 0)
+                else:
+                    winner = tl.where((gain >= -TIE_COSINE) & (code < winner), code, winner)
+                tied = tied & (codes > code) & (codes < winner)
+                tied = tied & differ_from(codebook_ptr, codes, code, K, D, BLOCK_K, BLOCK_D)
                 code = tl.min(tl.where(tied, codes, NO_CODE), 0)
-                while code < NO_CODE:
-                    c_high, c_low = exact_cosine(x_ptr, codebook_ptr, offset, stride_d, x_high, x_low, code, D, BLOCK_D)
-                    gain = (c_high - high) + (c_low - low)
-                    if turn == 1:
-                        low = tl.where(gain > 0, c_low, low)
-                        high = tl.where(gain > 0, c_high, high)
-                        below_top = tl.where((high - top_high) + (low - top_low) < 0, 1, 0)
-                        tied = tied & (below_top > 0)
-                    else:
-                        winner = tl.where((gain >= -TIE_COSINE) & (code < winner), code, winner)
-                    tied = tied & (codes > code) & (codes < winner)
-                    tied = tied & differ_from(codebook_ptr, codes, code, K, D, BLOCK_K, BLOCK_D)
-                    code = tl.min(tl.where(tied, codes, NO_CODE), 0)
-        limit = tie_limit(best, tl.sqrt(x_high), D, True)
-        rounds = tl.where(second <= limit, 3, 1)
-        turn += 1
-    several = rounds > 1
-    return tl.where(several, winner, least), best, tl.where(several, high, top_high), tl.where(several, low, top_low)
+    return winner, high, low
 
 
 @triton.jit
@@ -215,12 +206,16 @@ def order_one(
     code = tl.full([], -1, tl.int32)
     for place in range(0, k):
         tl.debug_barrier()  # the code of the place before is read by all threads
-        if COSINE:
-            code, best, top_high, top_low = most_parallel_left(
-                token, places, place, x_high, x_low, top_high, top_low, K, D, BLOCK_K, BLOCK_D
-            )
-        else:
-            code, best = closest_left(token, places, place, code, K, D, BLOCK_K, BLOCK_D)
+        before = code
+        best, second, code = scan_left(token, places, place, D, COSINE, BLOCK_K, BLOCK_D)
+        limit = tie_limit(best, norm, D, COSINE)
+        if second <= limit:
+            if COSINE:
+                code, top_high, top_low = most_parallel_left(
+                    token, places, place, limit, x_high, x_low, top_high, top_low, K, D, BLOCK_K, BLOCK_D
+                )
+            else:
+                code = closest_left(token, places, place, limit, before, K, D, BLOCK_K, BLOCK_D)
         largest = tl.maximum(largest, best)  # float64 scores of ties may come out of order
         tl.store(taken_ptr + place, code.to(tl.int64))
         tl.store(distance_ptr + place, distance_of(largest, norm, COSINE).to(tl.float32))
