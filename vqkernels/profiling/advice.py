@@ -41,11 +41,11 @@ def _search(document: dict[str, Any]) -> Iterator[Hint]:
     else:
         largest = max(inside["stages"], key=lambda stage: inside["stages"][stage])
         part = percent(inside["stages"][largest] / inside["seconds"])
-        help_ = _coarse_help(document["subject"]) if largest == "coarse" else STAGE_HELP[largest]
+        help_ = _coarse_help(document["subject"], kernel["ceiling"]) if largest == "coarse" else STAGE_HELP[largest]
         yield f"{what}; {largest} takes {part} of it.", help_
 
 
-def _coarse_help(subject: dict[str, Any]) -> str:
+def _coarse_help(subject: dict[str, Any], ceiling: str) -> str:
     """Why the low-precision pass stays below the peak."""
     if subject["dim"] < SMALL_DIM:
         return "With so few dimensions, comparing a score costs as much as computing it: the peak is out of reach."
@@ -53,6 +53,11 @@ def _coarse_help(subject: dict[str, Any]) -> str:
         return "The packed codes are read anew for every block of tokens: more tokens in one call help."
     if subject["codes"] < FEW_CODES:
         return "Each block of tokens meets few codes: what is done once per token shows."
+    if ceiling == "int8":
+        return (
+            "Tiles are loaded, stored and made scores beside the products, which leaves two thirds of their peak at "
+            "D = 256, and less on a busy machine: measure again alone."
+        )
     return "Other work on the machine, or a lower clock under wide instructions, would explain it: measure again alone."
 
 
