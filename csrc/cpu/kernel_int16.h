@@ -18,8 +18,6 @@ namespace {
 constexpr double BIAS_STEP = 16384.0;  // 2^14
 constexpr double BIAS_FRACTION = 128.0;
 constexpr double LARGEST_INT16 = 32767.0;
-constexpr double ROUNDING = 4 * UNIT32;  // float32's, of (x - mu) * scale * scale2 * a
-constexpr double SUM_SLACK = 1.0001;     // of squares summed in float32, in 16 parts, for D up to 16384
 
 // Sixteen numbers rounded, with what that costs.
 struct Rounded {
@@ -30,21 +28,11 @@ struct Rounded {
 
 template <bool NEGATE>
 inline Rounded round_strip(FloatStrip strip, float factor) {
-  constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const FloatStrip value = strip * factor;
-  const FloatStrip rounded = (value + MAGIC) - MAGIC;
+  const FloatStrip rounded = rounded_strip(value);
   const FloatStrip left = value - rounded;
   const IntStrip whole = __builtin_convertvector(NEGATE ? -rounded : rounded, IntStrip);
   return {__builtin_convertvector(whole, ShortStrip), value * value, left * left};
-}
-
-// Of unit length.
-inline FloatStrip unit_strip(const float* row, double inverse_norm, const Packing& packing, int64_t base) {
-  float values[STRIP] = {};
-  const int64_t width = packing.dim - base < STRIP ? packing.dim - base : STRIP;
-  for (int64_t i = 0; i < width; ++i)
-    values[i] = static_cast<float>(static_cast<double>(row[base + i]) * inverse_norm);
-  return load_vector<FloatStrip>(values);
 }
 
 template <class P>
@@ -70,10 +58,8 @@ void pack_int16_panel(const float* const* codes,    // [WIDTH] of [D]
         for (int half = 0; half < 2; ++half) {
           const int64_t d = 2 * base + half * STRIP;
           if (d >= packing.dim) break;
-          const FloatStrip strip = inverse_norms == nullptr
-                                       ? packed_strip(codes[code], packing, d)
-                                       : unit_strip(codes[code], inverse_norms[code], packing, d);
-          const Rounded rounded = round_strip<true>(strip, factor);
+          const Rounded rounded =
+              round_strip<true>(code_strip(codes, inverse_norms, code, packing, d), factor);
           halves[half] = rounded.values;
           square_parts[code] += rounded.square;
           residual_parts[code] += rounded.residual;
@@ -95,8 +81,8 @@ void pack_int16_panel(const float* const* codes,    // [WIDTH] of [D]
     largest = squares[j] > largest ? squares[j] : largest;
     most_left = residuals[j] > most_left ? residuals[j] : most_left;
   }
-  const double norm = __builtin_sqrt(static_cast<double>(largest)) * SUM_SLACK;
-  const double left = __builtin_sqrt(static_cast<double>(most_left)) * SUM_SLACK + ROUNDING * norm + 0x1p-40;
+  const double norm = norm_of(largest);
+  const double left = norm_of(most_left) + ROUNDING * norm + 0x1p-40;
   bound->largest = norm > bound->largest ? norm : bound->largest;
   bound->residual = left > bound->residual ? left : bound->residual;
   int16_t* bias = static_cast<int16_t*>(panel);
@@ -131,7 +117,7 @@ inline TokenScale scale_token(const Packing& packing, double norm, double larges
 inline double bias_error(const Packing& packing, const TokenScale& scale) {
   if (packing.cosine) return 0.0;
   const double largest = LARGEST_INT16 + 1.0;
-  const double sums = (static_cast<double>(packing.dim) / 16.0 + 48.0) * 1.1 * UNIT32;
+  const double sums = half_square_error(packing.dim);
   return __builtin_fabs(scale.bias - scale.whole) * largest + sums * scale.bias * largest + 1.0 +
          __builtin_fabs(scale.bias / BIAS_FRACTION - scale.fraction) * BIAS_FRACTION + 0.5 * scale.fraction;
 }
@@ -159,8 +145,7 @@ void pack_int16_token(const float* token,  // [D]
   const int16_t shared[2] = {static_cast<int16_t>(scale.whole), static_cast<int16_t>(scale.fraction)};
   __builtin_memcpy(static_cast<int32_t*>(tile) + P::ROWS * steps, shared, sizeof(shared));
   const double length = scale.factor * norm;
-  const double left =
-      __builtin_sqrt(static_cast<double>(sum_of(residuals))) * SUM_SLACK + ROUNDING * length + 0x1p-40;
+  const double left = norm_of(sum_of(residuals)) + ROUNDING * length + 0x1p-40;
   *bound = {scale.factor * packing.code_factor, length + left, left, bias_error(packing, scale), 0.0};
 }
 

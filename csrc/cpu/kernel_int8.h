@@ -21,8 +21,8 @@ namespace {
 
 constexpr int64_t TILE_DIM = 64;  // dimensions of a tile
 constexpr int TILE_ROWS = 16;     // of tokens, or codes
-constexpr float LARGEST_INTEGER =
-    16256;  // 127 * 128: its bytes, and those of a number that rounds to it, fit
+// 127 * 128: its bytes, and those of a number that rounds to it, fit.
+constexpr float LARGEST_INTEGER = 16256;
 constexpr float LARGEST_FACTOR = 0x1p60f;
 
 struct Bytes {
@@ -33,9 +33,8 @@ struct Bytes {
 };
 
 inline Bytes bytes_of(FloatStrip strip, float factor) {
-  constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   const FloatStrip value = strip * factor;
-  const FloatStrip rounded = (value + MAGIC) - MAGIC;
+  const FloatStrip rounded = rounded_strip(value);
   const FloatStrip left = value - rounded;
   const IntStrip whole = __builtin_convertvector(rounded, IntStrip);
   const IntStrip high = (whole + 64) >> 7;
@@ -67,9 +66,7 @@ inline float integer_factor(float largest) {
 
 // Of float32's, in the product of a score's factors with the sum of integers, and in adding the bias.
 constexpr double SCORE_ROUNDING = 8 * UNIT32;
-constexpr double INTEGER_ROUNDING = 4 * UNIT32;  // of (x - mu) * scale * scale2 * a
-constexpr double SQUARES_SLACK = 1.0001;  // of squares summed in float32, in 16 parts, for D up to 16384
-constexpr double NOTHING = 0x1p-80;       // what underflow may lose of a norm
+constexpr double NOTHING = 0x1p-80;  // what underflow may lose of a norm
 
 // P: sixteen floats, as for kernel_scores.h, with columns. T: eight tiles.
 template <class P, class T>
@@ -88,23 +85,13 @@ struct Int8 {
 
   // ---------------------------------------------------------------------------------------------- packing
 
-  static FloatStrip code_strip(const float* code, const double* inverse_norm, const Packing& packing,
-                               int64_t d) {
-    if (inverse_norm == nullptr) return packed_strip(code, packing, d);
-    float values[STRIP] = {};
-    const int64_t width = packing.dim - d < STRIP ? packing.dim - d : STRIP;
-    for (int64_t i = 0; i < width; ++i)
-      values[i] = static_cast<float>(static_cast<double>(code[d + i]) * *inverse_norm);
-    return load_vector<FloatStrip>(values);
-  }
-
   static void pack_panel(const float* const* codes,    // [WIDTH] of [D]
                          const double* inverse_norms,  // [WIDTH] or null
                          const Packing& packing,
                          void* panel,  // [panel_words]
                          CodeBound* bound) {
     const auto strip_of = [&](int code, int64_t d) {
-      return code_strip(codes[code], inverse_norms == nullptr ? nullptr : inverse_norms + code, packing, d);
+      return code_strip(codes, inverse_norms, code, packing, d);
     };
     float* biases = static_cast<float*>(panel);
     FloatStrip most{};
@@ -149,16 +136,15 @@ struct Int8 {
         low = square > low ? square : low;
       }
     }
-    const double norm = __builtin_sqrt(static_cast<double>(largest)) * SQUARES_SLACK;
-    const double left = root(residual) * inverse + INTEGER_ROUNDING * norm + NOTHING;
+    const double norm = norm_of(largest);
+    const double left = norm_of(residual) * inverse + ROUNDING * norm + NOTHING;
     raise(bound->largest, norm);
     raise(bound->residual, left);
-    raise(bound->low, root(low) * inverse);
-    const double sums = (static_cast<double>(packing.dim) / 16.0 + 48.0) * 1.1 * UNIT32;
-    if (!packing.cosine) raise(bound->offset, 0.5 * norm * norm * (sums + SCORE_ROUNDING) + NOTHING);
+    raise(bound->low, norm_of(low) * inverse);
+    const double half_square = half_square_error(packing.dim) + SCORE_ROUNDING;
+    if (!packing.cosine) raise(bound->offset, 0.5 * norm * norm * half_square + NOTHING);
   }
 
-  static double root(float square) { return __builtin_sqrt(static_cast<double>(square)) * SQUARES_SLACK; }
   static void raise(double& bound, double value) { bound = value > bound ? value : bound; }
 
   static void pack_token(const float* token,  // [D]
@@ -180,8 +166,8 @@ struct Int8 {
       lows += bytes.low_square;
     }
     static_cast<float*>(tile)[ROWS * words + row] = static_cast<float>(-inverse);
-    const double left = root(sum_of(residuals)) * inverse + INTEGER_ROUNDING * norm + NOTHING;
-    *bound = {1.0, norm + left, left + SCORE_ROUNDING * norm, 0.0, root(sum_of(lows)) * inverse};
+    const double left = norm_of(sum_of(residuals)) * inverse + ROUNDING * norm + NOTHING;
+    *bound = {1.0, norm + left, left + SCORE_ROUNDING * norm, 0.0, norm_of(sum_of(lows)) * inverse};
   }
 
   // ---------------------------------------------------------------------------------------------- scores
@@ -349,8 +335,8 @@ struct Int8 {
   static double run_peak(int64_t rounds) {
     T tiles;
     tiles.clear();
-    for (int64_t round = 0; round < rounds / 8;
-         ++round) {  // a tile's take as long as sixteen of a register's
+    const int64_t fewer = rounds / 8;  // products of tiles take longer than those of registers
+    for (int64_t round = 0; round < fewer; ++round) {
       tiles.template multiply<0, 4, 6>();
       tiles.template multiply<1, 4, 7>();
       tiles.template multiply<1, 5, 6>();
@@ -358,7 +344,7 @@ struct Int8 {
       tiles.template multiply<3, 4, 7>();
       tiles.template multiply<3, 5, 6>();
     }
-    return 2.0 * 2 * TILE_ROWS * LANES * TILE_DIM * static_cast<double>(rounds / 8);
+    return 2.0 * 2 * TILE_ROWS * LANES * TILE_DIM * static_cast<double>(fewer);
   }
 
   static constexpr CoarsePass make_pass() {

@@ -48,6 +48,40 @@ inline FloatStrip packed_strip(const float* row, const Packing& packing, int64_t
   return (load_strip(row + base, packing.dim - base, packing.end) - centre) * packing.scale * packing.scale2;
 }
 
+// Of unit length.
+inline FloatStrip unit_strip(const float* row, double inverse_norm, const Packing& packing, int64_t base) {
+  float values[STRIP] = {};
+  const int64_t width = packing.dim - base < STRIP ? packing.dim - base : STRIP;
+  for (int64_t i = 0; i < width; ++i)
+    values[i] = static_cast<float>(static_cast<double>(row[base + i]) * inverse_norm);
+  return load_vector<FloatStrip>(values);
+}
+
+// Sixteen numbers of code j as they are packed: of unit length for cosine.
+inline FloatStrip code_strip(const float* const* codes,    // rows of [D]
+                             const double* inverse_norms,  // of them, or null
+                             int j, const Packing& packing, int64_t base) {
+  return inverse_norms == nullptr ? packed_strip(codes[j], packing, base)
+                                  : unit_strip(codes[j], inverse_norms[j], packing, base);
+}
+
+// To the nearest integers, of numbers below 2^22.
+inline FloatStrip rounded_strip(FloatStrip value) {
+  constexpr float MAGIC = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  return (value + MAGIC) - MAGIC;
+}
+
+// What packing to integers costs in float32.
+constexpr double ROUNDING = 4 * UNIT32;  // of (x - mu) * scale * scale2 * factor
+constexpr double SUM_SLACK = 1.0001;     // of squares summed in 16 parts, for D up to 16384
+
+inline double norm_of(float square) { return __builtin_sqrt(static_cast<double>(square)) * SUM_SLACK; }
+
+// Relative, of |c|^2 / 2 summed in 16 parts and rounded.
+inline double half_square_error(int64_t dim) {
+  return (static_cast<double>(dim) / 16.0 + 48.0) * 1.1 * UNIT32;
+}
+
 inline float sum_of(FloatStrip v) {
   typedef float Quarter __attribute__((vector_size(16)));
   const FloatHalf half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +

@@ -14,22 +14,7 @@
 #pragma GCC target("avx2,fma")
 #endif
 
-namespace vqkernels {
-namespace cpu {
-namespace {
-
-struct Unit {
-  typedef float Floats __attribute__((vector_size(16)));
-  typedef double Doubles __attribute__((vector_size(32)));
-  static Doubles widen(Floats v) { return _mm256_cvtps_pd(v); }
-  static Floats narrow(Doubles v) { return _mm256_cvtpd_ps(v); }
-};
-
-}  // namespace
-}  // namespace cpu
-}  // namespace vqkernels
-
-#include "training_loops.h"
+#include "training_256.h"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -77,7 +77,6 @@ VQ_INLINE void store(double* to, const Doubles& from) {
 }
 
 // The floats of as many registers.
-VQ_INLINE EightFloats joined(const EightFloats (&part)[1]) { return part[0]; }
 VQ_INLINE EightFloats joined(const FourFloats (&part)[2]) {
   return __builtin_shufflevector(part[0], part[1], 0, 1, 2, 3, 4, 5, 6, 7);
 }
