@@ -60,38 +60,6 @@ def test_nearest_is_true_on_every_instruction_set(instruction_set: str, metric: 
             torch.testing.assert_close(distance, true_distance, rtol=2.0**-23, atol=absolute, equal_nan=True)
 
 
-@pytest.mark.parametrize("isa", ["avx512", "portable"])
-@pytest.mark.parametrize(("metric", "case"), ALL, ids=str)
-def test_nearest_is_true_with_the_int8_pass(monkeypatch: pytest.MonkeyPatch, isa: str, metric: str, case: Case):
-    """On this CPU's tiles where it has some (avx512), and on tiles in plain loops."""
-    monkeypatch.setenv("VQKERNELS_CPU_ISA", isa)
-    monkeypatch.setenv("VQKERNELS_CPU_PASS", "int8")
-    if _extension.instruction_set() != isa:
-        skip_or_fail(isa, f"this CPU has no {isa}")
-    true, _ = true_nearest(case.x, case.codebook, metric)
-    for threads, pieces in ((2, 1), (1, 4)):
-        torch.set_num_threads(threads)
-        assert torch.equal(_search(case.x, case.codebook, metric, pieces)[0], true)
-
-
-@pytest.mark.parametrize("isa", ["avx512", "portable"])
-@pytest.mark.parametrize("dim", [1024, 1025])
-def test_the_largest_sums_of_the_int8_pass_fit_into_32_bits(monkeypatch: pytest.MonkeyPatch, isa: str, dim: int):
-    """Every number is the largest of its row, and products have one sign: 1024 * 127^2 * 128 is 1.6 % below 2^31."""
-    monkeypatch.setenv("VQKERNELS_CPU_ISA", isa)
-    monkeypatch.setenv("VQKERNELS_CPU_PASS", "int8")
-    if _extension.instruction_set() != isa:
-        skip_or_fail(isa, f"this CPU has no {isa}")
-    signs = _randn(20, dim, seed=44).sign()
-    codebook = torch.stack([signs, -signs], dim=1).flatten(0, 1)  # their mean is 0
-    report = compiled.nearest_report(3.0 * codebook[None], codebook, "euclidean", "exact")
-    assert torch.equal(report.codes[0], torch.arange(40))
-    if dim == 1024:
-        assert (report.coarse_pass, report.certified) == ("int8", 40)
-    else:
-        assert report.coarse_pass != "int8"
-
-
 @pytest.mark.parametrize(("n", "size", "dim"), [(5, 70000, 3), (700, 4100, 8), (64, 3000, 200), (130, 200, 18)])
 def test_work_split_over_tokens_or_codes_changes_nothing(instruction_set: str, n: int, size: int, dim: int):
     x, codebook = _randn(n, dim, seed=n), _randn(size, dim, seed=size)
@@ -223,14 +191,6 @@ def test_explain_names_the_coarse_pass(monkeypatch: pytest.MonkeyPatch, instruct
     assert 'precision="fast"' in explain("nearest", x, codebook, "euclidean", "fast")
     monkeypatch.setenv("VQKERNELS_CPU_PASS", "float32")
     assert f"float32 pass ({instruction_set}): VQKERNELS_CPU_PASS=float32" in explain("nearest", x, codebook)
-
-
-def test_the_int8_pass_is_for_dimensions_that_fill_its_tiles():
-    """Below 64 int16 is quicker, above 1024 its sums would not fit; and only CPUs with tiles have it."""
-    chosen = {dim: compiled._coarse_pass(dim, True) for dim in (8, 63, 64, 256, 1024, 1025)}
-    assert {chosen[dim] for dim in (8, 63, 1025)} <= {"int16", "float32"}
-    assert len({chosen[dim] for dim in (64, 256, 1024)}) == 1
-    assert (chosen[64] == "int8") == (compiled.peak_rates(1)["int8"] > 0)
 
 
 def test_a_coarse_pass_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch):
