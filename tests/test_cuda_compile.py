@@ -20,14 +20,14 @@ __all__ = ["FLAGS", "Usage"]
 BUILD_ARCHITECTURE = "90a"
 SOURCES = [path.stem for path in _extension.cuda_sources()]
 
-# Two blocks of 128 or 256 threads on a multiprocessor, four of 128, and three of 256 for the others.
-REGISTERS = {"mma_kernel": 255, "double_kernel": 128, "finish_kernel": 128, "decide_kernel": 128}
+# 512 threads on a multiprocessor, 256 of the coarse pass, and 768 of the others.
+REGISTERS = {"mma_kernel": 255, "double_kernel": 128, "finish_kernel": 128}
 OTHER_REGISTERS = 80
 SHARED_BYTES = 48 * 1024  # more needs an opt-in at every launch
 TURING_SHARED_BYTES = 32 * 1024  # two blocks on a multiprocessor
 # The exact road's fixed-point sums are indexed at run time: 24 or, for float64 inputs, 136 digits of 8 bytes each.
-STACK_BYTES = {"decide_kernel<double>": 136 * 8 + 16, "decide_kernel": 24 * 8 + 16}
-FAMILIES = {"prepare_kernel", "mma_kernel", "double_kernel", "finish_kernel", "decide_kernel", "gather_kernel"}
+STACK_BYTES = {"finish_kernel<double": 136 * 8 + 16, "finish_kernel": 24 * 8 + 16}
+FAMILIES = {"prepare_kernel", "mma_kernel", "double_kernel", "finish_kernel", "gather_kernel"}
 FAMILIES |= {"sum_chunks_kernel", "update_rows_kernel", "prepare_tokens_kernel"}
 
 

@@ -47,8 +47,11 @@ def _codes(codebook_size: int, batch: int = 2, length: int = 21) -> Tensor:
     return codes
 
 
-def _search(case: Case, metric: str, precision: str = "exact", seed: int = 0) -> tuple[Tensor, Tensor]:
-    codes, distance = host.nearest(case.x[None].contiguous(), case.codebook.contiguous(), metric, precision, seed)
+def _search(
+    case: Case, metric: str, precision: str = "exact", seed: int = 0, layout: str = "channels-last"
+) -> tuple[Tensor, Tensor]:
+    x = case.x.T.contiguous().T if layout == "channels-first" else case.x.contiguous()
+    codes, distance = host.nearest(x[None], case.codebook.contiguous(), metric, precision, seed)
     return codes[0], distance[0]
 
 
@@ -56,8 +59,8 @@ def _search(case: Case, metric: str, precision: str = "exact", seed: int = 0) ->
 def test_nearest_is_the_true_nearest_prepared_or_not(metric: str, case: Case):
     true, true_distance = true_nearest(case.x, case.codebook, metric)
     absolute = 2.0**-46 if metric == "cosine" else 0.0  # 1 - cos cancels: float64's error of a cosine stays
-    for seed in SEEDS:
-        codes, distance = _search(case, metric, seed=seed)
+    for seed, layout in zip(reversed(SEEDS), ("channels-first", "channels-last"), strict=True):
+        codes, distance = _search(case, metric, seed=seed, layout=layout)
         assert torch.equal(codes, true)
         torch.testing.assert_close(distance, true_distance, rtol=2.0**-22, atol=absolute, equal_nan=True)
     x, codebook = case.x[None].contiguous(), case.codebook.contiguous()
@@ -148,9 +151,20 @@ EASY = {
 def test_the_certificate_settles_ordinary_tokens(name: str):
     """Outliers, offsets and scales cost the exact road at most for the tokens that they concern."""
     x, codebook = EASY[name]
-    codes, _, exact_road = host.nearest_and_count(x[None], codebook)
+    codes, _, counted = host.nearest_and_count(x[None], codebook)
     assert torch.equal(codes[0], true_nearest(x, codebook)[0])
-    assert exact_road <= 2
+    assert counted.exact_road <= 2
+
+
+@pytest.mark.parametrize("dim", [8, 100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_three_launches(dtype: torch.dtype, dim: int):
+    """Also where every token is a tie; float64 prepares codes and tokens in launches of their own."""
+    x, codebook = _randn(2, 40, dim, seed=58, dtype=dtype), _randn(30, dim, seed=59, dtype=dtype).repeat(2, 1)
+    codes, _, counted = host.nearest_and_count(x, codebook)
+    assert torch.equal(codes.flatten(), true_nearest(x.flatten(0, 1), codebook)[0])
+    assert counted.exact_road == 80
+    assert counted.launches == (4 if dtype == torch.float64 else 3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,8 +1,8 @@
-// Nearest codes, launch by launch. float32 and the half types: prepare, coarse pass, finish, and the exact
-// road for the tokens that are left; float64 has a coarse pass of its own. No launch waits for the host.
+// Nearest codes in three launches, float32 and the half types: prepare, coarse pass, finish. float64, with a
+// coarse pass of its own, prepares codes and tokens in two. No launch waits for the host.
 #pragma once
 
-#include "nearest_decide.cuh"
+#include "nearest_finish.cuh"
 #include "nearest_mma.cuh"
 #ifdef VQKERNELS_SM90A  // built for sm_90a alone
 #include "nearest_hopper.cuh"
@@ -12,15 +12,11 @@ namespace vqkernels::cuda {
 
 // Codes and distances from the coarse pass's states. Without `exact`, float64's word is the last one.
 template <int LANES, typename T, typename Launcher>
-void settle(Launcher& launcher, const Search<T>& search, const States<T>& states,
-            const Certificate<T>& certificate, int64_t* count, bool exact, int64_t* codes, float* distance) {
-  int64_t tokens = search.x.count();
-  Listed* listed = launcher.template allocate<Listed>(exact ? tokens : 0);
-  launcher.launch(finish_kernel<T, LANES>, team_blocks(tokens, LANES), kTeamThreads, search, states,
-                  certificate, exact, listed, count, codes, distance);
-  if (!exact) return;
-  launcher.launch(decide_kernel<T>, smaller(tokens, 8 * launcher.processors()), kDecideThreads, search,
-                  states, listed, count, codes, distance);
+void finish(Launcher& launcher, const Search<T>& search, const States<T>& states,
+            const Certificate<T>& certificate, bool exact, int64_t* codes, float* distance) {
+  launcher.launch(finish_kernel<T, LANES>, ceil_div(search.x.count(), finish_tokens(LANES)),
+                  finish_threads(LANES), search, states, certificate, exact, static_cast<int64_t*>(nullptr),
+                  codes, distance);
 }
 
 // A codebook as its kernels left it, for one search or for many.
@@ -42,18 +38,13 @@ template <int LANES, typename Launcher>
 void nearest_of_doubles(Launcher& launcher, const Search<double>& search, const KeptDoubles* given,
                         bool exact, int64_t* codes, float* distance) {
   int64_t tokens = search.x.count(), codebook_size = search.codebook_size, dim = search.x.dim;
-  struct Zeroed {
-    DoubleSummary summary;
-    int64_t count;
-  };
-  Zeroed* zeroed = launcher.template allocate<Zeroed>(1);
-  launcher.zero(zeroed, sizeof(Zeroed));
   KeptDoubles kept{};
   if (given != nullptr) {
     kept = *given;
   } else {
     kept = {launcher.template allocate<double>(search.cosine ? codebook_size * dim : 0),
-            launcher.template allocate<double>(codebook_size), &zeroed->summary};
+            launcher.template allocate<double>(codebook_size), launcher.template allocate<DoubleSummary>(1)};
+    launcher.zero(kept.summary, sizeof(DoubleSummary));
     prepare_codes(launcher, search, kept);
   }
   PreparedDoubles prepared{search.cosine ? kept.unit : search.codebook, kept.half_norm, kept.summary};
@@ -65,8 +56,8 @@ void nearest_of_doubles(Launcher& launcher, const Search<double>& search, const 
   Best<double>* best = launcher.template allocate<Best<double>>(tokens * plan.states());
   launcher.launch(double_kernel<double>, smaller(plan.items(), kMaxBlocks), kTileThreads, search, prepared,
                   plan, best);
-  settle<LANES>(launcher, search, States<double>{best, plan, 1}, Certificate<double>{gaps}, &zeroed->count,
-                exact, codes, distance);
+  finish<LANES>(launcher, search, States<double>{best, plan, 1}, Certificate<double>{gaps}, exact, codes,
+                distance);
 }
 
 // What a coarse kernel has written, and how.
@@ -154,23 +145,16 @@ template <bool SPLIT, int LANES, typename T, typename Launcher>
 void nearest_of_floats(Launcher& launcher, const Search<T>& search, const KeptFloats* kept, bool exact,
                        int64_t* codes, float* distance) {
   if (kept != nullptr) {
-    int64_t* count = launcher.template allocate<int64_t>(1);
-    launcher.zero(count, sizeof(int64_t));
     Prepared prepared = prepare_tokens_alone<SPLIT, LANES>(launcher, search, *kept);
     CoarsePass pass = run_coarse_pass<SPLIT>(launcher, prepared.operands);
-    settle<LANES>(launcher, search, States<T>{pass.states, pass.plan, SPLIT ? kGranule : 1},
-                  Certificate<T>{prepared.bounds, prepared.codebook, kept->depth}, count, exact, codes,
-                  distance);
+    finish<LANES>(launcher, search, States<T>{pass.states, pass.plan, SPLIT ? kGranule : 1},
+                  Certificate<T>{prepared.bounds, prepared.codebook, kept->depth}, exact, codes, distance);
     return;
   }
   int64_t tokens = search.x.count(), dim = search.x.dim, depth = operand_depth<SPLIT>(dim);
   int64_t code_rows = ceil_div(search.codebook_size, kCodeRows) * kCodeRows;
-  struct Zeroed {
-    CodebookBound codebook;
-    int64_t count;
-  };
-  Zeroed* zeroed = launcher.template allocate<Zeroed>(1);
-  launcher.zero(zeroed, sizeof(Zeroed));
+  CodebookBound* bound = launcher.template allocate<CodebookBound>(1);
+  launcher.zero(bound, sizeof(CodebookBound));
   int64_t most = 2 * launcher.processors();  // few, since each of them looks for the centre first
   int64_t code_blocks = smaller(team_blocks(code_rows, Terms<SPLIT>::kLanes), most);
   int64_t blocks = code_blocks + smaller(team_blocks(tokens, LANES), 2 * most);
@@ -180,7 +164,7 @@ void nearest_of_floats(Launcher& launcher, const Search<T>& search, const KeptFl
                     launcher.template allocate<float>(SPLIT ? 0 : code_rows),
                     launcher.template allocate<float>(SPLIT ? 0 : tokens),
                     launcher.template allocate<TokenBound>(tokens),
-                    &zeroed->codebook,
+                    bound,
                     launcher.template allocate<float>(blocks * dim),
                     code_blocks};
   Operands& operands = prepared.operands;
@@ -189,9 +173,8 @@ void nearest_of_floats(Launcher& launcher, const Search<T>& search, const KeptFl
   launcher.launch(prepare_kernel<T, SPLIT, LANES>, blocks, kTeamThreads, search, prepared);
 
   CoarsePass pass = run_coarse_pass<SPLIT>(launcher, operands);
-  settle<LANES>(launcher, search, States<T>{pass.states, pass.plan, SPLIT ? kGranule : 1},
-                Certificate<T>{prepared.bounds, prepared.codebook, depth}, &zeroed->count, exact, codes,
-                distance);
+  finish<LANES>(launcher, search, States<T>{pass.states, pass.plan, SPLIT ? kGranule : 1},
+                Certificate<T>{prepared.bounds, prepared.codebook, depth}, exact, codes, distance);
 }
 
 template <typename T>

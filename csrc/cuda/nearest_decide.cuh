@@ -3,13 +3,18 @@
 // apart.
 #pragma once
 
-#include "nearest_finish.cuh"
+#include "nearest_candidates.cuh"
 
 namespace vqkernels::cuda {
 
-constexpr int kDecideThreads = 128;
-constexpr int kDecideBlocks = 4;
+constexpr int kDecideThreads = 256;  // at most
 constexpr int kDecideWarps = kDecideThreads / 32;
+
+// A token that is not settled, and the coarse scores up to which a code may be its nearest.
+struct Undecided {
+  int64_t token;
+  double limit;
+};
 
 struct DecideMemory {
   Best<double> best[kDecideWarps];
@@ -33,8 +38,8 @@ struct Contest {
   template <typename Visit>
   VQ_DEVICE void for_each(Visit visit) const {
     Crew crew{thread_index() % 32, 32, group};
-    for_each_candidate(search, token, states, n, coarse_limit, crew, thread_index() / 32, kDecideWarps,
-                       visit);
+    for_each_candidate(search, token, states, n, coarse_limit, crew, thread_index() / 32,
+                       block_threads() / 32, visit);
   }
 };
 
@@ -48,7 +53,7 @@ VQ_DEVICE Best<double> rough_best(const Contest<T>& contest, DecideMemory& memor
   if (thread_index() % 32 == 0) memory.best[thread_index() / 32] = best;
   barrier();
   best = memory.best[0];
-  for (int warp = 1; warp < kDecideWarps; ++warp) best.merge(memory.best[warp]);
+  for (int warp = 1; warp < block_threads() / 32; ++warp) best.merge(memory.best[warp]);
   return best;
 }
 
@@ -119,36 +124,32 @@ VQ_DEVICE int32_t most_parallel_exactly(const Contest<T>& contest, DecideMemory&
   return lowest_code(memory, mine, [](int32_t a, int32_t b) { return a < b; });
 }
 
-// One block per listed token.
+// All threads of a block call it together. `search` and `states` lie in shared memory, so that a call copies
+// neither.
 template <typename T>
-VQ_KERNEL(kDecideThreads, kDecideBlocks)
-decide_kernel(Search<T> search, States<T> states,
-              const Listed* listed,  // [*count], in any order
-              const int64_t* count,
-              int64_t* codes,     // [B * T]
-              float* distance) {  // [B * T]
-  DecideMemory& memory = shared_memory<DecideMemory>();
+VQ_CALLED void decide(const Search<T>& search, const States<T>& states, Undecided undecided,
+                      DecideMemory& memory,
+                      int64_t* codes,     // [B * T]
+                      float* distance) {  // [B * T]
   int group = 1;
   while (group < 32 && group * 4 < search.x.dim) group *= 2;
-  for (int64_t item = block_index(); item < *count; item += grid_blocks()) {
-    int64_t n = listed[item].token;
-    const T* token = search.x.row(n);
-    Contest<T> contest{search, states, token, n, listed[item].limit, {1.0, 1.0, {0.0, 0.0}}, group};
-    if (search.cosine) contest.scale = exact::scale_vector(token, search.x.stride_d, search.x.dim);
-    Best<double> best = rough_best(contest, memory);
-    double limit = rough_limit<T>(best.first, search.x.dim, search.cosine);
-    int32_t code = best.code;
-    bool zero_direction = search.cosine && contest.scale.square.hi == 0.0;  // every cosine is 0
-    if (zero_direction) {
-      code = 0;
-    } else if (best.second <= limit || code == kNoCode) {
-      code = search.cosine ? most_parallel_exactly(contest, memory, limit)
-                           : closest_exactly(contest, memory, limit);
-    }
-    if (thread_index() == 0) {
-      codes[n] = code;
-      distance[n] = static_cast<float>(search.cosine ? std::fmax(1.0 + best.first, 0.0) : best.first);
-    }
+  int64_t n = undecided.token;
+  const T* token = search.x.row(n);
+  Contest<T> contest{search, states, token, n, undecided.limit, {1.0, 1.0, {0.0, 0.0}}, group};
+  if (search.cosine) contest.scale = exact::scale_vector(token, search.x.stride_d, search.x.dim);
+  Best<double> best = rough_best(contest, memory);
+  double limit = rough_limit<T>(best.first, search.x.dim, search.cosine);
+  int32_t code = best.code;
+  bool zero_direction = search.cosine && contest.scale.square.hi == 0.0;  // every cosine is 0
+  if (zero_direction) {
+    code = 0;
+  } else if (best.second <= limit || code == kNoCode) {
+    code = search.cosine ? most_parallel_exactly(contest, memory, limit)
+                         : closest_exactly(contest, memory, limit);
+  }
+  if (thread_index() == 0) {
+    codes[n] = code;
+    distance[n] = static_cast<float>(search.cosine ? std::fmax(1.0 + best.first, 0.0) : best.first);
   }
 }
 

@@ -65,20 +65,29 @@ copy_without_wait_kernel(const Chunk* in,  // [64]
   wait_copies<0>();
 }
 
-// Also tells how many tokens the exact road got.
+struct Counted {
+  int64_t launches;
+  int64_t exact_road;  // tokens that took it
+};
+
 struct CountingLauncher : Launcher {
-  using Launcher::launch;
   using Launcher::Launcher;
 
+  template <typename... Params, typename... Args>
+  void launch(void (*kernel)(Params...), int64_t blocks, int threads, Args... args) {
+    ++counted.launches;
+    Launcher::launch(kernel, blocks, threads, args...);
+  }
   template <typename T>
-  void launch(void (*kernel)(Search<T>, States<T>, const Listed*, const int64_t*, int64_t*, float*),
-              int64_t blocks, int threads, Search<T> search, States<T> states, Listed* listed, int64_t* count,
-              int64_t* codes, float* distance) {
-    exact_road = *count;
-    Launcher::launch(kernel, blocks, threads, search, states, listed, count, codes, distance);
+  void launch(void (*kernel)(Search<T>, States<T>, Certificate<T>, bool, int64_t*, int64_t*, float*),
+              int64_t blocks, int threads, Search<T> search, States<T> states, Certificate<T> certificate,
+              bool exact, int64_t*, int64_t* codes, float* distance) {
+    ++counted.launches;
+    Launcher::launch(kernel, blocks, threads, search, states, certificate, exact, &counted.exact_road, codes,
+                     distance);
   }
 
-  int64_t exact_road = 0;
+  Counted counted{};
 };
 
 }  // namespace
@@ -109,18 +118,15 @@ void host_rotate_without_barrier(uint64_t seed, int64_t* out) {
   launcher.launch(rotate_without_barrier_kernel<int64_t>, 1, 64, out);
 }
 
-// Returns how many tokens went the exact road.
-int64_t host_nearest(uint64_t seed, int type, const View* x, const void* codebook, int64_t codebook_size,
-                     bool cosine, bool exact, int64_t* codes, float* distance) {
-  int64_t exact_road = 0;
+void host_nearest(uint64_t seed, int type, const View* x, const void* codebook, int64_t codebook_size,
+                  bool cosine, bool exact, int64_t* codes, float* distance, Counted* counted) {
   dispatch(type, [&](auto zero) {
     using T = decltype(zero);
     CountingLauncher launcher(seed);
     nearest(launcher, x->as<const T>(), static_cast<const T*>(codebook), codebook_size, cosine, exact, codes,
             distance);
-    exact_road = launcher.exact_road;
+    *counted = launcher.counted;
   });
-  return exact_road;
 }
 
 // Codes prepared first, by a launcher of its own, then two searches with them: the second one's answers.

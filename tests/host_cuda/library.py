@@ -68,12 +68,18 @@ def links(flags: list[str]) -> bool:
 def library() -> ctypes.CDLL:
     """The functions of driver.cpp."""
     functions = ctypes.CDLL(str(compile_cpp("driver", ["-fPIC", "-shared"])))
-    functions.host_nearest.restype = functions.host_coarse.restype = ctypes.c_int64
+    functions.host_coarse.restype = ctypes.c_int64
     return functions
 
 
 class _View(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("size", ctypes.c_int64 * 3), ("stride", ctypes.c_int64 * 3))
+
+
+class Counted(ctypes.Structure):
+    """Of a search: kernel launches, and tokens that took the exact road."""
+
+    _fields_ = (("launches", ctypes.c_int64), ("exact_road", ctypes.c_int64))
 
 
 def _view(x: Tensor):  # [B, T, D]
@@ -109,14 +115,15 @@ def nearest_and_count(
     metric: str = "euclidean",
     precision: str = "exact",
     seed: int = 0,
-) -> tuple[Tensor, Tensor, int]:  # codes int64 [B, T], distance float32 [B, T], tokens that went the exact road
+) -> tuple[Tensor, Tensor, Counted]:  # codes int64 [B, T], distance float32 [B, T]
     codes = torch.full(x.shape[:2], -7, dtype=torch.int64)
     distance = torch.full(x.shape[:2], -7.0)
     size = ctypes.c_int64(codebook.shape[0])
     flags = ctypes.c_bool(metric == "cosine"), ctypes.c_bool(precision == "exact")
     tail = _data(codebook), size, *flags, _data(codes), _data(distance)
-    exact_road = library().host_nearest(*_begin(x, seed), _view(x), *tail)
-    return codes, distance, exact_road
+    counted = Counted()
+    library().host_nearest(*_begin(x, seed), _view(x), *tail, ctypes.byref(counted))
+    return codes, distance, counted
 
 
 def nearest_prepared(

@@ -47,8 +47,9 @@ void search(const Shape& shape, int type, uint64_t seed, bool cosine, bool exact
   std::vector<int64_t> again(codes.size(), -2);
   host_nearest_prepared(seed, type, &view, codebook.data(), shape.codebook_size, cosine, exact, again.data(),
                         distance.data());
+  Counted counted;
   host_nearest(seed, type, &view, codebook.data(), shape.codebook_size, cosine, exact, codes.data(),
-               distance.data());
+               distance.data(), &counted);
   expect(codes == again, "a prepared codebook with other codes");
   for (int64_t i = 0; i < n; ++i) {
     expect(codes[i] >= 0 && codes[i] < shape.codebook_size, "a code out of range");
