@@ -7,6 +7,7 @@ import torch
 from formulas import code_sums, ema_step, quantize_gradients
 
 import vqkernels as vq
+from vqkernels.backends import use_backend
 from vqkernels.ops._library import run
 from vqkernels.testing import sum_tolerance
 
@@ -291,23 +292,35 @@ def test_many_codes_give_the_sums_of_few():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("n", "k", "d"), [(40_000, 512, 64), (9000, 200, 40), (70_000, 8, 18), (300, 3, 1)])
-def test_few_codes_with_many_tokens_have_the_bits_of_any_other_road(dtype: torch.dtype, n: int, k: int, d: int):
-    """Read in their own order by one thread, or sorted (by two, of a map, of more codes): the same additions."""
+@pytest.mark.parametrize(("n", "k", "d"), [(140_000, 9000, 3), (140_000, 11, 18), (9000, 200, 40), (300, 3, 1)])
+def test_sums_have_the_same_bits_however_tokens_were_sorted(dtype: torch.dtype, n: int, k: int, d: int):
+    """At once, in buckets by several threads, digit by digit (more codes), or not at all (a map's)."""
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(n, d, generator=generator).to(dtype)
     x[:3] = -0.0
     codes = torch.randint(-1, k, (n,), generator=generator)
     roads = []
-    for threads in (1, 2):
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         roads += [vq.codebook_stats(rows, codes, k) for rows in (x, x.T.contiguous().T)]
-    roads.append([each[:k] for each in vq.codebook_stats(x, codes, n)])
+    roads.append([each[:k] for each in vq.codebook_stats(x, codes, 5 * n)])
     bits = torch.int64 if dtype == torch.float64 else torch.int32
     for counts, sums in roads[1:]:
         assert torch.equal(counts, roads[0][0])
         assert torch.equal(sums.contiguous().view(bits), roads[0][1].view(bits))
     torch.testing.assert_close(roads[0][1].double(), code_sums(x.double(), codes, k), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_code_past_the_codebook_is_refused_before_anything_is_written(threads: int):
+    torch.set_num_threads(threads)
+    codes = torch.zeros(1, 140_000, dtype=torch.int64)
+    codes[0, 90_000] = 9
+    counts, sums = torch.zeros(9), torch.zeros(9, 1)
+    with pytest.raises(ValueError, match="below codebook_size = 9, got 9"), use_backend("compiled"):
+        run("add_statistics_", torch.ones(1, 140_000, 1), codes, counts, sums)
+    assert not counts.any()
+    assert not sums.any()
 
 
 @pytest.mark.parametrize("rotation", [False, True])

@@ -16,7 +16,7 @@ constexpr int64_t SIZES_BLOCK = 4096;
 template <class Block>
 double sum_of_blocks(int64_t size, const Block& block) {
   std::vector<double> sums(ceil_div(size, SIZES_BLOCK));
-  for_each_range(size, SIZES_BLOCK, 2.0 * size,
+  for_each_range(size, SIZES_BLOCK, 8.0 * size,
                  [&](int64_t begin, int64_t end) { sums[begin / SIZES_BLOCK] = block(begin, end); });
   double sum = 0.0;
   for (const double each : sums) sum += each;

@@ -9,18 +9,12 @@
 #include "groups.h"
 #include "ops.h"
 #include "parallel.h"
-#include "sums_in_order.h"
 #include "tokens.h"
 #include "training_table.h"
 
 namespace vqkernels {
 namespace cpu {
 namespace {
-
-// The first group whose code is not below k.
-int64_t group_from(const Groups& groups, int64_t k) {
-  return std::lower_bound(groups.code.begin(), groups.code.end(), k) - groups.code.begin();
-}
 
 template <class W>
 struct State {
@@ -31,11 +25,12 @@ struct State {
   int64_t dim;
 
   double update_sizes(const EmaStep& step, const Groups& groups) const {
+    const CodeTokens tokens = groups.tokens();
     return sum_of_blocks(size, [&](int64_t begin, int64_t end) {
       W counts[SIZES_BLOCK];
       std::fill(counts, counts + (end - begin), W(0));
-      for (int64_t g = group_from(groups, begin); g < groups.used() && groups.code[g] < end; ++g) {
-        counts[groups.code[g] - begin] = static_cast<W>(groups.start[g + 1] - groups.start[g]);
+      for (int64_t g = groups.from(begin); g < tokens.used && tokens.code_of(g) < end; ++g) {
+        counts[tokens.code_of(g) - begin] = static_cast<W>(tokens.size_of(g));
       }
       return training_loops<W>().learn_sizes(step, counts, nullptr, end - begin, cluster_size + begin);
     });
@@ -54,13 +49,13 @@ struct State {
         ceil_div(size, grain), cost, [&] { return Scratch{std::vector<double>(dim), std::vector<W>(dim)}; },
         [&](int64_t item, Scratch& scratch) {
           const int64_t begin = item * grain, end = std::min(size, begin + grain);
-          loops.learn_codes(step, cluster_size, x.data, x.spacing(), tokens, group_from(groups, begin), begin,
-                            end, dim, scratch.total.data(), scratch.sum.data(), embed_sum, codebook);
+          loops.learn_codes(step, cluster_size, x.data, x.spacing(), tokens, groups.from(begin), begin, end,
+                            dim, scratch.total.data(), scratch.sum.data(), embed_sum, codebook);
         });
   }
 };
 
-// Tokens of another layout or type than the rows', or few codes: sums as an array.
+// Tokens of another layout or type than the rows': sums as an array.
 void step_with_sums(const Tensor& x, const Tensor& codes, const Tensor& codebook, const Tensor& cluster_size,
                     const Tensor& embed_sum, double decay, double eps, bool normalize, bool plain) {
   const auto [counts, sums] = codebook_stats(x, codes, codebook.size(0));
@@ -78,7 +73,7 @@ template <class W>
 void step_in_place(const Tokens<const W>& x, const int64_t* codes, const State<W>& state, double decay,
                    double eps, bool normalize, bool plain) {
   const Groups groups = group_by_code(codes, x.count(), state.size);
-  if (groups.used() == 0) return;
+  if (groups.tokens().count == 0) return;
   EmaStep step{decay, eps, 1.0, 1.0, normalize};
   step.preserve = preserved(state.update_sizes(step, groups), state.size, eps, plain);
   state.update_rows(step, x, groups);
@@ -96,8 +91,7 @@ void ema_step_(Tensor x, Tensor codes, Tensor codebook, Tensor cluster_size, Ten
   codes = torch::stable::contiguous(codes);
   const auto step = [&](auto number) {
     using W = decltype(number);
-    if (x.scalar_type() != codebook.scalar_type() || !sums_in_place(tokens_of<W>(x)) ||
-        better_in_order(x.size(0) * x.size(1), codebook.size(0), codebook.size(1))) {
+    if (x.scalar_type() != codebook.scalar_type() || !sums_in_place(tokens_of<W>(x))) {
       return step_with_sums(x, codes, codebook, cluster_size, embed_sum, decay, eps, normalize, plain);
     }
     const State<W> state{static_cast<W*>(codebook.mutable_data_ptr()),

@@ -9,7 +9,6 @@
 #include "groups.h"
 #include "ops.h"
 #include "parallel.h"
-#include "sums_in_order.h"
 #include "tokens.h"
 #include "training_table.h"
 
@@ -54,21 +53,22 @@ struct SumScratch {
 template <class W, class Prefetch, class Add, class Emit>
 void sum_by_code(const Groups& groups, int64_t dim, const Prefetch& prefetch, const Add& add,
                  const Emit& emit) {
-  const int64_t tokens = groups.start.back();
-  const double cost = 4.0 * (tokens + groups.used()) * dim;
-  const int64_t per_item = codes_at_a_time(groups.used(), cost);
+  const CodeTokens tokens = groups.tokens();
+  const double cost = 4.0 * (tokens.count + tokens.used) * dim;
+  const int64_t per_item = codes_at_a_time(tokens.used, cost);
   for_each_item<SumScratch<W>>(
-      ceil_div(groups.used(), per_item), cost,
+      ceil_div(tokens.used, per_item), cost,
       [&] { return SumScratch<W>{std::vector<double>(dim), std::vector<W>(dim), std::vector<W>(dim)}; },
       [&](int64_t item, SumScratch<W>& scratch) {
-        const int64_t first = item * per_item, end = std::min(groups.used(), first + per_item);
+        const int64_t first = item * per_item, end = std::min(tokens.used, first + per_item);
         for (int64_t g = first; g < end; ++g) {
+          if (tokens.size_of(g) == 0) continue;
           std::fill(scratch.total.begin(), scratch.total.end(), NO_ROWS);
-          for (int64_t i = groups.start[g]; i < groups.start[g + 1]; ++i) {
-            if (i + AHEAD < tokens) prefetch(groups.order[i + AHEAD]);
-            add(groups.order[i], scratch);
+          for (int64_t i = tokens.start[g]; i < tokens.start[g + 1]; ++i) {
+            if (i + AHEAD < tokens.count) prefetch(tokens.order[i + AHEAD]);
+            add(tokens.order[i], scratch);
           }
-          emit(groups.code[g], 0, dim, scratch.total.data());
+          emit(tokens.code_of(g), 0, dim, scratch.total.data());
         }
       });
 }
@@ -79,14 +79,15 @@ void sum_by_code(const Groups& groups, int64_t dim, const Prefetch& prefetch, co
 template <class W, class Fill, class Emit>
 void sum_by_dimension(const Groups& groups, int64_t tokens, int64_t dim, const Fill& fill, const Emit& emit) {
   constexpr int64_t BLOCK = 64, MOST_DIMENSIONS = 8;
-  const double cost = 4.0 * (tokens + groups.used()) * dim;
+  const double cost = 4.0 * (tokens + groups.used) * dim;
   const int64_t width = std::min(MOST_DIMENSIONS, ceil_div(dim, useful_threads(cost)));
   const Buffer<int64_t> group = group_of_tokens(groups, tokens);
+  const CodeTokens by_code = groups.tokens();
   const TrainingLoops<W>& loops = training_loops<W>();
   for_each_item<SumScratch<W>>(
       ceil_div(dim, width), cost,
       [&] {
-        return SumScratch<W>{std::vector<double>(groups.used() * width), std::vector<W>(BLOCK * width),
+        return SumScratch<W>{std::vector<double>(groups.used * width), std::vector<W>(BLOCK * width),
                              std::vector<W>(BLOCK * width)};
       },
       [&](int64_t item, SumScratch<W>& scratch) {
@@ -98,8 +99,9 @@ void sum_by_dimension(const Groups& groups, int64_t tokens, int64_t dim, const F
           loops.add_rows(scratch.rows.data(), count, group.get() + begin, end - begin, count,
                          scratch.total.data());
         }
-        for (int64_t g = 0; g < groups.used(); ++g) {
-          emit(groups.code[g], first, count, scratch.total.data() + g * count);
+        for (int64_t g = 0; g < groups.used; ++g) {
+          if (by_code.size_of(g) > 0)
+            emit(by_code.code_of(g), first, count, scratch.total.data() + g * count);
         }
       });
 }
@@ -116,12 +118,12 @@ template <class W>
 void sum_dense_rows(const Tokens<const W>& x, const Groups& groups, W* out, bool adds) {  // out [K, D]
   const TrainingLoops<W>& loops = training_loops<W>();
   const CodeTokens tokens = groups.tokens();
-  const double cost = 4.0 * (tokens.count + groups.used()) * x.dim;
-  const int64_t per_item = codes_at_a_time(groups.used(), cost);
+  const double cost = 4.0 * (tokens.count + tokens.used) * x.dim;
+  const int64_t per_item = codes_at_a_time(tokens.used, cost);
   for_each_item<std::vector<double>>(
-      ceil_div(groups.used(), per_item), cost, [&] { return std::vector<double>(x.dim); },
+      ceil_div(tokens.used, per_item), cost, [&] { return std::vector<double>(x.dim); },
       [&](int64_t item, std::vector<double>& total) {
-        const int64_t first = item * per_item, end = std::min(groups.used(), first + per_item);
+        const int64_t first = item * per_item, end = std::min(tokens.used, first + per_item);
         loops.sum_codes(x.data, x.spacing(), tokens, first, end, x.dim, total.data(), adds, out);
       });
 }
@@ -198,31 +200,20 @@ auto write_to(Out* rows, int64_t dim, bool adds) {  // rows [K, D]
 
 const int64_t* data_of(const Tensor& codes) { return static_cast<const int64_t*>(codes.const_data_ptr()); }
 
-template <class W>
-void put_count(int64_t tokens, bool adds, W& count) {
-  count = adds ? count + static_cast<W>(tokens) : static_cast<W>(tokens);
-}
-
 // Nothing is written before all codes are known to be below `size`.
 template <class T>
 void statistics_into(const Tokens<const T>& x, const int64_t* codes, int64_t size, Wide<T>* counts,
                      Wide<T>* sums, bool adds) {
-  bool dense = false;
-  if constexpr (std::is_same_v<T, Wide<T>>) {
-    dense = !side_by_side(x) && usable_as_rows(x);
-    if (dense && sums != nullptr && better_in_order(x.count(), size, x.dim)) {
-      const std::vector<int64_t> tokens = tokens_of_codes(codes, x.count(), size);
-      for (int64_t k = 0; k < size; ++k) put_count(tokens[k], adds, counts[k]);
-      return sum_rows_in_order(x.data, x.spacing(), codes, x.count(), x.dim, tokens, adds, sums);
-    }
-  }
+  using W = Wide<T>;
   const Groups groups = group_by_code(codes, x.count(), size);
-  for (int64_t g = 0; g < groups.used(); ++g) {
-    put_count(groups.start[g + 1] - groups.start[g], adds, counts[groups.code[g]]);
+  const CodeTokens tokens = groups.tokens();
+  for (int64_t g = 0; g < tokens.used; ++g) {
+    W& count = counts[tokens.code_of(g)];
+    count = (adds ? count : W(0)) + static_cast<W>(tokens.size_of(g));
   }
   if (sums == nullptr) return;
-  if constexpr (std::is_same_v<T, Wide<T>>) {
-    if (dense) return sum_dense_rows(x, groups, sums, adds);
+  if constexpr (std::is_same_v<T, W>) {
+    if (!side_by_side(x) && usable_as_rows(x)) return sum_dense_rows(x, groups, sums, adds);
   }
   sum_tokens(x, groups, write_to(sums, x.dim, adds));
 }

@@ -296,7 +296,7 @@ template <class W>
 struct Run {
   const W* rows;  // [N, D], stride apart
   int64_t stride;
-  const int64_t* order;  // [count]
+  const uint32_t* order;  // [count]
   int64_t count;
 
   const W* operator[](int64_t i) const { return rows + order[i] * stride; }
@@ -422,7 +422,9 @@ template <class W>
 void sum_codes(const W* rows, int64_t stride, const CodeTokens& tokens, int64_t first, int64_t end,
                int64_t dim, double* total, bool adds, W* out) {
   CodeSums<W> sums(rows, stride, dim, tokens, first, total);
-  for (int64_t g = first; g < end; ++g) sums.sum(g, adds, out + tokens.code[g] * dim);
+  for (int64_t g = first; g < end; ++g) {
+    if (tokens.size_of(g) > 0) sums.sum(g, adds, out + tokens.code_of(g) * dim);
+  }
 }
 
 template <class W>
@@ -565,11 +567,13 @@ void learn_codes(const EmaStep& step, const W* sizes, const W* rows, int64_t str
   for (int64_t k = first; k < end; ++k) {
     const EmaRow<W> row = row_of(step, sizes[k]);
     W* code = codebook + k * dim;
-    if (g < tokens.used && tokens.code[g] == k) {
-      learn_row<true, W>(row, sums.row_or_sum(g++, sum), dim, embed + k * dim, code);
+    const bool found = g < tokens.used && tokens.code_of(g) == k;
+    if (found && tokens.size_of(g) > 0) {
+      learn_row<true, W>(row, sums.row_or_sum(g, sum), dim, embed + k * dim, code);
     } else {
       learn_row<false, W>(row, nullptr, dim, embed + k * dim, code);
     }
+    g += found;
     if (step.normalize) divide_by_length(code, dim);
   }
 }

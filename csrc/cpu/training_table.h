@@ -27,13 +27,16 @@ struct EmaRow {
   W inverse;    // 1 / smoothed cluster size
 };
 
-// Tokens one code after another.
+// Tokens one code after another, in groups of one code each.
 struct CodeTokens {
-  const int64_t* code;   // [used]
-  const int64_t* start;  // [used + 1] of each code's tokens in `order`
-  const int64_t* order;  // [count]
+  const int64_t* code;    // [used] ascending, or null: group g is code g, and may have no token
+  const uint32_t* start;  // [used + 1] of each group's tokens in `order`
+  const uint32_t* order;  // [count]
   int64_t used;
   int64_t count;
+
+  int64_t code_of(int64_t g) const { return code == nullptr ? g : code[g]; }
+  int64_t size_of(int64_t g) const { return start[g + 1] - start[g]; }
 };
 
 template <class W>
@@ -66,8 +69,8 @@ struct TrainingLoops {
                    int64_t count, int64_t dim,
                    double* totals);  // [slots, D]
 
-  // out[code] = sum of the rows of its tokens, or += it, for the codes [first, end) of `tokens`; rows far
-  // apart are fetched ahead.
+  // out[code] = sum of the rows of its tokens, or += it, for the groups [first, end) of `tokens` that have
+  // any; rows far apart are fetched ahead.
   void (*sum_codes)(const W* rows,  // [N, D], stride apart
                     int64_t stride, const CodeTokens& tokens, int64_t first, int64_t end, int64_t dim,
                     double* total,  // [D], memory
@@ -100,8 +103,8 @@ struct TrainingLoops {
                      W* embed,      // [K, D]
                      W* codebook);  // [K, D]
 
-  // The same with sums that are made where they are used, of the tokens of codes [first, end); code[group] is
-  // the first that is not below `first`.
+  // The same with sums that are made where they are used, of the tokens of codes [first, end); `group` is the
+  // first one of a code not below `first`.
   void (*learn_codes)(const EmaStep& step,
                       const W* sizes,  // [K], new
                       const W* rows,   // [N, D], stride apart
