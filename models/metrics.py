@@ -49,11 +49,9 @@ def psnr(
     reconstructions: Tensor,  # [B, 3, H, W]
 ) -> Tensor:  # [B]
     """Peak signal-to-noise ratio of every image in dB; reconstructions are clamped to [-1, 1] first, not rounded."""
-    from torchmetrics.functional.image import peak_signal_noise_ratio
-
     _check_pair(images, reconstructions)
-    pairs = zip(reconstructions.float().clamp(-1, 1), images.float(), strict=True)
-    return torch.stack([peak_signal_noise_ratio(one, other, data_range=DATA_RANGE) for one, other in pairs])
+    mse = (reconstructions.float().clamp(-1, 1) - images.float()).square().mean((1, 2, 3))
+    return 10 * torch.log10(DATA_RANGE**2 / mse)
 
 
 def ssim(

@@ -7,14 +7,16 @@ import os
 import sys
 from collections import Counter
 
-# each of xdist's processes its share of the cores, as more threads wait for each other; read where torch is imported
-os.environ.setdefault(
-    "OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
-)
+# Each of xdist's processes gets its share of the cores: more threads than cores wait for each other. Read where torch
+# is imported; not set in the process that starts the others, which would hand its own number on.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    _share = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _share)))
 
 import torch
 
 HAS_CUDA = torch.cuda.is_available()
+THREADS = torch.get_num_threads()
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
@@ -71,10 +73,10 @@ def backend(request: pytest.FixtureRequest):
 
 @pytest.fixture(autouse=True)
 def _quiet_threads():
-    """A test that changes the thread count leaves it as it was."""
-    threads = torch.get_num_threads()
+    """No test sees the thread count of another, nor of a module's fixtures."""
+    torch.set_num_threads(THREADS)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(autouse=True)

@@ -10,28 +10,22 @@ weights. A kill is a SIGKILL a random time after a random step, so it may fall i
 from __future__ import annotations
 
 import argparse
-import os
+import itertools
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import torch
+from forked import SERVER, start
 from PIL import Image
-from vqkernels.models import QuantizerConfig, TrainConfig, VQGANConfig, save_config
+from vqkernels.models import QuantizerConfig, TrainConfig, VQGANConfig, load_config, run_log, save_config, train
 from vqkernels.models.checkpoint import load_newest
 from vqkernels.models.config import DiscriminatorConfig
 
-RUN = """
-import sys
-from vqkernels.models import load_config, run_log, train
-run_log.RunLog.draw_curves = lambda self: None  # takes seconds, and nobody looks
-train(load_config(sys.argv[1]), progress=lambda report: print(report.step, flush=True))
-"""
 COMPARED = ("model", "average", "optimizer", "discriminator", "step", "skipped")
 MOST_NAMED = 5  # differences on the screen
 LONGEST_DELAY = 0.05  # seconds between a step and the kill; a step of this run takes about that long
@@ -89,21 +83,31 @@ def make_config(data: Path, output: Path, steps: int) -> TrainConfig:
     )
 
 
+def _train(file: str, steps: Connection) -> None:
+    run_log.RunLog.draw_curves = lambda self: None  # takes seconds, and nobody looks
+    train(load_config(file), progress=lambda report: steps.send(report.step))
+
+
 def run(config: TrainConfig, folder: Path, kill_after: float | None = None, delay: float = 0.0) -> int | None:
     """Trains in a process of its own; the step after which it was killed, or None where it came to its end."""
     file = folder / f"{Path(config.output).name}.yaml"
     save_config(config, file)
-    command = [sys.executable, "-c", RUN, str(file)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout is not None
-        for count, line in enumerate(process.stdout, 1):
+    steps, sender = SERVER.Pipe(duplex=False)
+    process = start(_train, str(file), sender)
+    sender.close()
+    try:
+        for count in itertools.count(1):
+            step = steps.recv()
             if kill_after is not None and count >= kill_after:
                 time.sleep(delay)
-                process.send_signal(signal.SIGKILL)
-                return int(line)
-    if process.returncode:
-        raise RuntimeError(f"the run ended with exit code {process.returncode}")
+                process.kill()
+                return int(step)
+    except EOFError:
+        pass
+    finally:
+        process.join()
+    if process.exitcode:
+        raise RuntimeError(f"the run ended with exit code {process.exitcode}")
     return None
 
 

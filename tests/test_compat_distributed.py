@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import vector_quantize_pytorch as peer
+from forked import run_ranks
 from quantizers import randn
 from torch import Tensor
 
@@ -59,7 +59,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=2)
+    run_ranks(worker, 2, str(folder))
     return [torch.load(folder / Path(f"rank{rank}.pt")) for rank in (0, 1)]
 
 

@@ -65,7 +65,9 @@ def test_every_kernel_fits(products, architecture: str):
     for kernel in kernels:
         assert kernel.registers <= REGISTERS.get(kernel.family, OTHER_REGISTERS), kernel
         assert kernel.spilled == 0, kernel
-        assert kernel.stack <= (DECIDE_STACK["double" in kernel.name] if kernel.family == "finish_kernel" else 0), kernel
+        assert kernel.stack <= (DECIDE_STACK["double" in kernel.name] if kernel.family == "finish_kernel" else 0), (
+            kernel
+        )
         assert kernel.shared <= (TURING_SHARED_BYTES if architecture == "75" else SHARED_BYTES), kernel
 
 
@@ -73,7 +75,7 @@ def test_every_kernel_fits(products, architecture: str):
 def test_the_coarse_pass_runs_on_the_matrix_units(products, architecture: str):
     if ptxas.disassembler() is None:
         skip_or_fail("nvcc", "no cuobjdump")
-    found = ptxas.instructions(products[architecture].result())
+    found = ptxas.instructions(products[architecture].result(), family="mma_kernel")
     product = "HMMA.1688.F32" if architecture == "75" else "HMMA.16816.F32"
     for name in ("mma_kernel<false>", "mma_kernel<true>"):
         assert found[name][product] >= 64, found[name]  # a step of 32 columns, unrolled

@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import run_ranks
 from quantizers import OPTIONS as ALL_OPTIONS
 from quantizers import TRAINING_OPTIONS, make, randn
 from torch import Tensor, nn
@@ -277,7 +277,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str,
     """Every rank's results, by the number of ranks; the processes run every case once."""
     folder = tmp_path_factory.mktemp("ranks")
     early = make()  # built before there is a process group
-    mp.spawn(worker, args=(str(folder), early), nprocs=4)
+    run_ranks(worker, 4, str(folder), early)
     return {world: [torch.load(folder / f"{world}-rank{rank}.pt") for rank in range(world)] for world in (2, 4)}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forked import run_ranks
 from formulas import inertia
 from formulas import lloyd as lloyd_in_float64
 from host_waits import HostWait, no_host_waits
@@ -320,7 +320,7 @@ def worker(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("ranks")
-    mp.spawn(worker, args=(str(folder),), nprocs=2)
+    run_ranks(worker, 2, str(folder))
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from kill_and_resume import kill_and_resume, make_config, write_pictures
 from PIL import Image
-from two_ranks import train_with_two_ranks
+from two_ranks import train_with_torchrun, train_with_two_ranks
 from vqkernels.models import (
     VQGAN,
     HierarchicalVQVAEConfig,
@@ -210,7 +210,7 @@ def assert_close_runs(one: Path, other: Path) -> None:
 
 
 def test_two_ranks_of_the_whole_loop_equal_one_process_over_twenty_steps(pictures, alone, tmp_path):
-    train_with_two_ranks(gan_run(pictures, tmp_path / "both", 2, STEPS), tmp_path)
+    train_with_torchrun(gan_run(pictures, tmp_path / "both", 2, STEPS), tmp_path)
     assert_close_runs(alone, tmp_path / "both")
 
 

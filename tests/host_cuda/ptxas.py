@@ -106,9 +106,11 @@ def disassembler() -> str | None:
     return str(found) if found else shutil.which("cuobjdump")
 
 
-def instructions(product: Path, pattern: str = TENSOR_CORES) -> dict[str, Counter[str]]:
-    """How often each kernel's machine code has each instruction that matches."""
-    command = [disassembler() or "cuobjdump", "-sass", str(product)]
+def instructions(product: Path, pattern: str = TENSOR_CORES, family: str = "") -> dict[str, Counter[str]]:
+    """How often each kernel's machine code has each instruction that matches; of one family of kernels, or of all."""
+    names = re.findall(r"entry function '(\w+)'", product.with_suffix(".log").read_text())
+    wanted = [name for name in names if demangled(name).startswith(family)]  # to print all takes seconds
+    command = [disassembler() or "cuobjdump", "-sass", "-fun", ",".join(wanted), str(product)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^\s*Function : (\w+)$", text, flags=re.MULTILINE)
     return {

@@ -20,7 +20,7 @@ from vqkernels._version import __version__
 from .options import InfoConfig
 from .terminal import make_console, make_table, quiet_libraries
 
-PACKAGES = ("torch", "triton", "numpy", "accelerate", "torchmetrics", "tensorboard", "scikit-image", "faiss-cpu")
+PACKAGES = ("torch", "triton", "numpy", "accelerate", "tensorboard", "scikit-image", "faiss-cpu")
 
 
 def _version(package: str) -> str:
