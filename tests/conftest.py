@@ -31,7 +31,9 @@ from vqkernels.backends import candidates  # noqa: E402
 LONG_FILES = (
     *("test_triton_compile.py", "test_cuda_compile.py", "test_training_vqgan.py", "test_packaging.py"),
     *("test_nearest_k.py", "test_nearest.py", "test_cuda_device_code.py", "test_compile.py", "test_export.py"),
-    *("test_cuda_hopper.py", "test_triton_kernels.py"),
+    *("test_cuda_hopper.py", "test_triton_kernels.py", "test_training.py", "test_distributed.py", "test_benchmarks.py"),
+    *("test_prepared.py", "test_triton_nearest_k.py", "test_profile_softmax.py", "test_profile.py", "test_cli.py"),
+    *("test_demo.py", "test_memory.py", "test_softmax_memory.py", "test_compat_distributed.py"),
 )
 
 if not HAS_CUDA and importlib.util.find_spec("triton") is not None:

@@ -255,26 +255,24 @@ def most_parallel_of_tied(
     low = tl.full([], 0.0, tl.float64)
     top = tl.full([], -1, tl.int32)
     winner = tl.full([], -1, tl.int32)
-    for phase in tl.static_range(2):  # the largest, then the first that ties with it
+    for phase in range(2):  # the largest, then the first that ties with it
         for start in range(0, K, BLOCK_K):
             codes = start + tl.arange(0, BLOCK_K)
             score = tile_scores(
                 x_ptr, codebook_ptr, unit_ptr, state, offset, stride_d, codes, K, D, True, GRANULE, BLOCK_K, BLOCK_D
             )
             tied = (score <= limit) & (winner < 0)
-            if phase == 0:  # noqa: SIM102  (a constexpr and a tensor do not join)
-                if top >= 0:
-                    tied = tied & differ_from(codebook_ptr, codes, top, K, D, BLOCK_K, BLOCK_D)
+            if (phase == 0) & (top >= 0):
+                tied = tied & differ_from(codebook_ptr, codes, top, K, D, BLOCK_K, BLOCK_D)
             code = tl.min(tl.where(tied, codes, NO_CODE), 0)
             while code < NO_CODE:
                 c_high, c_low = exact_cosine(x_ptr, codebook_ptr, offset, stride_d, x_high, x_low, code, D, BLOCK_D)
                 gain = (c_high - high) + (c_low - low)
-                if phase == 0:
-                    top = tl.where(gain > 0, code, top)
-                    low = tl.where(gain > 0, c_low, low)
-                    high = tl.where(gain > 0, c_high, high)
-                else:
-                    winner = tl.where((winner < 0) & (gain >= -TIE_COSINE), code, winner)
+                better = (phase == 0) & (gain > 0)
+                winner = tl.where((phase == 1) & (winner < 0) & (gain >= -TIE_COSINE), code, winner)
+                top = tl.where(better, code, top)
+                low = tl.where(better, c_low, low)
+                high = tl.where(better, c_high, high)
                 tied = tied & (codes > code) & (winner < 0)
                 tied = tied & differ_from(codebook_ptr, codes, code, K, D, BLOCK_K, BLOCK_D)
                 code = tl.min(tl.where(tied, codes, NO_CODE), 0)
