@@ -428,11 +428,13 @@ class CoarseSearch {
       char* tile = tiles.get() + i / pass.rows * wide.tile_bytes();
       pass.pack_token(row, packing, 0.0, 0.0, static_cast<int>(i % pass.rows), tile, &bounds[i]);
     }
+    const TileScores tile_scores(pass.rows, wide.granules(wide.blocks[0]));  // no block has more
     for (size_t b = 0; b < wide.blocks.size(); ++b) {
       CoarseBlock block = wide.blocks[b];
       block.bound = pack_block(wide, book_.code_rows(), block, panels.get());
       for (int64_t base = 0; base < count; base += pass.rows) {
-        scan_tile(static_cast<int32_t>(b), block, tiles.get(), panels.get(), base, bounds, crowds);
+        scan_tile(static_cast<int32_t>(b), block, tiles.get(), panels.get(), base, bounds, crowds,
+                  tile_scores);
       }
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -463,16 +465,23 @@ class CoarseSearch {
     }
   };
 
+  // What the float64 pass makes of one tile of tokens and one block of codes.
+  struct TileScores {
+    TileScores(int64_t rows, int64_t granules) : scores(rows * granules), values(granules), found(granules) {}
+
+    Buffer<double> scores;  // [rows, granules]
+    Buffer<double> values;  // of those of a row that are low enough
+    Buffer<int32_t> found;  // their granules
+  };
+
   void scan_tile(int32_t b, const CoarseBlock& block, const char* tiles, const char* panels, int64_t base,
-                 const std::vector<TokenBound>& bounds, std::vector<Crowd>& crowds) {
+                 const std::vector<TokenBound>& bounds, std::vector<Crowd>& crowds, const TileScores& made) {
     const CoarseBook& wide = wide_book();
     const CoarsePass& pass = *wide.pass;
     const int64_t granules = wide.granules(block);
-    std::vector<double> scores(pass.rows * granules), values(granules);
-    std::vector<int32_t> found(granules);
     double least[MOST_ROWS];
     pass.score_panels(tiles + base / pass.rows * wide.tile_bytes(), panels, block.count, wide.dim, wide.group,
-                      scores.data(), least, nullptr);
+                      made.scores.get(), least, nullptr);
     const int64_t rows = std::min<int64_t>(pass.rows, static_cast<int64_t>(bounds.size()) - base);
     for (int64_t i = 0; i < rows; ++i) {
       Crowd& crowd = crowds[base + i];
@@ -482,9 +491,11 @@ class CoarseSearch {
       crowd.upper = std::min(crowd.upper, least[i] + error);
       const double limit = crowd.upper + error;
       const int64_t number =
-          pass.find_scores(&scores[i * granules], granules, limit + std::fabs(limit) * 0x1p-50, found.data(),
-                           values.data(), granules);
-      for (int64_t j = 0; j < number; ++j) crowd.candidates.push_back({values[j] - error, b, found[j]});
+          pass.find_scores(&made.scores[i * granules], granules, limit + std::fabs(limit) * 0x1p-50,
+                           made.found.get(), made.values.get(), granules);
+      for (int64_t j = 0; j < number; ++j) {
+        crowd.candidates.push_back({made.values[j] - error, b, made.found[j]});
+      }
       if (static_cast<int64_t>(crowd.candidates.size()) > CROWD) crowd.drop_beaten();
       crowd.overfull = static_cast<int64_t>(crowd.candidates.size()) > CROWD;
     }
