@@ -113,6 +113,7 @@ def tie_cases() -> list[Case]:
         Case("mirrored-codes", x_mirror, c_mirror),
         Case("tokens-are-codes", base, base.flip(0).repeat(3, 1)),
         Case("all-codes-zero", _randn(9, 5, seed=35), torch.zeros(67, 5)),
+        Case("first-codes-zero", _randn(9, 32, seed=60), torch.cat([torch.zeros(9, 32), _randn(40, 32, seed=61)])),
         Case(
             "signed-zeros",
             torch.zeros(3, 4),

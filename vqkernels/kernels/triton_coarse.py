@@ -142,8 +142,10 @@ def coarse_kernel(
             runner = tl.max(tl.where(score == best[:, None, :], float("-inf"), score), 1)
             code += best.to(tl.int32, bitcast=True) & (GRANULE - 1)
         bound, unit = granule_bounds(limits_ptr, granule, a, b, weight)
+        lost = ~(bound < float("inf"))  # codes past the reach of fp16: their scores say nothing, and may be NaN
         first, first_code, first_inner, second, second_code, second_inner, third = insert(
-            best * unit[None, :] + bound, code, runner * unit[None, :] + bound,
+            tl.where(lost, float("inf"), best * unit[None, :] + bound), code,
+            tl.where(lost, float("inf"), runner * unit[None, :] + bound),
             first, first_code, first_inner, second, second_code, second_inner, third,
         )  # fmt: skip
     part = (rows * tl.num_programs(1) + tl.program_id(1))[:, None]

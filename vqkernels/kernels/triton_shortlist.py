@@ -182,7 +182,8 @@ def collect_kernel(
         bound, unit = granule_bounds(limits_ptr, granule, a, b, weight)
         upper = score * unit[None, None, :] + bound[:, None, :]
         own = (granule * GRANULE)[None, None, :] + inner[None, :, None]
-        hit = (upper >= limit[:, None, None]) & (own < K)
+        lost = ~(bound < float("inf"))[:, None, :]  # see coarse_kernel
+        hit = ((upper >= limit[:, None, None]) | lost) & (own < K)
         hits = tl.sum(tl.where(hit, ((1 << inner) + ONE_MORE)[None, :, None], 0), 1)
         if tl.max(tl.max(hits, 1), 0) > 0:
             append(codes_ptr, count_ptr, rows, hits, granule * GRANULE, capacity, GRANULE)
