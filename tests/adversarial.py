@@ -102,6 +102,7 @@ def dtype_cases() -> list[Case]:
 def tie_cases() -> list[Case]:
     """True ties: the lowest index must win, and no rounding may decide."""
     base = _randn(12, 16, seed=5)
+    one = _randn(1, 32, seed=61)
     permuted = torch.stack([base[0][torch.randperm(16, generator=torch.Generator().manual_seed(s))] for s in range(40)])
     x_mirror = torch.cat([torch.zeros(20, 1), _randn(20, 7, seed=7)], dim=1)
     c_mirror = torch.cat([_randn(30, 1, seed=8), _randn(30, 7, seed=9) * 0.1], dim=1)
@@ -113,7 +114,7 @@ def tie_cases() -> list[Case]:
         Case("mirrored-codes", x_mirror, c_mirror),
         Case("tokens-are-codes", base, base.flip(0).repeat(3, 1)),
         Case("all-codes-zero", _randn(9, 5, seed=35), torch.zeros(67, 5)),
-        Case("first-codes-zero", _randn(9, 32, seed=60), torch.cat([torch.zeros(9, 32), _randn(40, 32, seed=61)])),
+        Case("all-codes-zero-but-one", one + 0.1 * _randn(9, 32, seed=60), torch.cat([torch.zeros(9, 32), one])),
         Case(
             "signed-zeros",
             torch.zeros(3, 4),
