@@ -96,8 +96,7 @@ void sum_by_dimension(const Groups& groups, int64_t tokens, int64_t dim, const F
         for (int64_t begin = 0; begin < tokens; begin += BLOCK) {
           const int64_t end = std::min(tokens, begin + BLOCK);
           fill(begin, end, first, count, scratch);
-          loops.add_rows(scratch.rows.data(), count, group.get() + begin, end - begin, count,
-                         scratch.total.data());
+          loops.add_rows(scratch.rows.data(), group.get() + begin, end - begin, count, scratch.total.data());
         }
         for (int64_t g = 0; g < groups.used; ++g) {
           if (by_code.size_of(g) > 0)

@@ -428,12 +428,9 @@ void sum_codes(const W* rows, int64_t stride, const CodeTokens& tokens, int64_t 
 }
 
 template <class W>
-void add_rows(const W* rows, int64_t stride, const int64_t* slots, int64_t count, int64_t dim,
-              double* totals) {
-  const int64_t ahead = rows_ahead<W>(dim);
+void add_rows(const W* rows, const int64_t* slots, int64_t count, int64_t dim, double* totals) {
   for (int64_t n = 0; n < count; ++n) {
-    if (n + ahead < count) fetch_row(rows + (n + ahead) * stride, dim);
-    if (slots[n] >= 0) add_row(rows + n * stride, dim, totals + slots[n] * dim);
+    if (slots[n] >= 0) add_row(rows + n * dim, dim, totals + slots[n] * dim);
   }
 }
 

@@ -63,8 +63,7 @@ struct TrainingLoops {
                    W* dx);  // [D]
 
   // total[slot] += row, row after row; a slot below 0 is left out.
-  void (*add_rows)(const W* rows,  // [count, D], stride apart
-                   int64_t stride,
+  void (*add_rows)(const W* rows,         // [count, D]
                    const int64_t* slots,  // [count]
                    int64_t count, int64_t dim,
                    double* totals);  // [slots, D]

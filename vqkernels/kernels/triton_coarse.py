@@ -83,6 +83,16 @@ def granule_bounds(
     return a[:, None] * p[None, :] + b[:, None] * q[None, :] + weight[:, None] * r[None, :] + SLACK, unit
 
 
+@triton.jit
+def upper_of(
+    score,  # [..., GROUPS] float32
+    unit,  # those of granule_bounds, of shapes that fit
+    bound,
+):
+    """What no true score is above. inf past the reach of fp16, where the score says nothing and may be NaN."""
+    return tl.where(bound < float("inf"), score * unit + bound, float("inf"))
+
+
 @triton.jit(do_not_specialize=["N", "tiles", "tiles_per_split"])
 def coarse_kernel(
     tokens_ptr,  # [tokens, depth] float16
@@ -142,10 +152,8 @@ def coarse_kernel(
             runner = tl.max(tl.where(score == best[:, None, :], float("-inf"), score), 1)
             code += best.to(tl.int32, bitcast=True) & (GRANULE - 1)
         bound, unit = granule_bounds(limits_ptr, granule, a, b, weight)
-        lost = ~(bound < float("inf"))  # codes past the reach of fp16: their scores say nothing, and may be NaN
         first, first_code, first_inner, second, second_code, second_inner, third = insert(
-            tl.where(lost, float("inf"), best * unit[None, :] + bound), code,
-            tl.where(lost, float("inf"), runner * unit[None, :] + bound),
+            upper_of(best, unit[None, :], bound), code, upper_of(runner, unit[None, :], bound),
             first, first_code, first_inner, second, second_code, second_inner, third,
         )  # fmt: skip
     part = (rows * tl.num_programs(1) + tl.program_id(1))[:, None]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_coarse import granule_bounds, product
+from .triton_coarse import granule_bounds, product, upper_of
 from .triton_operands import GROUPS, SLACK
 
 ONE_MORE = tl.constexpr(1 << 20)  # a count above the bits of a granule's codes, of which there are at most 16
@@ -180,10 +180,9 @@ def collect_kernel(
         score = tl.reshape(score, [BLOCK_N, GRANULE, GROUPS])
         granule = tile * GROUPS + groups
         bound, unit = granule_bounds(limits_ptr, granule, a, b, weight)
-        upper = score * unit[None, None, :] + bound[:, None, :]
+        upper = upper_of(score, unit[None, None, :], bound[:, None, :])
         own = (granule * GRANULE)[None, None, :] + inner[None, :, None]
-        lost = ~(bound < float("inf"))[:, None, :]  # see coarse_kernel
-        hit = ((upper >= limit[:, None, None]) | lost) & (own < K)
+        hit = (upper >= limit[:, None, None]) & (own < K)
         hits = tl.sum(tl.where(hit, ((1 << inner) + ONE_MORE)[None, :, None], 0), 1)
         if tl.max(tl.max(hits, 1), 0) > 0:
             append(codes_ptr, count_ptr, rows, hits, granule * GRANULE, capacity, GRANULE)
