@@ -36,8 +36,10 @@ def _largest_product(
     float32 on a CPU, float64 on a GPU: there TF32 may be on for the whole process.
     """
     tokens = x.reshape(-1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
-        found = [_largest_of_block(block, codebook) for block in tokens.split(_TOKENS)]
+    wide = torch.float64 if x.is_cuda else x.dtype
+    scratch = tokens.new_empty(min(len(tokens), _TOKENS) * min(len(codebook), _CODES), dtype=wide)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        found = [_largest_of_block(block, codebook, scratch) for block in tokens.split(_TOKENS)]
     codes = torch.cat(found) if found else tokens.new_empty(0, dtype=torch.int64)
     return codes.view(x.shape[:2])
 
@@ -45,13 +47,16 @@ def _largest_product(
 def _largest_of_block(
     block: Tensor,  # [n, D]
     codebook: Tensor,  # [K, D]
+    scratch: Tensor | None = None,  # [n * min(K, _CODES)] or more, for the products: blocks of 8 MiB split the heap
 ) -> Tensor:  # int64 [n]
-    best = torch.full_like(block[:, 0], -torch.inf, dtype=torch.float64 if block.is_cuda else None)
+    wide = torch.float64 if block.is_cuda else block.dtype
+    best = torch.full_like(block[:, 0], -torch.inf, dtype=wide)
     codes = torch.zeros_like(best, dtype=torch.int64)
     for start in range(0, codebook.shape[0], _CODES):
         rows = codebook[start : start + _CODES]
-        products = block.double() @ rows.double().T if block.is_cuda else block @ rows.T
-        value, code = torch.where(products.isnan(), -torch.inf, products).max(1)
+        room = {} if scratch is None else {"out": scratch[: len(block) * len(rows)].view(len(block), len(rows))}
+        products = torch.mm(block.to(wide), rows.to(wide).T, **room)
+        value, code = products.nan_to_num_(-torch.inf, torch.inf, -torch.inf).max(1)
         better = value > best  # not where equal: the lowest index wins
         best = torch.where(better, value, best)
         codes = torch.where(better, code + start, codes)
