@@ -31,8 +31,7 @@ inline Rounded round_strip(FloatStrip strip, float factor) {
   const FloatStrip value = strip * factor;
   const FloatStrip rounded = rounded_strip(value);
   const FloatStrip left = value - rounded;
-  const IntStrip whole = __builtin_convertvector(NEGATE ? -rounded : rounded, IntStrip);
-  return {__builtin_convertvector(whole, ShortStrip), value * value, left * left};
+  return {shorts_of(integers_of(NEGATE ? -rounded : rounded)), value * value, left * left};
 }
 
 template <class P>
@@ -51,24 +50,26 @@ void pack_int16_panel(const float* const* codes,    // [WIDTH] of [D]
   for (int64_t base = 0; base < steps; base += PAIRS) {
     const int64_t end = steps - base < PAIRS ? steps - base : PAIRS;
     for (int first = 0; first < WIDTH; first += 16) {
-      IntStrip pairs[16];
+      IntStrip pairs[16] = {};
       for (int j = 0; j < 16; ++j) {
         const int code = first + j;
-        ShortStrip halves[2] = {};
         for (int half = 0; half < 2; ++half) {
           const int64_t d = 2 * base + half * STRIP;
           if (d >= packing.dim) break;
+          // sixteen rows a piece at a time are more than the processor's own fetching follows
+          const int64_t next = d + 2 * STRIP;
+          __builtin_prefetch(codes[code] +
+                             (next < packing.dim ? next : WIDTH * packing.dim + d % (2 * STRIP)));
           const Rounded rounded =
               round_strip<true>(code_strip(codes, inverse_norms, code, packing, d), factor);
-          halves[half] = rounded.values;
+          __builtin_memcpy(reinterpret_cast<ShortStrip*>(&pairs[j]) + half, &rounded.values,
+                           sizeof(ShortStrip));
           square_parts[code] += rounded.square;
           residual_parts[code] += rounded.residual;
         }
-        __builtin_memcpy(&pairs[j], halves, sizeof(halves));
       }
       transpose(pairs);
-      for (int64_t i = 0; i < end; ++i)
-        __builtin_memcpy(out + (base + i) * WIDTH + first, &pairs[i], sizeof(IntStrip));
+      for (int64_t i = 0; i < end; ++i) store_vector(out + (base + i) * WIDTH + first, pairs[i]);
     }
   }
   float squares[WIDTH], residuals[WIDTH];

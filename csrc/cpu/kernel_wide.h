@@ -158,27 +158,30 @@ void pack_wide_token(const float* token,  // [D]
   *bound = {1.0, norm, residual, 0.0, 0.0};
 }
 
-// The unit's own conversion where it has one: GCC 12 makes two halves of what it converts to 64 bytes.
-template <class U>
-inline DoubleHalf widen(DoubleHalf v) {
-  return v;
-}
-template <class U>
-inline DoubleHalf widen(FloatHalf v) {
-  if constexpr (requires { typename U::Narrow; }) return (DoubleHalf)U::widen((typename U::Narrow)v);
-  return __builtin_convertvector(v, DoubleHalf);
-}
-
-template <class U, class Code>
-inline DoubleHalf load_wide(const Code* p) {
-  typedef Code Half __attribute__((vector_size(8 * sizeof(Code))));
-  return widen<U>(load_vector<Half>(p));
+// Eight numbers as float64. The unit's own conversion where it has one: GCC 12 makes two halves of what it
+// converts to 64 bytes.
+template <class U, class Code, class Wide = DoubleHalf>
+inline Wide load_wide(const Code* p) {
+  if constexpr (sizeof(Code) == sizeof(double)) {
+    return load_vector<Wide>(p);
+  } else if constexpr (requires { typename U::Narrow; }) {
+    return (Wide)U::widen(load_vector<typename U::Narrow>(p));
+  } else if constexpr (requires { typename Wide::Part; }) {
+    typedef Code Narrow __attribute__((vector_size(Wide::LANES * sizeof(Code))));
+    return Wide::make([&](int i) {
+      return __builtin_convertvector(load_vector<Narrow>(p + i * Wide::LANES), typename Wide::Part);
+    });
+  } else {
+    typedef Code Narrow __attribute__((vector_size(sizeof(Wide) / sizeof(double) * sizeof(Code))));
+    return __builtin_convertvector(load_vector<Narrow>(p), Wide);
+  }
 }
 
 template <class U, class Code>
 inline DoubleHalf load_wide_part(const Code* p, int64_t width) {
-  typedef Code Half __attribute__((vector_size(8 * sizeof(Code))));
-  return widen<U>(load_part<Half>(p, width));
+  Code values[sizeof(DoubleHalf) / sizeof(double)] = {};
+  for (int64_t i = 0; i < width; ++i) values[i] = p[i];
+  return load_wide<U>(values);
 }
 
 template <bool DIFFERENCE>

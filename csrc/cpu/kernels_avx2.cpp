@@ -15,6 +15,8 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
+constexpr int REGISTER_BYTES = 32;  // see strips.h
+
 // Of a vector stored as `Word lanes[]`.
 template <class Word, int LANES>
 inline Word least_of_lanes(const Word (&lanes)[LANES]) {

@@ -17,6 +17,8 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
+constexpr int REGISTER_BYTES = 64;  // see strips.h
+
 struct Int16 {
   using Values = __m512;
   static Values load_values(const float* p) { return _mm512_loadu_ps(p); }

@@ -5,6 +5,8 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
+constexpr int REGISTER_BYTES = 64;  // see strips.h; of one vector each, as the int8 pass needs them
+
 template <class T, int BYTES = 16>
 struct Portable {
   using Word = T;

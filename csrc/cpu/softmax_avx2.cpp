@@ -16,6 +16,8 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
+constexpr int REGISTER_BYTES = 32;  // see strips.h
+
 struct Pass {
   using Word = float;
   using Vector = __m256;

@@ -17,6 +17,8 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
+constexpr int REGISTER_BYTES = 64;  // see strips.h
+
 struct Pass {
   using Word = float;
   using Vector = __m512;

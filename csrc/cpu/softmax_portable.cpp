@@ -6,6 +6,8 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
+constexpr int REGISTER_BYTES = 64;  // see strips.h; left to the compiler
+
 template <class Word>
 struct Bits;
 template <>

@@ -54,11 +54,12 @@ struct SoftmaxTile {
     IntStrip square[STRIP];
     for (int64_t d = 0; d < dim; d += STRIP) {
       for (int64_t j = 0; j < STRIP; ++j) {
-        square[j] = j < count ? (IntStrip)load_strip(rows + j * dim + d, dim - d, end) : IntStrip{};
+        square[j] = j < count ? __builtin_bit_cast(IntStrip, load_strip(rows + j * dim + d, dim - d, end))
+                              : IntStrip{};
       }
       transpose(square);
       for (int64_t i = 0; i < STRIP && d + i < dim; ++i) {
-        __builtin_memcpy(out + (d + i) * WIDTH, &square[i], sizeof(square[i]));
+        store_vector(reinterpret_cast<int32_t*>(out + (d + i) * WIDTH), square[i]);
       }
     }
   }
@@ -93,7 +94,7 @@ struct SoftmaxTile {
         square[i] = i < width ? load_vector<IntStrip>(panel + (d + i) * WIDTH) : IntStrip{};
       transpose(square);
       for (int64_t j = 0; j < count; ++j) {
-        write_strip((FloatStrip)square[j] * factor, width, add, rows + j * dim + d);
+        write_strip(__builtin_bit_cast(FloatStrip, square[j]) * factor, width, add, rows + j * dim + d);
       }
     }
   }
@@ -102,7 +103,7 @@ struct SoftmaxTile {
                                                                 float* out) {  // [width]
     if (width == STRIP) {
       if (add) value += load_vector<FloatStrip>(out);
-      __builtin_memcpy(out, &value, sizeof(value));
+      store_vector(out, value);
       return;
     }
     float values[STRIP];

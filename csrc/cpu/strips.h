@@ -1,8 +1,10 @@
 // Sixteen floats or eight doubles at a time, in the compiler's own vectors: one register of AVX512, two of
-// AVX2.
+// AVX2. The including unit says how wide its registers are, as REGISTER_BYTES: vectors that are wider are
+// copied through memory by GCC 12, eight bytes at a time.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #include "kernel_table.h"
 
@@ -12,17 +14,81 @@ namespace {
 
 constexpr double UNIT32 = 0x1p-24;  // float32's unit roundoff
 constexpr int64_t STRIP = 16;
-typedef float FloatStrip __attribute__((vector_size(64)));
-typedef int32_t IntStrip __attribute__((vector_size(64)));
-typedef int16_t ShortStrip __attribute__((vector_size(32)));
-typedef float FloatHalf __attribute__((vector_size(32)));
-typedef double DoubleHalf __attribute__((vector_size(64)));
 
+// COUNT numbers in several registers, with the operators of one.
+template <class T, int COUNT>
+struct Parts {
+  static constexpr int LANES = REGISTER_BYTES / sizeof(T), NUMBER = COUNT / LANES;
+  typedef T Part __attribute__((vector_size(REGISTER_BYTES)));
+  Part parts[NUMBER];
+
+  template <class F>
+  static inline __attribute__((always_inline)) Parts make(const F& part_of) {
+    Parts made;
+#pragma GCC unroll 8
+    for (int i = 0; i < NUMBER; ++i) made.parts[i] = part_of(i);
+    return made;
+  }
+  friend inline __attribute__((always_inline)) Parts operator+(const Parts& a, const Parts& b) {
+    return make([&](int i) { return a.parts[i] + b.parts[i]; });
+  }
+  friend inline __attribute__((always_inline)) Parts operator-(const Parts& a, const Parts& b) {
+    return make([&](int i) { return a.parts[i] - b.parts[i]; });
+  }
+  friend inline __attribute__((always_inline)) Parts operator*(const Parts& a, const Parts& b) {
+    return make([&](int i) { return a.parts[i] * b.parts[i]; });
+  }
+  friend inline __attribute__((always_inline)) Parts operator+(const Parts& a, T b) {
+    return make([&](int i) { return a.parts[i] + b; });
+  }
+  friend inline __attribute__((always_inline)) Parts operator-(const Parts& a, T b) {
+    return make([&](int i) { return a.parts[i] - b; });
+  }
+  friend inline __attribute__((always_inline)) Parts operator*(const Parts& a, T b) {
+    return make([&](int i) { return a.parts[i] * b; });
+  }
+  friend inline __attribute__((always_inline)) Parts operator-(const Parts& a) {
+    return make([&](int i) { return -a.parts[i]; });
+  }
+  inline Parts& operator+=(const Parts& other) { return *this = *this + other; }
+};
+
+template <class T, int COUNT, bool ONE = COUNT * sizeof(T) <= REGISTER_BYTES>
+struct VectorOf {
+  using Type = Parts<T, COUNT>;
+};
+template <class T, int COUNT>
+struct VectorOf<T, COUNT, true> {
+  typedef T Type __attribute__((vector_size(COUNT * sizeof(T))));
+};
+
+using FloatStrip = VectorOf<float, 16>::Type;
+using IntStrip = VectorOf<int32_t, 16>::Type;
+using DoubleHalf = VectorOf<double, 8>::Type;
+typedef int16_t ShortStrip __attribute__((vector_size(32)));
+
+// Of several registers one at a time: GCC 12 copies them 16 bytes at a time, and what is read as 32 just
+// after has to wait for both.
 template <class Vector, class T>
 inline Vector load_vector(const T* p) {
-  Vector v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
+  if constexpr (requires { typename Vector::Part; }) {
+    return Vector::make([&](int i) { return load_vector<typename Vector::Part>(p + i * Vector::LANES); });
+  } else {
+    Vector v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+}
+
+template <class Vector, class T>
+inline void store_vector(T* p, const Vector& v) {
+  if constexpr (requires { typename Vector::Part; }) {
+#pragma GCC unroll 8
+    for (int i = 0; i < Vector::NUMBER; ++i)
+      __builtin_memcpy(p + i * Vector::LANES, &v.parts[i], sizeof(v.parts[i]));
+  } else {
+    __builtin_memcpy(p, &v, sizeof(v));
+  }
 }
 
 // The first `width` numbers, zeros after them.
@@ -33,13 +99,27 @@ inline Vector load_part(const T* p, int64_t width) {
   return load_vector<Vector>(values);
 }
 
+// The first `width` lanes, zeros after them.
+template <class Ints>
+inline FloatStrip first_lanes(const Ints& bits, int32_t width) {
+  constexpr Ints LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (FloatStrip)(bits & (LANE < width));
+}
+template <int COUNT>
+inline Parts<float, COUNT> first_lanes(const Parts<int32_t, COUNT>& bits, int32_t width) {
+  using Ints = Parts<int32_t, COUNT>;
+  typename Ints::Part lane;
+  for (int i = 0; i < Ints::LANES; ++i) lane[i] = i;
+  return Parts<float, COUNT>::make([&](int i) {
+    return (typename Parts<float, COUNT>::Part)(bits.parts[i] & (lane < width - i * Ints::LANES));
+  });
+}
+
 // The first `width` numbers of 16, zeros after them. What lies before `end` may be read.
 inline FloatStrip load_strip(const float* p, int64_t width, const float* end) {
   if (width >= STRIP) return load_vector<FloatStrip>(p);
   if (p + STRIP > end) return load_part<FloatStrip>(p, width);
-  constexpr IntStrip LANE = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const IntStrip kept = LANE < static_cast<int32_t>(width);
-  return (FloatStrip)((IntStrip)load_vector<FloatStrip>(p) & kept);
+  return first_lanes(load_vector<IntStrip>(p), static_cast<int32_t>(width));
 }
 
 // Sixteen numbers of a row, centred and scaled; zeros after the last dimension.
@@ -71,6 +151,28 @@ inline FloatStrip rounded_strip(FloatStrip value) {
   return (value + MAGIC) - MAGIC;
 }
 
+template <class Floats>
+inline IntStrip integers_of(const Floats& whole) {
+  return __builtin_convertvector(whole, IntStrip);
+}
+template <int COUNT>
+inline Parts<int32_t, COUNT> integers_of(const Parts<float, COUNT>& whole) {
+  using Ints = Parts<int32_t, COUNT>;
+  return Ints::make([&](int i) { return __builtin_convertvector(whole.parts[i], typename Ints::Part); });
+}
+
+// Of integers that fit.
+template <class Ints>
+inline ShortStrip shorts_of(const Ints& whole) {
+  return __builtin_convertvector(whole, ShortStrip);
+}
+template <int COUNT>
+inline ShortStrip shorts_of(const Parts<int32_t, COUNT>& whole) {
+  static_assert(Parts<int32_t, COUNT>::NUMBER == 2);
+  return __builtin_shufflevector((ShortStrip)whole.parts[0], (ShortStrip)whole.parts[1], 0, 2, 4, 6, 8, 10,
+                                 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+
 // What packing to integers costs in float32.
 constexpr double ROUNDING = 4 * UNIT32;  // of (x - mu) * scale * scale2 * factor
 constexpr double SUM_SLACK = 1.0001;     // of squares summed in 16 parts, for D up to 16384
@@ -82,57 +184,72 @@ inline double half_square_error(int64_t dim) {
   return (static_cast<double>(dim) / 16.0 + 48.0) * 1.1 * UNIT32;
 }
 
-inline float sum_of(FloatStrip v) {
+// Halves are added to each other down to four numbers, these in pairs; in whatever registers they are.
+inline float sum_of(VectorOf<float, 16, true>::Type v) {
+  typedef float Half __attribute__((vector_size(32)));
   typedef float Quarter __attribute__((vector_size(16)));
-  const FloatHalf half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                         __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  const Half half = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                    __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
   const Quarter quarter =
       __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
   return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
 }
-
-inline double sum_of(DoubleHalf v) {
+inline double sum_of(VectorOf<double, 8, true>::Type v) {
   typedef double Quarter __attribute__((vector_size(32)));
   const Quarter quarter =
       __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
   return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);
 }
+template <class T, int COUNT>
+inline T sum_of(const Parts<T, COUNT>& v) {
+  static_assert(Parts<T, COUNT>::NUMBER == 2);
+  constexpr int LANES = Parts<T, COUNT>::LANES;
+  const auto sum = v.parts[0] + v.parts[1];
+  T four[4];
+  for (int i = 0; i < 4; ++i) four[i] = LANES == 4 ? sum[i] : sum[i] + sum[i + LANES - 4];
+  return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
+// Of two rows STEP apart, what lies beyond the diagonal: b's numbers to the left of it for a's to the right.
+template <int STEP, class Vector, int... I>
+inline void exchange_lanes(Vector& a, Vector& b, std::integer_sequence<int, I...>) {
+  constexpr int LANES = sizeof...(I);
+  const Vector first = __builtin_shufflevector(a, b, ((I & STEP) != 0 ? I - STEP + LANES : I)...);
+  b = __builtin_shufflevector(a, b, ((I & STEP) != 0 ? I + LANES : I + STEP)...);
+  a = first;
+}
+template <int STEP, class Vector>
+inline void exchange(Vector& a, Vector& b) {
+  exchange_lanes<STEP>(a, b, std::make_integer_sequence<int, sizeof(Vector) / sizeof(int32_t)>());
+}
+template <int STEP, int COUNT>
+inline void exchange(Parts<int32_t, COUNT>& a, Parts<int32_t, COUNT>& b) {
+  using Ints = Parts<int32_t, COUNT>;
+  constexpr int APART = STEP / Ints::LANES;
+#pragma GCC unroll 4
+  for (int i = 0; i < Ints::NUMBER; ++i) {
+    if constexpr (APART == 0) {
+      exchange<STEP>(a.parts[i], b.parts[i]);
+    } else if ((i & APART) == 0) {
+      const typename Ints::Part moved = a.parts[i + APART];
+      a.parts[i + APART] = b.parts[i];
+      b.parts[i] = moved;
+    }
+  }
+}
+template <int STEP>
+inline void exchange_rows(IntStrip (&rows)[16]) {
+  for (int i = 0; i < 16; ++i) {
+    if ((i & STEP) == 0) exchange<STEP>(rows[i], rows[i + STEP]);
+  }
+}
 
 // Rows to columns, 16 by 16: blocks of 8, 4, 2 and 1 change places across the diagonal.
-inline void exchange8(IntStrip& a, IntStrip& b) {
-  const IntStrip first =
-      __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-  b = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  a = first;
-}
-inline void exchange4(IntStrip& a, IntStrip& b) {
-  const IntStrip first =
-      __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-  b = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  a = first;
-}
-inline void exchange2(IntStrip& a, IntStrip& b) {
-  const IntStrip first =
-      __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-  b = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  a = first;
-}
-inline void exchange1(IntStrip& a, IntStrip& b) {
-  const IntStrip first =
-      __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-  b = __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-  a = first;
-}
-
 inline void transpose(IntStrip (&rows)[16]) {
-  for (int i = 0; i < 8; ++i) exchange8(rows[i], rows[i + 8]);
-  for (int i = 0; i < 16; ++i) {
-    if ((i & 4) == 0) exchange4(rows[i], rows[i + 4]);
-  }
-  for (int i = 0; i < 16; ++i) {
-    if ((i & 2) == 0) exchange2(rows[i], rows[i + 2]);
-  }
-  for (int i = 0; i < 16; i += 2) exchange1(rows[i], rows[i + 1]);
+  exchange_rows<8>(rows);
+  exchange_rows<4>(rows);
+  exchange_rows<2>(rows);
+  exchange_rows<1>(rows);
 }
 
 }  // namespace
