@@ -290,6 +290,7 @@ struct Scores {
           }
           ++number;
         }
+        if (number > capacity) return number;
       }
     }
     return number;

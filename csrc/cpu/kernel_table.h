@@ -84,8 +84,8 @@ struct CoarsePass {
                           int64_t count, float error,
                           int32_t* found);  // [count]
 
-  // Positions and values of the scores <= limit, in order; returns how many there are, writes at most
-  // `capacity`.
+  // Positions and values of the scores <= limit, in order; returns how many there are, or some number above
+  // `capacity` if more, and writes at most `capacity`.
   int64_t (*find_scores)(const void* scores,  // [count], count a multiple of lanes
                          int64_t count, double limit,
                          int32_t* found,        // [capacity]
