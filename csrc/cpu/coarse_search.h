@@ -24,6 +24,7 @@
 #include "../checks.h"
 #include "candidates.h"
 #include "coarse.h"
+#include "coarse_tokens.h"
 #include "columns.h"
 #include "decide.h"
 #include "parallel.h"
@@ -40,7 +41,6 @@ constexpr int64_t MOST_TOKENS = 1024;        // in a block
 constexpr int64_t FEWEST_TOKENS = 96;        // enough uses of a codebook block brought into the cache
 constexpr int64_t CROWD = 4096;              // candidates that the float64 pass keeps of a token
 constexpr int MOST_ROWS = 32;                // of a tile
-constexpr float LARGEST_SQUARE = 0x1p80f;    // of a token's norm; the float64 pass takes larger ones
 constexpr double MIXED_NORMS = 4.0;  // the largest norm over the least, from which on tokens are sorted
 constexpr int64_t FETCHED_DIM = 64;  // with less, the loops that know D count for more
 constexpr int64_t PREFETCHED = 8;    // tokens whose candidates are asked of the memory ahead of time
@@ -205,24 +205,14 @@ class CoarseSearch {
     });
   }
 
-  static Packing scaled_by(Packing packing, const ScalePair& scale) {
-    packing.scale = scale.first;
-    packing.scale2 = scale.second;
-    return packing;
-  }
-
   void measure_tokens(const Packing& packing, Scratch& scratch) {
     for (int64_t i = 0; i < scratch.count; ++i) {
       const float* row = scratch.given[i];
-      ScalePair& own = scratch.scales[i];  // directions have a scale each
-      own = book_.cosine ? scale_pair(direction_exponent(row)) : ScalePair{packing.scale, packing.scale2};
-      float square;
-      table_.measure_rows(row, 1, scaled_by(packing, own), &square);
-      if (columns_ != nullptr) scratch.columns->squares[i] = square;
-      scratch.norms[i] = std::sqrt(static_cast<double>(square)) * (1.0 + 1e-4) + 0x1p-50;
-      if (square < LARGEST_SQUARE) continue;
-      scratch.norms[i] = 0.0;
-      scratch.states[i].road = all_finite(row, book_.dim) ? Road::SCAN : Road::INVALID;
+      const MeasuredToken token = measure_token(table_, packing, row);
+      scratch.scales[i] = token.scale;
+      scratch.norms[i] = token.norm;
+      if (columns_ != nullptr) scratch.columns->squares[i] = token.square;
+      if (!token.scorable) scratch.states[i].road = all_finite(row, book_.dim) ? Road::SCAN : Road::INVALID;
     }
   }
 
@@ -261,12 +251,6 @@ class CoarseSearch {
         if (columns_ != nullptr) columns_->leave_out(base + i, *scratch.columns);
       }
     }
-  }
-
-  int direction_exponent(const float* row) const {
-    float largest = 0.0f;
-    for (int64_t d = 0; d < book_.dim; ++d) largest = std::max(largest, std::fabs(row[d]));
-    return largest > 0.0f && std::isfinite(largest) ? -std::ilogb(largest) : 0;
   }
 
   void score_block(int32_t b, Scratch& scratch) {

@@ -16,6 +16,7 @@
 #include "../checks.h"
 #include "../exact.h"
 #include "coarse.h"
+#include "coarse_tokens.h"
 #include "codebook_rows.h"
 #include "decide.h"
 #include "kernel_table.h"
@@ -29,10 +30,9 @@ namespace vqkernels {
 namespace cpu {
 namespace {
 
-constexpr int64_t TOKENS = 96;             // that share a block of panels in the cache
-constexpr float LARGEST_SQUARE = 0x1p80f;  // of a token's norm; beyond it all codes are looked at in float64
-constexpr int64_t FIRST_PIECE = 64;        // granules, a multiple of every pass's lanes
-constexpr int64_t ROOM = 4;                // times k candidates, before those that are beaten are dropped
+constexpr int64_t TOKENS = 96;       // that share a block of panels in the cache
+constexpr int64_t FIRST_PIECE = 64;  // granules, a multiple of every pass's lanes
+constexpr int64_t ROOM = 4;          // times k candidates, before those that are beaten are dropped
 
 // ---------------------------------------------------------------------------------------- order
 
@@ -263,7 +263,7 @@ class KSearch {
 
   void pack_tokens(const CoarseScale& scale, Scratch& scratch) {
     const Packing packing = coarse_.packing(scale, scratch.given[scratch.count - 1] + book_.dim);
-    for (int64_t i = 0; i < scratch.count; ++i) measure_token(packing, i, scratch);
+    for (int64_t i = 0; i < scratch.count; ++i) measure(packing, i, scratch);
     for (int64_t base = 0; base < scratch.count; base += pass_.rows) {
       const int64_t count = std::min<int64_t>(pass_.rows, scratch.count - base);
       char* tile = scratch.tiles.get() + base / pass_.rows * coarse_.tile_bytes();
@@ -272,35 +272,19 @@ class KSearch {
           *std::max_element(scratch.norms.begin() + base, scratch.norms.begin() + base + count);
       for (int64_t i = base; i < base + count; ++i) {
         if (scratch.states[i].way != Way::COARSE) continue;
-        pass_.pack_token(scratch.given[i], scaled(packing, scratch.scales[i]), scratch.norms[i], largest,
+        pass_.pack_token(scratch.given[i], scaled_by(packing, scratch.scales[i]), scratch.norms[i], largest,
                          static_cast<int>(i - base), tile, &scratch.bounds[i]);
         if (!book_.cosine) scratch.bounds[i].unit *= scale.square;
       }
     }
   }
 
-  static Packing scaled(Packing packing, const ScalePair& scale) {
-    packing.scale = scale.first;
-    packing.scale2 = scale.second;
-    return packing;
-  }
-
-  void measure_token(const Packing& packing, int64_t i, Scratch& scratch) const {
+  void measure(const Packing& packing, int64_t i, Scratch& scratch) const {
     const float* row = scratch.given[i];
-    ScalePair& own = scratch.scales[i];  // directions have a scale each
-    own = book_.cosine ? scale_pair(direction_exponent(row)) : ScalePair{packing.scale, packing.scale2};
-    float square;
-    book_.table->measure_rows(row, 1, scaled(packing, own), &square);
-    scratch.norms[i] = std::sqrt(static_cast<double>(square)) * (1.0 + 1e-4) + 0x1p-50;
-    if (square < LARGEST_SQUARE) return;
-    scratch.norms[i] = 0.0;
-    scratch.states[i].way = all_finite(row, book_.dim) ? Way::ALL : Way::INVALID;
-  }
-
-  int direction_exponent(const float* row) const {
-    float largest = 0.0f;
-    for (int64_t d = 0; d < book_.dim; ++d) largest = std::max(largest, std::fabs(row[d]));
-    return largest > 0.0f && std::isfinite(largest) ? -std::ilogb(largest) : 0;
+    const MeasuredToken token = measure_token(*book_.table, packing, row);
+    scratch.scales[i] = token.scale;
+    scratch.norms[i] = token.norm;
+    if (!token.scorable) scratch.states[i].way = all_finite(row, book_.dim) ? Way::ALL : Way::INVALID;
   }
 
   void score(int32_t b, const CoarseBlock& block, int64_t base, Scratch& scratch) const {
