@@ -179,9 +179,7 @@ inline Wide load_wide(const Code* p) {
 
 template <class U, class Code>
 inline DoubleHalf load_wide_part(const Code* p, int64_t width) {
-  Code values[sizeof(DoubleHalf) / sizeof(double)] = {};
-  for (int64_t i = 0; i < width; ++i) values[i] = p[i];
-  return load_wide<U>(values);
+  return load_wide<U>(Padded<sizeof(DoubleHalf) / sizeof(double), Code>(p, width).values);
 }
 
 template <bool DIFFERENCE>

@@ -92,12 +92,14 @@ inline void store_vector(T* p, const Vector& v) {
 }
 
 // The first `width` numbers, zeros after them.
-template <class Vector, class T>
-inline Vector load_part(const T* p, int64_t width) {
-  T values[sizeof(Vector) / sizeof(T)] = {};
-  for (int64_t i = 0; i < width; ++i) values[i] = p[i];
-  return load_vector<Vector>(values);
-}
+template <int COUNT, class T>
+struct Padded {
+  T values[COUNT] = {};
+
+  inline Padded(const T* p, int64_t width) {
+    for (int64_t i = 0; i < width; ++i) values[i] = p[i];
+  }
+};
 
 // The first `width` lanes, zeros after them.
 template <class Ints>
@@ -118,7 +120,7 @@ inline Parts<float, COUNT> first_lanes(const Parts<int32_t, COUNT>& bits, int32_
 // The first `width` numbers of 16, zeros after them. What lies before `end` may be read.
 inline FloatStrip load_strip(const float* p, int64_t width, const float* end) {
   if (width >= STRIP) return load_vector<FloatStrip>(p);
-  if (p + STRIP > end) return load_part<FloatStrip>(p, width);
+  if (p + STRIP > end) return load_vector<FloatStrip>(Padded<STRIP, float>(p, width).values);
   return first_lanes(load_vector<IntStrip>(p), static_cast<int32_t>(width));
 }
 
