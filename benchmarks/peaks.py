@@ -2,6 +2,7 @@
 
 * ``sgemm``: a square fp32 matrix product by torch: what a library reaches, so a kernel may pass it
 * ``float32``, ``int16``: multiply-adds in registers alone (C++): what no kernel of that arithmetic can pass
+* ``byte``: the same of single bytes
 * ``int8``: the same on a CPU's tiles, as the int8 pass has them: of integers of 15 bits, three products of bytes each
 """
 

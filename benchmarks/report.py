@@ -69,8 +69,8 @@ def add_verdict(entry: dict[str, Any], verdict: Verdict) -> None:
 def add_timing(entry: dict[str, Any], timing: Timing, problem: Problem, peaks: Peaks) -> None:
     """Median, spread and rates of one provider; the peaks of integers are only for those whose coarse pass has some.
 
-    The int8 pass, on tiles, is held against int16's peak too: that of the same numbers on vector units, which it may
-    pass.
+    The passes of bytes are held against int16's peak too, which they may pass: of numbers as precise as one of theirs
+    (int8), or of what decides the tokens that one leaves (byte).
     """
     low, high = timing.quartiles()
     entry["median_ms"], entry["min_ms"] = timing.median * 1e3, min(timing.samples) * 1e3
@@ -80,7 +80,7 @@ def add_timing(entry: dict[str, Any], timing: Timing, problem: Problem, peaks: P
     if problem.flops is not None:
         entry["gflops"] = problem.flops / timing.median / 1e9
         coarse = (entry["search"] or {}).get("coarse_pass")
-        beside = {"sgemm", "float32", coarse} | ({"int16"} if coarse == "int8" else set())
+        beside = {"sgemm", "float32", coarse} | ({"int16"} if coarse in ("byte", "int8") else set())
         names = [name for name in peaks.rates if name in beside]
         entry["percent_of_peak"] = {name: peaks.percent(name, problem.flops, timing) for name in names}
 
@@ -242,4 +242,6 @@ def _work(case: dict[str, Any]) -> str:
 def _search_line(search: dict[str, Any]) -> str:
     where = f"{search['coarse_pass']} coarse pass on {search['instruction_set']}"
     left = f"{search['candidates']:.3g} granules left a token, {search['scanned']} tokens scanned in float64"
+    if search["coarse_pass"] == "byte":
+        left += f", {search['refined']} left to the finer pass"
     return f"{where}: {search['certified_percent']:.1f} % certified, {left}"

@@ -89,6 +89,7 @@ def compiled_report(problem: Problem, *, switches: dict[str, str] | None = None)
         "instruction_set": report.instruction_set,
         "certified_percent": 100 * report.certified / report.tokens,
         "candidates": report.candidates,
+        "refined": report.refined,
         "scanned": report.scanned,
     }
 

@@ -96,8 +96,9 @@ extern "C" __attribute__((visibility("default"))) void vqkernels_release_snapsho
 }
 
 // For `explain`.
-extern "C" __attribute__((visibility("default"))) const char* vqkernels_coarse_pass(int64_t dim, int exact) {
-  return vqkernels::cpu::coarse_pass(dim, exact != 0);
+extern "C" __attribute__((visibility("default"))) const char* vqkernels_coarse_pass(int64_t size, int64_t dim,
+                                                                                    int exact) {
+  return vqkernels::cpu::coarse_pass(size, dim, exact != 0);
 }
 
 // For benchmarks: what the core can do at most.

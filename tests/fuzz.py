@@ -49,7 +49,7 @@ from vqkernels._extension import instruction_set
 from vqkernels.backends import candidates
 
 ISAS = ("avx512", "avx2", "portable")
-PASSES = ("int8", "int16", "float32", None)  # None: as the kernel chooses
+PASSES = ("byte", "int8", "int16", "float32", None)  # None: as the kernel chooses
 ORACLE_ELEMENTS = 300_000  # K D times the tokens that one case asks exact arithmetic about
 INTERPRETED_ELEMENTS = 16_000  # N K D that the interpreter is given
 INTERPRETED_TOKENS = 16  # one that the coarse pass does not prove costs it tens of milliseconds

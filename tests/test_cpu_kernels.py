@@ -72,7 +72,7 @@ def test_work_split_over_tokens_or_codes_changes_nothing(instruction_set: str, n
             assert torch.equal(_search(x, codebook, "euclidean", pieces)[0], expected)
 
 
-@pytest.mark.parametrize("coarse_pass", ["int8", "int16", "float32"])
+@pytest.mark.parametrize("coarse_pass", ["byte", "int8", "int16", "float32"])
 @pytest.mark.parametrize(
     ("n", "size", "dim"), [(60, 5000, 8), (40, 300, 33), (50, 2500, 96), (70, 2500, 65), (13, 70, 1)]
 )
@@ -83,7 +83,7 @@ def test_every_coarse_pass_and_granule_gives_the_same_codes(
     x, codebook = _randn(n, dim, seed=31), _randn(size, dim, seed=32)
     for metric in ("euclidean", "cosine"):
         report = compiled.nearest_report(x[None], codebook, metric, "exact")
-        had = instruction_set != "portable" or coarse_pass == "int8"  # which has plain loops to test it anywhere
+        had = instruction_set != "portable" or coarse_pass in ("byte", "int8")  # with plain loops to test them anywhere
         assert report.coarse_pass == (coarse_pass if had else "float32")
         assert torch.equal(report.codes[0], true_nearest(x, codebook, metric)[0])
         assert report.scanned == n or report.candidates >= 1  # in one dimension every cosine is a tie
@@ -195,7 +195,7 @@ def test_explain_names_the_coarse_pass(monkeypatch: pytest.MonkeyPatch, instruct
 
 def test_a_coarse_pass_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("VQKERNELS_CPU_PASS", "int4")
-    with pytest.raises(RuntimeError, match="VQKERNELS_CPU_PASS: expected int8, int16 or float32, got int4"):
+    with pytest.raises(RuntimeError, match="VQKERNELS_CPU_PASS: expected byte, int8, int16 or float32, got int4"):
         compiled.nearest(_randn(4, 8, seed=39)[None], _randn(9, 8, seed=40), "euclidean", "exact")
 
 
@@ -204,6 +204,7 @@ def test_peak_rates_are_measured():
     assert one["float32"] > 1e8
     assert one["int16"] == 0 or one["int16"] > 1e8
     assert one["int8"] == 0 or one["int8"] > 1e8
+    assert one["byte"] == 0 or one["byte"] > one["int16"]
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])

@@ -52,7 +52,8 @@ def test_thousands_of_codes_on_every_instruction_set(monkeypatch, isa: str, case
         skip_or_fail(isa, f"this CPU has no {isa}")
     true, true_distance = true_nearest(case.x, case.codebook, metric)
     absolute = 2.0**-46 if metric == "cosine" else 0.0
-    ways = (("int16", 1, 1), ("float32", 2, 1), ("int8", 2, 1), ("int16", 2, 3), ("float32", 1, 3), ("int8", 1, 3))
+    ways = (("int16", 1, 1), ("float32", 2, 1), ("int8", 2, 1), ("byte", 1, 1))
+    ways += (("int16", 2, 3), ("float32", 1, 3), ("int8", 1, 3), ("byte", 2, 3))
     for coarse_pass, threads, pieces in ways:
         monkeypatch.setenv("VQKERNELS_CPU_PASS", coarse_pass)
         torch.set_num_threads(threads)

@@ -106,7 +106,7 @@ def test_thousands_of_codes_on_every_instruction_set(monkeypatch, isa: str, case
     monkeypatch.setenv("VQKERNELS_CPU_ISA", isa)
     if instruction_set() != isa:
         skip_or_fail(isa, f"this CPU has no {isa}")
-    for coarse_pass, threads in (("int16", 1), ("float32", 2), ("int8", 1)):
+    for coarse_pass, threads in (("int16", 1), ("float32", 2), ("int8", 1), ("byte", 1)):
         monkeypatch.setenv("VQKERNELS_CPU_PASS", coarse_pass)
         torch.set_num_threads(threads)
         with vq.use_backend("compiled"):

@@ -100,10 +100,17 @@ def test_kernels_lie_where_their_formulas_say(shape):
 
 @pytest.mark.parametrize(
     ("coarse_pass", "ceiling"),
-    [("int8", "int8"), ("int16", "int16"), ("float32", "float32"), ("float64", "float32"), (None, "int8")],
+    [
+        ("byte", "byte"),
+        ("int8", "int8"),
+        ("int16", "int16"),
+        ("float32", "float32"),
+        ("float64", "float32"),
+        (None, "int8"),
+    ],
 )
 def test_the_search_is_held_against_the_arithmetic_that_it_ran(coarse_pass, ceiling):
-    rates = {"int8": 2e12, "int16": 4e11, "float32": 2e11}
+    rates = {"int8": 2e12, "byte": 6e11, "int16": 4e11, "float32": 2e11}
     work = kernel_work(Sizes(1000, 1000, 100, 4), StepOptions(), coarse_pass=coarse_pass, rates=rates)
     assert work["search"].rate == ceiling
     assert ("coarse" in work) == (coarse_pass is not None)

@@ -18,7 +18,7 @@ struct Candidate {
 };
 
 struct TokenState {
-  static constexpr int CAPACITY = 16;  // granules kept
+  static constexpr int CAPACITY = 32;  // granules kept
 
   double upper;    // the least real score is not above this
   double unit;     // of `ceiling`

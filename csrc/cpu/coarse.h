@@ -78,6 +78,12 @@ inline double error_of(const TokenBound& token, const CodeBound& code) {
          code.offset;
 }
 
+// What decides the tokens that a pass cannot; null where that is float64's.
+inline const CoarsePass* finer_pass(const KernelTable& table, const CoarsePass& pass) {
+  if (&pass != table.byte) return nullptr;
+  return table.int16 != nullptr ? table.int16 : table.float32;
+}
+
 // Rows of a codebook as they are packed.
 struct CodeRows {
   const float* rows;           // [K, D]

@@ -5,8 +5,9 @@
 //   coarse   S, within E of the real score s; of every granule of codes the least is kept, so that
 //            {S <= min S + 2E} holds every true minimiser
 //   rerank   float64 values of the granules inside the bound, then error-free arithmetic where those tie
-//   scan     tokens that have lost a candidate for want of room, or whose bound is not finite: together, in
-//   float64
+//   rest     tokens that have lost a candidate for want of room, or whose bound is not finite: after a pass
+//   of
+//            bytes the same search with a finer one, else all codes in float64 (wide_scan.h)
 //
 // With `Columns` the same sweep finds the candidates of columns.h.
 //
@@ -27,10 +28,12 @@
 #include "coarse_tokens.h"
 #include "columns.h"
 #include "decide.h"
+#include "float_distances.h"
 #include "parallel.h"
 #include "prepared.h"
 #include "report.h"
 #include "tokens.h"
+#include "wide_scan.h"
 
 namespace vqkernels {
 namespace cpu {
@@ -39,12 +42,11 @@ constexpr int64_t FOUND = 64;                // granules looked at per token and
 constexpr int64_t TOKEN_BYTES = 320 * 1024;  // of a block of tokens, as tiles
 constexpr int64_t MOST_TOKENS = 1024;        // in a block
 constexpr int64_t FEWEST_TOKENS = 96;        // enough uses of a codebook block brought into the cache
-constexpr int64_t CROWD = 4096;              // candidates that the float64 pass keeps of a token
-constexpr int MOST_ROWS = 32;                // of a tile
 constexpr double MIXED_NORMS = 4.0;  // the largest norm over the least, from which on tokens are sorted
 constexpr int64_t FETCHED_DIM = 64;  // with less, the loops that know D count for more
 constexpr int64_t PREFETCHED = 8;    // tokens whose candidates are asked of the memory ahead of time
 constexpr int64_t PREFETCHED_BYTES = 1024;    // of each code
+constexpr int64_t GATHERED_FLOATS = 1 << 20;  // of undecided tokens at a time
 constexpr int64_t CACHED_BYTES = 512 * 1024;  // of a codebook that needs no such help
 
 // How tokens and codes are cut into pieces of work.
@@ -92,11 +94,19 @@ class CoarseSearch {
         tokens_(tokens),
         out_(out),
         report_(report),
-        columns_(columns) {}
+        columns_(columns),
+        finer_(finer_pass(*book.table, pass_)),
+        wide_(book, prepared, out) {}
 
   void run() {
+    if (!worth_while()) {
+      Stopwatch watch(report_);
+      watch.counts.refined = tokens_.count();
+      return CoarseSearch<Element>(book_, *finer_book(), tokens_, out_, report_).run();
+    }
     if (split_.chunks == 1) {
       each(split_.token_blocks, [&](int64_t item, Scratch& scratch) {
+        if (!worth_while()) return leave_block(item, scratch);
         load(item, scratch);
         search_block(0, scratch);
         finish_block(scratch);
@@ -104,6 +114,7 @@ class CoarseSearch {
     } else {
       run_in_chunks();
     }
+    if (!undecided_.empty()) run_finer();
   }
 
  private:
@@ -113,10 +124,12 @@ class CoarseSearch {
     Buffer<char> scores;        // [tile, granules of a block]
     Buffer<ScalePair> scales;   // [tokens], what they are multiplied with
     Buffer<double> norms;       // [tokens], after centring and scaling
+    Buffer<float> squares;      // [tokens], the same within square_error
     Buffer<int32_t> order;      // [tokens]: which token a row of the tiles holds
     Buffer<TokenBound> bounds;  // [tokens], in that order
     Buffer<TokenState> states;  // [tokens]
     DecideScratch<float> decide;
+    FloatDistances distances;
     Stopwatch watch;
     ColumnState* columns;  // null without columns
     RowBlock<const float> given{nullptr, 0};
@@ -137,10 +150,12 @@ class CoarseSearch {
                          Buffer<char>(pass_.rows * most_granules * pass_.word_bytes),
                          Buffer<ScalePair>(split_.tokens),
                          Buffer<double>(split_.tokens),
+                         Buffer<float>(split_.tokens),
                          Buffer<int32_t>(split_.tokens),
                          Buffer<TokenBound>(split_.tokens),
                          Buffer<TokenState>(split_.tokens),
                          DecideScratch<float>(),
+                         FloatDistances(),
                          Stopwatch(report_),
                          columns_ == nullptr ? nullptr : columns_->add_state(split_.tokens)};
         },
@@ -211,6 +226,7 @@ class CoarseSearch {
       const MeasuredToken token = measure_token(table_, packing, row);
       scratch.scales[i] = token.scale;
       scratch.norms[i] = token.norm;
+      scratch.squares[i] = token.square;
       if (columns_ != nullptr) scratch.columns->squares[i] = token.square;
       if (!token.scorable) scratch.states[i].road = all_finite(row, book_.dim) ? Road::SCAN : Road::INVALID;
     }
@@ -277,6 +293,7 @@ class CoarseSearch {
     score_tile(block, panels, base, scratch, least);
     const int64_t granules = coarse_.granules(block);
     const double reach = block.bound.largest;
+    if (finer_ != nullptr) probe(block, granules, least, base, rows, scratch);
     for (int64_t i = 0; i < rows; ++i) {
       TokenState& state = scratch.states[tokens[i]];
       if (state.road != Road::COARSE) continue;
@@ -288,13 +305,52 @@ class CoarseSearch {
         continue;
       }
       if (columns_ != nullptr) columns_->note_error(base + i, bound, block.bound, error, *scratch.columns);
+      const char* scores = scratch.scores.get() + i * granules * pass_.word_bytes;
       if (least[i] + error < state.ceiling) state.lower_to(least[i] + error);
       const double limit =
           state.ceiling + error + std::fabs(state.ceiling) * 0x1p-48;  // for the changes of unit
       if (!(least[i] <= limit)) continue;
-      collect(b, block, scratch.scores.get() + i * granules * pass_.word_bytes, granules, least[i], error,
-              limit, state);
+      collect(b, block, scores, granules, least[i], error, limit, state);
     }
+  }
+
+  // What the tokens' least scores are without the error: bytes leave half as many candidates within E of
+  // that, or fewer, as within 2E of the score.
+  void probe(const CoarseBlock& block, int64_t granules, const double* least, int64_t base, int64_t rows,
+             Scratch& scratch) const {
+    int32_t found[MOST_ROWS];
+    const int32_t* tokens = &scratch.order[base];
+    for (int64_t i = 0; i < rows; ++i) {
+      found[i] = -1;
+      const TokenState& state = scratch.states[tokens[i]];
+      if (state.road != Road::COARSE || !(least[i] < state.ceiling)) continue;
+      const char* scores = scratch.scores.get() + i * granules * pass_.word_bytes;
+      double score;
+      if (pass_.find_scores(scores, granules, least[i], &found[i], &score, 1) == 0) continue;
+      coarse_.for_codes(block, found[i], [&](int64_t k) { fetch_row(k); });
+    }
+    CodeList& codes = scratch.decide.codes;
+    for (int64_t i = 0; i < rows; ++i) {
+      if (found[i] < 0) continue;
+      codes.count = 0;
+      coarse_.for_codes(block, found[i], [&](int64_t k) { codes.add(k); });
+      const double upper = least_score(block, tokens[i], scratch);
+      TokenState& state = scratch.states[tokens[i]];
+      if (upper < state.ceiling) state.lower_to(upper);
+    }
+  }
+
+  // No code of scratch.decide.codes has a higher score, but for NaN.
+  double least_score(const CoarseBlock& block, int32_t token, Scratch& scratch) const {
+    const CodeList& codes = scratch.decide.codes;
+    const float* row = scratch.given[token];
+    const double value =
+        book_.cosine ? least_value(book_, row, scratch.decide) : scratch.distances.least(book_, row, codes);
+    const double square = scratch.squares[token];
+    const double relative = square_error(book_.dim), unit = coarse_.scales[block.scale].square;
+    const double score = book_.cosine ? (value + std::fabs(value) * relative) * std::sqrt(square)
+                                      : 0.5 * (value * unit - square * (1.0 - relative));
+    return score + std::fabs(score) * 0x1p-50 + 0x1p-100;
   }
 
   // What of the next block is brought into the cache while this tile is scored: the last few tiles have time
@@ -347,6 +403,7 @@ class CoarseSearch {
 
   void finish_block(Scratch& scratch) {
     std::vector<int64_t> undecided;
+    const int64_t before = scratch.watch.counts.reranked;
     scratch.watch.time(Stage::RERANK, [&] {
       for (int64_t i = 0; i < std::min(PREFETCHED, scratch.count); ++i) keep_candidates(scratch.states[i]);
       for (int64_t i = 0; i < scratch.count; ++i) {
@@ -361,23 +418,77 @@ class CoarseSearch {
         }
       }
     });
-    if (!undecided.empty()) scratch.watch.time(Stage::SCAN, [&] { scan_tokens(undecided, scratch); });
-    scratch.watch.counts.scanned += static_cast<int64_t>(undecided.size());
+    const int64_t number = static_cast<int64_t>(undecided.size());
+    if (finer_ != nullptr) {
+      prepared_.verdict.add(scratch.count, number, scratch.watch.counts.reranked - before, book_.size);
+      if (number > 0) leave_to_finer(undecided, scratch.first, scratch);
+      return;
+    }
+    if (number > 0) {
+      scratch.watch.time(Stage::SCAN,
+                         [&] { wide_.decide(undecided, scratch.given, scratch.first, scratch.decide); });
+    }
+    scratch.watch.counts.scanned += number;
+  }
+
+  // Whether this pass leaves the finer one less work than it takes itself.
+  bool worth_while() const { return finer_ == nullptr || prepared_.verdict.pays(book_.size); }
+
+  std::shared_ptr<const PreparedCodebook> finer_book() const {
+    return prepared_.finer(*book_.table, *finer_, book_.code_rows());
+  }
+
+  void leave_block(int64_t token_block, Scratch& scratch) {
+    const int64_t first = token_block * split_.tokens;
+    std::vector<int64_t> all(std::min(split_.tokens, tokens_.count() - first));
+    std::iota(all.begin(), all.end(), int64_t{0});
+    leave_to_finer(all, first, scratch);
+  }
+
+  void leave_to_finer(const std::vector<int64_t>& undecided, int64_t first, Scratch& scratch) {
+    scratch.watch.counts.refined += static_cast<int64_t>(undecided.size());
+    const std::lock_guard<std::mutex> guard(mutex_);
+    for (const int64_t i : undecided) undecided_.push_back(first + i);
+  }
+
+  // Gathers them, so many at a time, for a search of their own.
+  void run_finer() {
+    const std::shared_ptr<const PreparedCodebook> finer = finer_book();
+    const int64_t count = static_cast<int64_t>(undecided_.size()), dim = book_.dim;
+    const int64_t most = std::min(count, std::max(GATHERED_FLOATS / dim, int64_t{1}));
+    const Buffer<float> rows(most * dim), distance(most);
+    const Buffer<int64_t> codes(most);
+    for (int64_t begin = 0; begin < count; begin += most) {
+      const int64_t number = std::min(most, count - begin);
+      const int64_t* chosen = undecided_.data() + begin;
+      for_each_range(number, 256, 2.0 * number * dim, [&](int64_t i, int64_t end) {
+        for (; i < end; ++i) load_rows(tokens_, chosen[i], chosen[i] + 1, rows.get() + i * dim);
+      });
+      const Tokens<const float> gathered{rows.get(), 1, number, dim, 0, dim, 1};
+      const Outputs out{codes.get(), distance.get()};
+      CoarseSearch<float>(book_, *finer, gathered, out, report_).run();
+      for (int64_t i = 0; i < number; ++i) {
+        out_.codes[chosen[i]] = codes[i];
+        out_.distance[chosen[i]] = distance[i];
+      }
+    }
   }
 
   // Which candidates are left; they lie anywhere in the codebook: ask for them a few tokens ahead.
   void keep_candidates(TokenState& state) const {
     state.drop_beaten();
-    const int64_t row_bytes = book_.dim * static_cast<int64_t>(sizeof(float));
-    if (state.road != Road::COARSE || book_.size * row_bytes <= CACHED_BYTES) return;
-    const int64_t bytes = std::min(row_bytes, PREFETCHED_BYTES);
+    if (state.road != Road::COARSE || book_.size * row_bytes() <= CACHED_BYTES) return;
     for (int32_t j = 0; j < state.count; ++j) {
       const Candidate& candidate = state.candidates[j];
-      coarse_.for_codes(coarse_.blocks[candidate.block], candidate.granule, [&](int64_t k) {
-        const char* row = reinterpret_cast<const char*>(book_.row(k));
-        for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
-      });
+      coarse_.for_codes(coarse_.blocks[candidate.block], candidate.granule, [&](int64_t k) { fetch_row(k); });
     }
+  }
+
+  int64_t row_bytes() const { return book_.dim * static_cast<int64_t>(sizeof(float)); }
+  void fetch_row(int64_t k) const {
+    const char* row = reinterpret_cast<const char*>(book_.row(k));
+    const int64_t bytes = std::min(row_bytes(), PREFETCHED_BYTES);
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
   }
 
   void rerank(int64_t i, Scratch& scratch) {
@@ -388,111 +499,12 @@ class CoarseSearch {
       const Candidate& candidate = state.candidates[j];
       coarse_.for_codes(coarse_.blocks[candidate.block], candidate.granule, [&](int64_t k) { codes.add(k); });
     }
+    scratch.watch.counts.reranked += codes.count;
+    if (finer_ != nullptr && codes.count > 1 && !book_.cosine)
+      scratch.distances.drop_farther(book_, scratch.given[i], codes);
     decide_token(book_, scratch.given[i], scratch.decide, out_, scratch.first + i);
     scratch.watch.counts.certified += state.count == 1;
     scratch.watch.counts.candidates += state.count;
-    scratch.watch.counts.reranked += codes.count;
-  }
-
-  // All undecided tokens of a block against all distinct codes, in float64.
-  void scan_tokens(const std::vector<int64_t>& undecided, Scratch& scratch) {
-    const CoarseBook& wide = wide_book();
-    const CoarsePass& pass = *wide.pass;
-    const int64_t count = static_cast<int64_t>(undecided.size());
-    const Buffer<char> tiles(ceil_div(count, pass.rows) * wide.tile_bytes());
-    const Buffer<char> panels(wide.blocks[0].count * wide.panel_bytes());
-    std::vector<TokenBound> bounds(count);
-    std::vector<Crowd> crowds(count);
-    std::fill_n(tiles.get() + count / pass.rows * wide.tile_bytes(),
-                count % pass.rows > 0 ? wide.tile_bytes() : 0, char{0});
-    for (int64_t i = 0; i < count; ++i) {
-      const float* row = scratch.given[undecided[i]];
-      Packing packing = wide.packing(wide.scales[0], row + book_.dim);
-      if (book_.cosine) packing.scale = packing.scale2 = 1.0f;
-      char* tile = tiles.get() + i / pass.rows * wide.tile_bytes();
-      pass.pack_token(row, packing, 0.0, 0.0, static_cast<int>(i % pass.rows), tile, &bounds[i]);
-    }
-    const TileScores tile_scores(pass.rows, wide.granules(wide.blocks[0]));  // no block has more
-    for (size_t b = 0; b < wide.blocks.size(); ++b) {
-      CoarseBlock block = wide.blocks[b];
-      block.bound = pack_block(wide, book_.code_rows(), block, panels.get());
-      for (int64_t base = 0; base < count; base += pass.rows) {
-        scan_tile(static_cast<int32_t>(b), block, tiles.get(), panels.get(), base, bounds, crowds,
-                  tile_scores);
-      }
-    }
-    for (int64_t i = 0; i < count; ++i) {
-      const float* row = scratch.given[undecided[i]];
-      const int64_t n = scratch.first + undecided[i];
-      if (crowds[i].overfull) {
-        scan(book_, row, scratch.decide, out_, n);
-        continue;
-      }
-      CodeList& codes = scratch.decide.codes;
-      codes.count = 0;
-      crowds[i].drop_beaten();
-      for (const Candidate& candidate : crowds[i].candidates) {
-        wide.for_codes(wide.blocks[candidate.block], candidate.granule, [&](int64_t k) { codes.add(k); });
-      }
-      decide_token(book_, row, scratch.decide, out_, n);
-    }
-  }
-
-  // What the float64 pass leaves of a token: as many candidates as there are, up to CROWD.
-  struct Crowd {
-    double upper = std::numeric_limits<double>::infinity();
-    bool overfull = false;
-    std::vector<Candidate> candidates;
-
-    void drop_beaten() {
-      std::erase_if(candidates, [&](const Candidate& candidate) { return !(candidate.lower <= upper); });
-    }
-  };
-
-  // What the float64 pass makes of one tile of tokens and one block of codes.
-  struct TileScores {
-    TileScores(int64_t rows, int64_t granules) : scores(rows * granules), values(granules), found(granules) {}
-
-    Buffer<double> scores;  // [rows, granules]
-    Buffer<double> values;  // of those of a row that are low enough
-    Buffer<int32_t> found;  // their granules
-  };
-
-  void scan_tile(int32_t b, const CoarseBlock& block, const char* tiles, const char* panels, int64_t base,
-                 const std::vector<TokenBound>& bounds, std::vector<Crowd>& crowds, const TileScores& made) {
-    const CoarseBook& wide = wide_book();
-    const CoarsePass& pass = *wide.pass;
-    const int64_t granules = wide.granules(block);
-    double least[MOST_ROWS];
-    pass.score_panels(tiles + base / pass.rows * wide.tile_bytes(), panels, block.count, wide.dim, wide.group,
-                      made.scores.get(), least, nullptr);
-    const int64_t rows = std::min<int64_t>(pass.rows, static_cast<int64_t>(bounds.size()) - base);
-    for (int64_t i = 0; i < rows; ++i) {
-      Crowd& crowd = crowds[base + i];
-      const double error = error_of(bounds[base + i], block.bound);
-      if (!std::isfinite(error)) crowd.overfull = true;
-      if (crowd.overfull) continue;
-      crowd.upper = std::min(crowd.upper, least[i] + error);
-      const double limit = crowd.upper + error;
-      const int64_t number =
-          pass.find_scores(&made.scores[i * granules], granules, limit + std::fabs(limit) * 0x1p-50,
-                           made.found.get(), made.values.get(), granules);
-      for (int64_t j = 0; j < number; ++j) {
-        crowd.candidates.push_back({made.values[j] - error, b, made.found[j]});
-      }
-      if (static_cast<int64_t>(crowd.candidates.size()) > CROWD) crowd.drop_beaten();
-      crowd.overfull = static_cast<int64_t>(crowd.candidates.size()) > CROWD;
-    }
-  }
-
-  const CoarseBook& wide_book() {
-    std::call_once(wide_once_, [&] {
-      CodeRows codes = book_.code_rows();
-      wide_ = std::make_unique<CoarseBook>(plan_coarse(*book_.table->float64, codes));
-      const std::vector<int64_t>& distinct = prepared_.distinct(book_.rows);
-      if (static_cast<int64_t>(distinct.size()) < book_.size) restrict_codes(*wide_, distinct);
-    });
-    return *wide_;
   }
 
   const Book<float>& book_;
@@ -505,8 +517,10 @@ class CoarseSearch {
   const Outputs& out_;
   SearchReport* report_;
   Columns* columns_;
-  std::once_flag wide_once_;
-  std::unique_ptr<CoarseBook> wide_;
+  const CoarsePass* finer_;  // null where float64 is next
+  std::mutex mutex_;
+  std::vector<int64_t> undecided_;  // [.], left to the finer pass
+  WideScan wide_;
 };
 
 }  // namespace cpu

@@ -12,6 +12,9 @@ namespace cpu {
 
 constexpr float LARGEST_SQUARE = 0x1p80f;  // of a token's norm; the float64 pass takes larger ones
 
+// Relative, of the squares that measure_rows sums.
+inline double square_error(int64_t dim) { return 1.02 * (static_cast<double>(dim) / 16.0 + 10.0) * 0x1p-24; }
+
 struct MeasuredToken {
   ScalePair scale;  // what it is multiplied with: for cosine its own, for directions may have any length
   float square;     // of its norm, after centring and scaling

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "coarse.h"
+#include "coarse_tokens.h"
 #include "decide.h"
 #include "kernel_table.h"
 #include "parallel.h"
@@ -92,8 +93,7 @@ class Columns {
     state->errors.resize(tiles);
     state->least = Buffer<float>(std::max(COLUMN_BYTES / FLOAT_BYTES, most_));
     state->found.resize(most_);
-    state->relative =
-        1.02 * (static_cast<double>(coarse_.dim) / 16.0 + 10.0) * 0x1p-24;  // as measure_rows says
+    state->relative = square_error(coarse_.dim);
     const std::lock_guard<std::mutex> guard(mutex_);
     states_.push_back(std::move(state));
     return states_.back().get();

@@ -4,6 +4,7 @@
 // A *value* is what is minimised: |x - c|^2, or -cos(x, c).
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -200,6 +201,15 @@ class CodeList {
     if (count == static_cast<int64_t>(memory_.size())) memory_.resize(2 * memory_.size());
     memory_[count++] = code;
   }
+  template <class F>
+  void keep_if(const F& is_kept) {  // is_kept(position)
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      memory_[kept] = memory_[i];
+      kept += is_kept(i);
+    }
+    count = kept;
+  }
 
  private:
   std::vector<int64_t> memory_ = std::vector<int64_t>(256);
@@ -224,6 +234,16 @@ double inverse_norm_of(const KernelTable& table, const Row* row, int64_t dim) {
 template <class Row>
 Token<Row> make_token(const Book<Row>& book, const Row* row) {
   return {row, book.cosine ? inverse_norm_of(*book.table, row, book.dim) : 0.0};
+}
+
+// No code of scratch.codes is farther: the least of their values, and what rounding may have taken from it.
+template <class Row>
+double least_value(const Book<Row>& book, const Row* row, DecideScratch<Row>& scratch) {
+  const int64_t count = scratch.codes.count;
+  if (static_cast<int64_t>(scratch.values.size()) < count) scratch.values.resize(count);
+  double* values = scratch.values.data();
+  values_of(book, make_token(book, row), scratch.codes.data(), count, values);
+  return tie_limit(*std::min_element(values, values + count), book.dim, book.cosine);
 }
 
 // The token's code among scratch.codes.

@@ -47,7 +47,10 @@ bool has_amx() {
 const KernelTable& avx512_table() {
   static const KernelTable table = [] {
     KernelTable best = *avx512_kernels();
-    if (has_avx512_vnni()) best.int16 = avx512_vnni_int16();
+    if (has_avx512_vnni()) {
+      best.int16 = avx512_vnni_int16();
+      best.byte = avx512_vnni_byte();
+    }
     if (has_amx()) best.int8 = avx512_amx_int8();
     return best;
   }();

@@ -23,16 +23,14 @@ constexpr int64_t TILE_DIM = 64;  // dimensions of a tile
 constexpr int TILE_ROWS = 16;     // of tokens, or codes
 // 127 * 128: its bytes, and those of a number that rounds to it, fit.
 constexpr float LARGEST_INTEGER = 16256;
-constexpr float LARGEST_FACTOR = 0x1p60f;
 
-struct Bytes {
-  typedef int8_t Strip __attribute__((vector_size(16)));
-  Strip high, low;
+struct HighAndLow {
+  ByteStrip high, low;
   FloatStrip residual;  // squared
   FloatStrip low_square;
 };
 
-inline Bytes bytes_of(FloatStrip strip, float factor) {
+inline HighAndLow high_and_low(FloatStrip strip, float factor) {
   const FloatStrip value = strip * factor;
   const FloatStrip rounded = rounded_strip(value);
   const FloatStrip left = value - rounded;
@@ -40,33 +38,9 @@ inline Bytes bytes_of(FloatStrip strip, float factor) {
   const IntStrip high = (whole + 64) >> 7;
   const IntStrip low = whole - (high << 7);
   const FloatStrip low_value = __builtin_convertvector(low, FloatStrip);
-  return {__builtin_convertvector(high, Bytes::Strip), __builtin_convertvector(low, Bytes::Strip),
-          left * left, low_value * low_value};
+  return {__builtin_convertvector(high, ByteStrip), __builtin_convertvector(low, ByteStrip), left * left,
+          low_value * low_value};
 }
-
-inline FloatStrip largest_of(FloatStrip so_far, FloatStrip strip) {
-  const FloatStrip size = strip < 0.0f ? -strip : strip;
-  return size > so_far ? size : so_far;
-}
-
-inline float largest_of(FloatStrip strip) {
-  strip = largest_of(
-      strip, __builtin_shufflevector(strip, strip, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  strip = largest_of(
-      strip, __builtin_shufflevector(strip, strip, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  strip = largest_of(
-      strip, __builtin_shufflevector(strip, strip, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  return strip[0] > strip[1] ? strip[0] : strip[1];
-}
-
-// What brings numbers of that size to integers of 15 bits.
-inline float integer_factor(float largest) {
-  return largest * LARGEST_FACTOR > LARGEST_INTEGER ? LARGEST_INTEGER / largest : LARGEST_FACTOR;
-}
-
-// Of float32's, in the product of a score's factors with the sum of integers, and in adding the bias.
-constexpr double SCORE_ROUNDING = 8 * UNIT32;
-constexpr double NOTHING = 0x1p-80;  // what underflow may lose of a norm
 
 // P: sixteen floats, as for kernel_scores.h, with columns. T: eight tiles.
 template <class P, class T>
@@ -101,13 +75,13 @@ struct Int8 {
       for (int64_t d = 0; d < packing.dim; d += STRIP) {
         const FloatStrip strip = strip_of(code, d);
         square += strip * strip;
-        most = largest_of(most, strip);
+        most = larger(most, absolute(strip));
       }
       const float sum = sum_of(square);
       largest = sum > largest ? sum : largest;
       biases[code] = packing.cosine ? 0.0f : 0.5f * sum;
     }
-    const float factor = integer_factor(largest_of(most));
+    const float factor = integer_factor(largest_of(most), LARGEST_INTEGER);
     const double inverse = 1.0 / factor;
     for (int i = 0; i < STRIP; ++i) biases[WIDTH + i] = i == 0 ? 128.0f / factor : 0.0f;
     IntStrip* out = reinterpret_cast<IntStrip*>(static_cast<int32_t*>(panel) + HEAD);
@@ -118,7 +92,7 @@ struct Int8 {
         IntStrip words[2][LANES] = {};  // of a code a row, then of four dimensions
         for (int j = 0; j < LANES; ++j) {
           for (int64_t d = base; d < base + TILE_DIM && d < packing.dim; d += STRIP) {
-            const Bytes bytes = bytes_of(strip_of(first + j, d), factor);
+            const HighAndLow bytes = high_and_low(strip_of(first + j, d), factor);
             __builtin_memcpy(reinterpret_cast<char*>(&words[0][j]) + (d - base), &bytes.high, STRIP);
             __builtin_memcpy(reinterpret_cast<char*>(&words[1][j]) + (d - base), &bytes.low, STRIP);
             residuals[j] += bytes.residual;
@@ -145,20 +119,20 @@ struct Int8 {
     if (!packing.cosine) raise(bound->offset, 0.5 * norm * norm * half_square + NOTHING);
   }
 
-  static void raise(double& bound, double value) { bound = value > bound ? value : bound; }
-
   static void pack_token(const float* token,  // [D]
                          const Packing& packing, double norm, double /*largest*/, int row,
                          void* tile,  // [tile_words]
                          TokenBound* bound) {
     FloatStrip most{}, residuals{}, lows{};
-    for (int64_t d = 0; d < packing.dim; d += STRIP) most = largest_of(most, packed_strip(token, packing, d));
-    const float factor = integer_factor(largest_of(most));
+    for (int64_t d = 0; d < packing.dim; d += STRIP)
+      most = larger(most, absolute(packed_strip(token, packing, d)));
+    const float factor = integer_factor(largest_of(most), LARGEST_INTEGER);
     const double inverse = 1.0 / factor;
     const int64_t words = steps(packing.dim);
     char* out = reinterpret_cast<char*>(static_cast<int32_t*>(tile) + row * words);
     for (int64_t d = 0; d < depth(packing.dim) * TILE_DIM; d += STRIP) {
-      const Bytes bytes = d < packing.dim ? bytes_of(packed_strip(token, packing, d), factor) : Bytes{};
+      const HighAndLow bytes =
+          d < packing.dim ? high_and_low(packed_strip(token, packing, d), factor) : HighAndLow{};
       char* at = out + d / TILE_DIM * 2 * TILE_DIM + d % TILE_DIM;
       __builtin_memcpy(at, &bytes.high, STRIP);
       __builtin_memcpy(at + TILE_DIM, &bytes.low, STRIP);

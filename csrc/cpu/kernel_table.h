@@ -37,10 +37,10 @@ struct CodeBound {
 
 // One way to score tokens against codes at low precision. A *tile* is `rows` tokens, [rows, steps] words and
 // then what they share; a *panel* is WIDTH = vectors * lanes codes, a row of biases and then their numbers
-// transposed, [1 + steps, WIDTH] words (kernel_int8.h has an order of its own). A *granule* is one lane of
-// `group` neighbouring panels: vectors * group codes, or a single code where `group` is 0. The score of a
-// token and a code stands for h - x.c with h = |c|^2 / 2 (0 for cosine). Words are 32 bits wide, 64 in the
-// float64 pass.
+// transposed, [1 + steps, WIDTH] words (kernel_int8.h and kernel_byte.h have orders of their own). A
+// *granule* is one lane of `group` neighbouring panels: vectors * group codes, or a single code where `group`
+// is 0. The score of a token and a code stands for h - x.c with h = |c|^2 / 2 (0 for cosine). Words are 32
+// bits wide, 64 in the float64 pass.
 struct CoarsePass {
   const char* name;
   int word_bytes;
@@ -118,6 +118,8 @@ struct KernelTable {
   const CoarsePass* float64;
   const CoarsePass* int16;  // null where the instruction set has nothing faster than float32's
   const CoarsePass* int8;   // null where this CPU has no tiles
+  const CoarsePass* byte;   // null where this CPU multiplies no bytes
+  bool byte_is_quicker;     // than int16, as measured: `nearest` begins with it
 
   // squares[j] = |(rows[j] - centre) * scale * scale2|^2, with a relative error below (D / 16 + 10) 2^-24;
   // NaN or infinity where some entry is not finite, or a square overflows.
@@ -157,6 +159,7 @@ struct KernelTable {
 // One a unit; null where the unit was not compiled for this machine's architecture.
 const KernelTable* avx512_kernels();
 const CoarsePass* avx512_vnni_int16();
+const CoarsePass* avx512_vnni_byte();
 const CoarsePass* avx512_amx_int8();
 const KernelTable* avx2_kernels();
 const KernelTable* portable_kernels();

@@ -236,12 +236,14 @@ constexpr CoarsePass make_wide_pass(const char* name, double largest_score) {
 
 template <class U>
 constexpr KernelTable make_table(const char* name, const CoarsePass* float32, const CoarsePass* float64,
-                                 const CoarsePass* int16) {
+                                 const CoarsePass* int16, const CoarsePass* byte, bool byte_is_quicker) {
   return {name,
           float32,
           float64,
           int16,
           nullptr,
+          byte,
+          byte_is_quicker,
           measure_rows,
           hash_words<U>,
           reduce_rows<U, float, true>,

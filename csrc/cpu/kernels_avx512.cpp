@@ -12,41 +12,13 @@
 #pragma GCC target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")
 #endif
 
+#include "floats_avx512.h"
+
 namespace vqkernels {
 namespace cpu {
 namespace {
 
 constexpr int REGISTER_BYTES = 64;  // see strips.h
-
-struct Float32 {
-  using Values = __m512;
-  static Values load_values(const float* p) { return _mm512_loadu_ps(p); }
-  static void store_values(float* p, Values v) { _mm512_storeu_ps(p, v); }
-  static Values least_values(Values a, Values b) { return _mm512_min_ps(a, b); }
-  static unsigned not_above(Values v, Values limits) { return _mm512_cmp_ps_mask(v, limits, _CMP_LE_OQ); }
-  static Values values(__m512 sums, float factor, float offset) {
-    return multiply_add(sums, factor, _mm512_set1_ps(offset));
-  }
-  static __m512 multiply_add(__m512 a, float b, __m512 c) { return _mm512_fmadd_ps(a, _mm512_set1_ps(b), c); }
-
-  using Word = float;
-  using Vector = __m512;
-  static constexpr int ROWS = 6, VECTORS = 4, LANES = 16, DEPTH = 1;
-  static int64_t steps(int64_t dim) { return dim; }
-  static Vector load(const float* p) { return _mm512_loadu_ps(p); }
-  static void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
-  static Vector broadcast(float value) { return _mm512_set1_ps(value); }
-  static Vector start(Vector biases, Vector /*shared*/) { return biases; }
-  static Vector minimum(Vector a, Vector b) { return _mm512_min_ps(a, b); }
-  static float least(Vector v) { return _mm512_reduce_min_ps(v); }
-  static void accumulate(Vector& sum, Vector a, Vector b) { sum = _mm512_fnmadd_ps(a, b, sum); }
-  static float limit_of(double limit) {
-    return __builtin_nextafterf(static_cast<float>(limit), __builtin_inff());
-  }
-  static unsigned below(Vector v, float limit) {
-    return _mm512_cmp_ps_mask(v, _mm512_set1_ps(limit), _CMP_LE_OQ);
-  }
-};
 
 // Eight tiles of 16 rows of 64 bytes, this thread's until released. The compiler's own functions for them
 // want literals for numbers.
@@ -122,8 +94,8 @@ namespace {
 constexpr CoarsePass FLOAT32 = make_wide_pass<Float32>("float32", 0x1p120);
 constexpr CoarsePass INT8 = Int8<Float32, AmxTiles>::make_pass();
 constexpr CoarsePass FLOAT64 = make_wide_pass<Float64>("float64", __builtin_inf());
-constexpr KernelTable TABLE =
-    make_table<Unit>("avx512", &FLOAT32, &FLOAT64, nullptr);  // kernels_avx512_vnni.cpp has int16
+constexpr KernelTable TABLE = make_table<Unit>("avx512", &FLOAT32, &FLOAT64, nullptr, nullptr,
+                                               false);  // those are in kernels_avx512_vnni.cpp
 }  // namespace
 }  // namespace cpu
 }  // namespace vqkernels

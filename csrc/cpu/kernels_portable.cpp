@@ -62,6 +62,26 @@ struct Sixteen : Floats<64> {
   static constexpr int VECTORS = 4;
 };
 
+// Of eight bits each, as AVX512 VNNI multiplies them.
+struct Bytes {
+  typedef int32_t Vector __attribute__((vector_size(64)));
+  static constexpr int ROWS = 6, OFFSET = 128;
+  static constexpr float LARGEST_SUM = 4 * 255.0f;  // fits whatever it is
+  static Vector load(const int32_t* p) { return Portable<int32_t, 64>::load(p); }
+  static Vector broadcast(int32_t value) { return Vector{} + value; }
+  static Sixteen::Vector to_floats(Vector v) { return __builtin_convertvector(v, Sixteen::Vector); }
+  static int32_t first(Vector v) { return v[0]; }
+  static void renew(Vector& /*v*/) {}
+  static __attribute__((noinline)) void add(Vector& sum, Vector tokens, Vector codes) {
+    for (int byte = 0; byte < 4; ++byte, tokens >>= 8, codes >>= 8)
+      sum += (tokens & 255) * ((codes << 24) >> 24);
+  }
+  static void add(Vector& sum, Vector tokens, Vector more_tokens, Vector codes, Vector more_codes) {
+    add(sum, tokens, codes);
+    add(sum, more_tokens, more_codes);
+  }
+};
+
 struct Unit {
   typedef uint64_t Words __attribute__((vector_size(16)));
   static Words product_of_halves(Words word) { return (word & 0xffffffff) * (word >> 32); }
@@ -71,6 +91,7 @@ struct Unit {
 }  // namespace cpu
 }  // namespace vqkernels
 
+#include "kernel_byte.h"
 #include "kernel_int8.h"
 #include "kernel_wide.h"
 
@@ -80,7 +101,8 @@ namespace {
 constexpr CoarsePass FLOAT32 = make_wide_pass<Float32>("float32", 0x1p120);
 constexpr CoarsePass FLOAT64 = make_wide_pass<Portable<double>>("float64", __builtin_inf());
 constexpr CoarsePass INT8 = Int8<Sixteen, PlainTiles>::make_pass();
-constexpr KernelTable TABLE = make_table<Unit>("portable", &FLOAT32, &FLOAT64, nullptr);
+constexpr CoarsePass BYTE = Byte<Sixteen, Bytes>::make_pass();
+constexpr KernelTable TABLE = make_table<Unit>("portable", &FLOAT32, &FLOAT64, nullptr, &BYTE, false);
 }  // namespace
 const KernelTable* portable_kernels() { return &TABLE; }
 const CoarsePass* portable_int8() { return &INT8; }

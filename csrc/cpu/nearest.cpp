@@ -24,6 +24,10 @@ namespace {
 constexpr int64_t LARGEST_INT16_DIM = 8192;  // its error grows like the root of D, and so do the candidates
 constexpr int64_t LARGEST_INT8_DIM = 1024;   // beyond it sums of int32 may overflow
 constexpr int64_t SMALLEST_INT8_DIM = 64;    // below, tiles of as many dimensions are too empty
+constexpr int64_t LARGEST_BYTE_DIM = 1024;   // candidates grow with D, and int16 is better above
+constexpr int64_t SMALLEST_BYTE_DIM = 64;    // below, little is saved
+constexpr int64_t FEWEST_BYTE_NUMBERS = 1
+                                        << 17;  // K D, below which what is saved is not worth the candidates
 
 void search_double(const Book<double>& book, const Tokens<const double>& tokens, const Outputs& out,
                    SearchReport* report) {
@@ -53,14 +57,24 @@ const CoarsePass& choose_pass(const KernelTable& table, int64_t dim, bool exact)
   const char* name = std::getenv("VQKERNELS_CPU_PASS");
   const bool asked = name != nullptr && name[0] != '\0';
   const auto is = [&](const char* pass) { return asked && std::strcmp(name, pass) == 0; };
-  if (asked && !is("float32") && !is("int16") && !is("int8")) {
-    throw std::runtime_error(std::string("VQKERNELS_CPU_PASS: expected int8, int16 or float32, got ") + name);
+  if (asked && !is("float32") && !is("int16") && !is("int8") && !is("byte")) {
+    throw std::runtime_error(std::string("VQKERNELS_CPU_PASS: expected byte, int8, int16 or float32, got ") +
+                             name);
   }
   if (!exact || is("float32")) return *table.float32;
   if (is("int8") && dim <= LARGEST_INT8_DIM) return table.int8 != nullptr ? *table.int8 : *portable_int8();
   if (!asked && table.int8 != nullptr && dim >= SMALLEST_INT8_DIM && dim <= LARGEST_INT8_DIM)
     return *table.int8;
   return table.int16 != nullptr && dim <= LARGEST_INT16_DIM ? *table.int16 : *table.float32;
+}
+
+const CoarsePass& choose_first_pass(const KernelTable& table, int64_t size, int64_t dim, bool exact) {
+  const CoarsePass& pass = choose_pass(table, dim, exact);
+  if (table.byte == nullptr || !exact || dim > LARGEST_BYTE_DIM) return pass;
+  const char* name = std::getenv("VQKERNELS_CPU_PASS");
+  const bool asked = name != nullptr && name[0] != '\0';
+  const bool pays = table.byte_is_quicker && dim >= SMALLEST_BYTE_DIM && size * dim >= FEWEST_BYTE_NUMBERS;
+  return (asked ? std::strcmp(name, "byte") == 0 : pays) ? *table.byte : pass;
 }
 
 void prepare(const KernelTable& table, const CoarsePass& pass, const CodebookRows<float>& dense, bool cosine,
@@ -80,6 +94,7 @@ std::shared_ptr<const PreparedCodebook> current(const KernelTable& table, const 
   if (kept != nullptr) return kept;
   const void* tensor = codebook.const_data_ptr();
   const auto made = std::make_shared<PreparedCodebook>();
+  made->fingerprint = key.fingerprint;
   prepare(table, pass, dense, cosine, take_outdated(key, tensor), *made);
   // not where somebody has written meanwhile: these panels would not be those of the fingerprint
   if (fingerprint() == key.fingerprint) keep_prepared(key, tensor, made);
@@ -103,7 +118,7 @@ void search(const Tensor& x, const Tensor& codebook, bool cosine, bool exact, co
     search_double(book, tokens, out, report);
   } else {
     if (tokens.count() == 0) return check_codebook_finite(dense.finite());
-    const CoarsePass& pass = choose_pass(table, dense.dim, exact);
+    const CoarsePass& pass = choose_first_pass(table, dense.size, dense.dim, exact);
     std::shared_ptr<const PreparedCodebook> prepared;
     Stopwatch(report).time(Stage::PREPARE,
                            [&] { prepared = current(table, pass, dense, codebook, cosine, report); });
@@ -150,19 +165,20 @@ std::tuple<Tensor, Tensor> nearest(Tensor x, Tensor codebook, bool cosine, bool 
 std::tuple<Tensor, Tensor, Tensor> nearest_report(Tensor x, Tensor codebook, bool cosine, bool exact) {
   SearchReport report;
   Result result = run(x, codebook, cosine, exact, &report);
-  constexpr int64_t PASSES = 4;
-  const char* names[PASSES] = {"int8", "int16", "float32", "float64"};
-  Tensor numbers = torch::stable::new_empty(x, {STAGES + 6}, ScalarType::Double);
+  constexpr int64_t PASSES = 5;
+  const char* names[PASSES] = {"byte", "int8", "int16", "float32", "float64"};
+  Tensor numbers = torch::stable::new_empty(x, {STAGES + 7}, ScalarType::Double);
   double* out = static_cast<double*>(numbers.mutable_data_ptr());
   for (int i = 0; i < STAGES; ++i) out[i] = report.seconds[i];
   out[STAGES] = static_cast<double>(report.counts.certified);
   out[STAGES + 1] = static_cast<double>(report.counts.candidates);
   out[STAGES + 2] = static_cast<double>(report.counts.reranked);
   out[STAGES + 3] = static_cast<double>(report.counts.scanned);
-  out[STAGES + 4] = report.from_cache ? 1.0 : 0.0;
-  out[STAGES + 5] = -1.0;
+  out[STAGES + 4] = static_cast<double>(report.counts.refined);
+  out[STAGES + 5] = report.from_cache ? 1.0 : 0.0;
+  out[STAGES + 6] = -1.0;
   for (int64_t i = 0; i < PASSES; ++i) {
-    if (std::strcmp(report.pass, names[i]) == 0) out[STAGES + 5] = static_cast<double>(i);
+    if (std::strcmp(report.pass, names[i]) == 0) out[STAGES + 6] = static_cast<double>(i);
   }
   return {result.codes, result.distance, numbers};
 }
@@ -182,7 +198,8 @@ int64_t take_snapshot(Tensor codebook, bool cosine, bool exact) {
       if (cosine) snapshot->prepared.inverse_norm = dense.inverse_norms(table);
     } else {
       const auto& dense = snapshot->floats.emplace(read_codebook<Element>(codebook, cosine));
-      prepare(table, choose_pass(table, dense.dim, exact), dense, cosine, {}, snapshot->prepared);
+      prepare(table, choose_first_pass(table, dense.size, dense.dim, exact), dense, cosine, {},
+              snapshot->prepared);
     }
   });
   return keep_snapshot(snapshot);
@@ -206,9 +223,9 @@ std::tuple<Tensor, Tensor> nearest_of_snapshot(Tensor x, int64_t number) {
   return {result.codes, result.distance};
 }
 
-const char* coarse_pass(int64_t dim, bool exact) noexcept {
+const char* coarse_pass(int64_t size, int64_t dim, bool exact) noexcept {
   try {
-    return choose_pass(kernels(), dim, exact).name;
+    return choose_first_pass(kernels(), size, dim, exact).name;
   } catch (const std::runtime_error&) {
     return "?";
   }
@@ -217,7 +234,8 @@ const char* coarse_pass(int64_t dim, bool exact) noexcept {
 double peak_rate(const char* pass) noexcept {
   try {
     const KernelTable& table = kernels();
-    const CoarsePass* which = std::strcmp(pass, "int8") == 0    ? table.int8
+    const CoarsePass* which = std::strcmp(pass, "byte") == 0 ? (table.int16 != nullptr ? table.byte : nullptr)
+                              : std::strcmp(pass, "int8") == 0  ? table.int8
                               : std::strcmp(pass, "int16") == 0 ? table.int16
                                                                 : table.float32;
     if (which == nullptr) return 0.0;

@@ -455,7 +455,11 @@ std::tuple<Tensor, Tensor> nearest_k_of_snapshot(Tensor x, int64_t number, int64
       search_double(snapshot->double_book(), tokens, out);
     } else {
       const Book<float> book = snapshot->float_book();
-      KSearch<Element>(book, snapshot->prepared.coarse, tokens, out).run();
+      const PreparedCodebook& prepared = snapshot->prepared;
+      const CoarsePass* finer = finer_pass(*book.table, *prepared.coarse.pass);
+      if (finer == nullptr) return KSearch<Element>(book, prepared.coarse, tokens, out).run();
+      const auto kept = prepared.finer(*book.table, *finer, book.code_rows());
+      KSearch<Element>(book, kept->coarse, tokens, out).run();
     }
   });
   return {result.codes, result.distance};

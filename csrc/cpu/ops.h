@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> nearest_k_of_snapshot(Tensor x,  // [B, T, D]
 
 // "int16" or "float32": the coarse pass that a search in `dim` dimensions takes; "?" where VQKERNELS_CPU_ISA
 // or VQKERNELS_CPU_PASS asks for one that cannot be.
-const char* coarse_pass(int64_t dim, bool exact) noexcept;
+const char* coarse_pass(int64_t size, int64_t dim, bool exact) noexcept;
 
 // Multiply-adds of one thread on registers alone, in operations a second (two each), of the "float32" or
 // "int16" pass; 0 where the CPU has no such pass.

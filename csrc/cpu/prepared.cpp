@@ -121,9 +121,7 @@ void keep_prepared(const PreparedKey& key, const void* tensor, std::shared_ptr<P
   int64_t total = 0, count = 0;
   for (auto entry = kept.entries.begin(); entry != kept.entries.end(); ++count) {
     const auto next = std::next(entry);
-    const PreparedCodebook& book = *entry->prepared;
-    const int64_t bytes = book.coarse.panels.bytes +
-                          8 * static_cast<int64_t>(book.coarse.order.size() + book.inverse_norm.size());
+    const int64_t bytes = entry->prepared->bytes();
     total += bytes;
     if (count > 0 && (count >= MOST_BOOKS || total > MOST_BYTES)) {
       total -= bytes;
@@ -131,6 +129,28 @@ void keep_prepared(const PreparedKey& key, const void* tensor, std::shared_ptr<P
     }
     entry = next;
   }
+}
+
+std::shared_ptr<const PreparedCodebook> PreparedCodebook::finer(const KernelTable& table,
+                                                                const CoarsePass& pass,
+                                                                const CodeRows& codes) const {
+  const std::lock_guard<std::mutex> guard(finer_mutex_);
+  if (finer_ != nullptr) return finer_;
+  const auto made = std::make_shared<PreparedCodebook>();
+  made->coarse = pack_coarse(table, pass, codes, {});
+  // not where somebody has written meanwhile, as in `current`
+  const bool same =
+      !fingerprint.has_value() || fingerprint_of(table, codes.rows, codes.size * codes.dim) == *fingerprint;
+  if (same) {
+    finer_ = made;
+    finer_bytes_ = made->bytes();
+  }
+  return made;
+}
+
+int64_t PreparedCodebook::bytes() const {
+  const int64_t words = static_cast<int64_t>(coarse.order.size() + inverse_norm.size());
+  return coarse.panels.bytes + 8 * words + finer_bytes_;
 }
 
 const std::vector<int64_t>& PreparedCodebook::distinct(const float* rows) const {

@@ -4,15 +4,44 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "coarse.h"
 
 namespace vqkernels {
 namespace cpu {
+
+// 512 bits; two codebooks of one shape share them with a probability of about 2^-64 where they differ in one
+// place, and less where in more.
+using Fingerprint = std::array<uint64_t, 8>;
+Fingerprint fingerprint_of(const KernelTable& table, const float* rows, int64_t count);
+
+// A first pass saves a share of the finer one's work for every token; it costs the candidates that it leaves,
+// and for tokens that it cannot decide the whole of the finer one.
+class Verdict {
+ public:
+  void add(int64_t tokens, int64_t undecided, int64_t reranked, int64_t codes) {
+    tokens_.fetch_add(tokens, std::memory_order_relaxed);
+    cost_.fetch_add(undecided * codes + reranked * CODES_OF_A_CANDIDATE, std::memory_order_relaxed);
+  }
+  bool pays(int64_t codes) const {
+    const int64_t tokens = tokens_.load(std::memory_order_relaxed);
+    return tokens < FEWEST ||
+           cost_.load(std::memory_order_relaxed) < SAVED * static_cast<double>(tokens * codes);
+  }
+
+ private:
+  static constexpr int64_t FEWEST = 64;                // tokens, before which nothing is known
+  static constexpr int64_t CODES_OF_A_CANDIDATE = 12;  // whose finer scores cost as much as one float64 value
+  static constexpr double SAVED = 0.3;                 // of the finer pass's time
+  std::atomic<int64_t> tokens_{0};
+  std::atomic<int64_t> cost_{0};  // in codes of the finer pass
+};
 
 class PreparedCodebook {
  public:
@@ -22,15 +51,24 @@ class PreparedCodebook {
   // The first of every set of equal codes, in order. Found when first asked for.
   const std::vector<int64_t>& distinct(const float* rows) const;
 
+  // The same codes packed for the pass that comes next. Made when first asked for, and kept.
+  std::shared_ptr<const PreparedCodebook> finer(const KernelTable& table, const CoarsePass& pass,
+                                                const CodeRows& codes) const;
+
+  int64_t bytes() const;
+
+  std::optional<Fingerprint> fingerprint;  // of the codes, where they may change
+
+  // Whether the pass has been worth its while on this codebook.
+  mutable Verdict verdict;
+
  private:
   mutable std::once_flag once_;
   mutable std::vector<int64_t> distinct_;
+  mutable std::mutex finer_mutex_;
+  mutable std::shared_ptr<const PreparedCodebook> finer_;
+  mutable std::atomic<int64_t> finer_bytes_{0};
 };
-
-// 512 bits; two codebooks of one shape share them with a probability of about 2^-64 where they differ in one
-// place, and less where in more.
-using Fingerprint = std::array<uint64_t, 8>;
-Fingerprint fingerprint_of(const KernelTable& table, const float* rows, int64_t count);
 
 struct PreparedKey {
   Fingerprint fingerprint;

@@ -15,8 +15,9 @@ constexpr int STAGES = 5;
 struct Counts {
   int64_t certified = 0;   // tokens with one granule left
   int64_t candidates = 0;  // granules left, over all tokens of the coarse road
-  int64_t reranked = 0;    // codes whose value was computed in float64
+  int64_t reranked = 0;    // codes whose value was computed anew
   int64_t scanned = 0;     // tokens that took the float64 pass
+  int64_t refined = 0;     // tokens that the byte pass left to a finer one
 };
 
 // One for a call; threads add theirs at their end.
@@ -45,6 +46,7 @@ class Stopwatch {
     report_->counts.candidates += counts.candidates;
     report_->counts.reranked += counts.reranked;
     report_->counts.scanned += counts.scanned;
+    report_->counts.refined += counts.refined;
   }
 
   template <class Work>

@@ -18,6 +18,9 @@ using torch::stable::Tensor;
 // int16 where the CPU has it; VQKERNELS_CPU_PASS asks for one of them.
 const CoarsePass& choose_pass(const KernelTable& table, int64_t dim, bool exact);
 
+// The pass that `nearest` begins with: bytes where they pay, else the same.
+const CoarsePass& choose_first_pass(const KernelTable& table, int64_t size, int64_t dim, bool exact);
+
 // Throws where the codebook holds NaN or Inf. `spare` is memory that may be used again.
 void prepare(const KernelTable& table, const CoarsePass& pass, const CodebookRows<float>& dense, bool cosine,
              Panels spare, PreparedCodebook& prepared);

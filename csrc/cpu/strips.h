@@ -66,6 +66,7 @@ using FloatStrip = VectorOf<float, 16>::Type;
 using IntStrip = VectorOf<int32_t, 16>::Type;
 using DoubleHalf = VectorOf<double, 8>::Type;
 typedef int16_t ShortStrip __attribute__((vector_size(32)));
+typedef int8_t ByteStrip __attribute__((vector_size(16)));
 
 // Of several registers one at a time: GCC 12 copies them 16 bytes at a time, and what is read as 32 just
 // after has to wait for both.
@@ -175,11 +176,69 @@ inline ShortStrip shorts_of(const Parts<int32_t, COUNT>& whole) {
                                  12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
 }
 
+inline ByteStrip bytes_of(ShortStrip whole) {
+  typedef int8_t Halves __attribute__((vector_size(32)));
+  return __builtin_shufflevector((Halves)whole, (Halves)whole, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24,
+                                 26, 28, 30);
+}
+
+// The larger of two, lane by lane; the first where that is NaN.
+template <class Floats>
+inline Floats larger(const Floats& a, const Floats& b) {
+  return b > a ? b : a;
+}
+template <int COUNT>
+inline Parts<float, COUNT> larger(const Parts<float, COUNT>& a, const Parts<float, COUNT>& b) {
+  return Parts<float, COUNT>::make([&](int i) { return larger(a.parts[i], b.parts[i]); });
+}
+inline FloatStrip absolute(const FloatStrip& strip) { return larger(strip, -strip); }
+
+// Lane i ^ STEP to lane i.
+template <int STEP, class Vector, int... I>
+inline Vector swapped_lanes(const Vector& v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I ^ STEP)...);
+}
+template <int STEP, class Vector>
+inline Vector swapped(const Vector& v) {
+  return swapped_lanes<STEP>(v, std::make_integer_sequence<int, sizeof(Vector) / sizeof(float)>());
+}
+template <int STEP, int COUNT>
+inline Parts<float, COUNT> swapped(const Parts<float, COUNT>& v) {
+  using Floats = Parts<float, COUNT>;
+  constexpr int APART = STEP / Floats::LANES;
+  return Floats::make([&](int i) {
+    if constexpr (APART == 0) return swapped<STEP>(v.parts[i]);
+    return v.parts[i ^ APART];
+  });
+}
+
+inline float largest_of(FloatStrip strip) {
+  strip = larger(strip, swapped<8>(strip));
+  strip = larger(strip, swapped<4>(strip));
+  strip = larger(strip, swapped<2>(strip));
+  strip = larger(strip, swapped<1>(strip));
+  float first;
+  __builtin_memcpy(&first, &strip, sizeof(first));
+  return first;
+}
+
 // What packing to integers costs in float32.
 constexpr double ROUNDING = 4 * UNIT32;  // of (x - mu) * scale * scale2 * factor
 constexpr double SUM_SLACK = 1.0001;     // of squares summed in 16 parts, for D up to 16384
 
 inline double norm_of(float square) { return __builtin_sqrt(static_cast<double>(square)) * SUM_SLACK; }
+
+// Of float32's, in the product of a score's factors with the sum of integers, and in adding the bias.
+constexpr double SCORE_ROUNDING = 8 * UNIT32;
+constexpr double NOTHING = 0x1p-80;  // what underflow may lose of a norm
+
+// What brings numbers of that size to integers of at most `most`.
+inline float integer_factor(float largest, float most) {
+  constexpr float LARGEST_FACTOR = 0x1p60f;
+  return largest * LARGEST_FACTOR > most ? most / largest : LARGEST_FACTOR;
+}
+
+inline void raise(double& bound, double value) { bound = value > bound ? value : bound; }
 
 // Relative, of |c|^2 / 2 summed in 16 parts and rounded.
 inline double half_square_error(int64_t dim) {

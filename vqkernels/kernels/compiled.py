@@ -80,7 +80,7 @@ def nearest_k(
 
 
 STAGES = ("prepare", "tokens", "coarse", "rerank", "scan")  # as csrc/cpu/report.h has them
-PASSES = ("int8", "int16", "float32", "float64")
+PASSES = ("byte", "int8", "int16", "float32", "float64")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +96,9 @@ class SearchReport:
     tokens: int
     certified: int  # tokens whose coarse pass left one granule of codes
     candidates: float  # granules left per token of the coarse road
-    codes_reranked: int  # code values computed in float64
+    codes_reranked: int  # code values computed anew, in float64, after the byte pass in float32 first
     scanned: int  # tokens that took the float64 pass over all codes
+    refined: int  # tokens that the byte pass left to a finer one
     prepared_from_cache: bool  # the codebook was unchanged
 
 
@@ -117,7 +118,7 @@ def nearest_report(
         raise RuntimeError(f"the C++ kernels cannot be had: {reason}")
     raw = torch.ops.vqkernels_C.nearest_report(x, codebook, metric == "cosine", precision == "exact")
     codes, distance, numbers = raw
-    *seconds, certified, candidates, reranked, scanned, cached, which = numbers.tolist()
+    *seconds, certified, candidates, reranked, scanned, refined, cached, which = numbers.tolist()
     threads, tokens = torch.get_num_threads(), codes.numel()
     return SearchReport(
         codes=codes,
@@ -134,6 +135,7 @@ def nearest_report(
         candidates=candidates / max(1, tokens - int(scanned)),
         codes_reranked=int(reranked),
         scanned=int(scanned),
+        refined=int(refined),
         prepared_from_cache=bool(cached),
     )
 
@@ -147,7 +149,7 @@ def peak_rates(threads: int) -> dict[str, float]:
     rate = ctypes.CDLL(str(_extension.library_path())).vqkernels_peak_rate
     rate.argtypes, rate.restype = [ctypes.c_char_p], ctypes.c_double
     with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
-        return {name: sum(pool.map(rate, [name.encode()] * threads)) for name in ("float32", "int16", "int8")}
+        return {name: sum(pool.map(rate, [name.encode()] * threads)) for name in ("float32", "int16", "int8", "byte")}
 
 
 def quantize(
@@ -287,13 +289,14 @@ def supports_on_cpu(first: Tensor, *rest: object) -> str | None:
     return supports(first, *rest) if first.device.type == "cpu" else f"runs on cpu, not on {first.device.type}"
 
 
-def nearest_details(x: Tensor, _codebook: Tensor, _metric: str, precision: str) -> str | None:
+def nearest_details(x: Tensor, codebook: Tensor, _metric: str, precision: str) -> str | None:
     """Which coarse pass runs, and why."""
     if x.device.type == "cuda":
         return _cuda_details(x)
     isa, forced = _extension.instruction_set(), os.environ.get("VQKERNELS_CPU_PASS")
-    name = "float64" if x.dtype == torch.float64 else _coarse_pass(x.shape[-1], precision == "exact")
+    name = "float64" if x.dtype == torch.float64 else _coarse_pass(codebook.shape[0], x.shape[-1], precision == "exact")
     reason = {
+        "byte": "products of bytes are half as quick again as int16's, whose pass decides what they cannot",
         "int8": "integers of two bytes on this CPU's tiles, their products several times as many as int16's",
         "int16": "its products are exact and twice as many as float32's",
         "float32": f"{isa} has no faster int16 products, or D is beyond 8192",
@@ -323,10 +326,10 @@ def _cuda_details(x: Tensor) -> str | None:
     return f"scaled fp16 pass ({name}): {reason}"
 
 
-def _coarse_pass(dim: int, exact: bool) -> str:
+def _coarse_pass(codes: int, dim: int, exact: bool) -> str:
     function = ctypes.CDLL(str(_extension.library_path())).vqkernels_coarse_pass
-    function.argtypes, function.restype = [ctypes.c_int64, ctypes.c_int], ctypes.c_char_p
-    return function(dim, exact).decode()
+    function.argtypes, function.restype = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int], ctypes.c_char_p
+    return function(codes, dim, exact).decode()
 
 
 register("nearest", "compiled", nearest, supports=supports, details=nearest_details)

@@ -49,9 +49,10 @@ def prepare_codebook(
     **Memory**, of a codebook of s bytes a number and Kp codes, K rounded up to whole panels (64 codes with AVX512, 16
     with AVX2) or tiles (up to 256 codes on CUDA): K D s for the snapshot, and
 
-    * on CPU 2 Kp (D + 2) for the int16 pass (D rounded up to even), 2 Kp (D + 2.5) for the int8 pass (to a multiple of
-      64), 4 Kp (D + 1) for the float32 pass; 4 K D more for 16-bit types, 8 K for cosine. 8 Kp more where the norms of
-      codes differ by factors of eight and more.
+    * on CPU 2 Kp (D + 2) for the int16 pass (D rounded up to even), Kp (D + 12) for the byte pass (to a multiple of
+      eight; as much as for int16's more, once some token needs that), 2 Kp (D + 2.5) for the int8 pass (to a multiple
+      of 64), 4 Kp (D + 1) for the float32 pass; 4 K D more for 16-bit types, 8 K for cosine. 8 Kp more where the norms
+      of codes differ by factors of eight and more.
       float64: nothing more, 8 K (D + 1) for cosine;
     * in Triton 2 Kp C for C columns of fp16 (D, or three times D where D <= 9, up to the next power of two, from 16;
       for D > 256 the next multiple of 64), 16 bytes for each 8 or 16 codes, 4 Kp more where the columns are full and

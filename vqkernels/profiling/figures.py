@@ -12,6 +12,7 @@ from .svg import Box, Labels, LogAxis, element, text, text_box
 from .units import percent, power, scaled, seconds
 
 RATE_NAMES = {
+    "byte": "byte multiply-add",
     "int8": "int8 tile",
     "int16": "int16 multiply-add",
     "float16": "fp16 matrix",

@@ -219,7 +219,8 @@ def _certificate(document: dict[str, Any]) -> str:
             ("coarse pass", f"{inside['coarse_pass']} on {inside['instruction_set']}"),
             ("certified", certified),
             ("candidates", f"{digits(inside['candidates_per_token'], 4)} code groups per token"),
-            ("reranked", f"{count(reranked)} codes scored in float64, {digits(reranked / tokens)} per token"),
+            ("reranked", f"{count(reranked)} codes scored anew, {digits(reranked / tokens)} per token"),
+            ("left to a finer pass", f"{count(inside['refined'])} tokens"),
             ("full scan", f"{count(inside['scanned'])} tokens"),
         ]
     used = f"{count(use['codes_used'])} of {count(document['subject']['codes'])}, {percent(use['usage'])}"

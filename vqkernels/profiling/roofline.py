@@ -13,6 +13,7 @@ from .peaks import Peaks
 from .subject import StepOptions
 
 COARSE_BYTES = {  # of a number that the coarse pass multiplies
+    "byte": 1,
     "int8": 2,  # high and low
     "int16": 2,
     "float16": 2,

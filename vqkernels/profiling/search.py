@@ -53,6 +53,7 @@ class Watch:
                 "certified": report.certified,
                 "candidates_per_token": float(report.candidates),
                 "codes_reranked": report.codes_reranked,
+                "refined": report.refined,
                 "scanned": report.scanned,
                 "prepared_from_cache": report.prepared_from_cache,
             }

@@ -1,0 +1,105 @@
+"""The CPU search's byte pass, and what it leaves to a finer one: on AVX2, on AVX512 VNNI, and in plain loops."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adversarial import Case, cases, true_nearest
+from requirements import skip_or_fail
+from torch import Tensor
+
+from vqkernels import _extension
+from vqkernels.kernels import compiled
+
+ALL = [(metric, case) for metric in ("euclidean", "cosine") for case in cases(metric)]
+
+
+@pytest.fixture(autouse=True)
+def _library():
+    reason = _extension.cpu_library()
+    if reason is not None:
+        skip_or_fail("compiled", reason)
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def byte_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("VQKERNELS_CPU_ISA", request.param)
+    monkeypatch.setenv("VQKERNELS_CPU_PASS", "byte")
+    if _extension.instruction_set() != request.param:
+        skip_or_fail(request.param, f"this CPU has no {request.param}")
+    if compiled._coarse_pass(64, 64, True) != "byte":
+        skip_or_fail("avx512vnni", "this CPU has AVX512, but no VNNI")
+    return request.param
+
+
+def _randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _crowded(size: int, dim: int) -> Tensor:
+    """Sixty codes around each of some: more than are kept of a token; int16 tells them apart, bytes do not."""
+    around = _randn(size // 60 + 1, dim, seed=1).repeat(60, 1)[:size]
+    return around + 2e-3 * _randn(size, dim, seed=2)
+
+
+@pytest.mark.parametrize(("metric", "case"), ALL, ids=str)
+def test_nearest_is_true(byte_pass: str, metric: str, case: Case):
+    true, _ = true_nearest(case.x, case.codebook, metric)
+    for threads, pieces in ((2, 1), (1, 4)):
+        torch.set_num_threads(threads)
+        parts = [compiled.nearest(part[None], case.codebook, metric, "exact") for part in case.x.tensor_split(pieces)]
+        assert torch.equal(torch.cat([codes[0] for codes, _ in parts]), true)
+
+
+@pytest.mark.parametrize("pattern", [[1.0], [1.0, 0.0], [1.0, 0.4, 0.01, 0.4], [1.0, 0.01, 0.01, 0.01]])
+@pytest.mark.parametrize("dim", [8, 100, 1024])
+def test_the_largest_sums_fit(byte_pass: str, dim: int, pattern: list[float]):
+    """Every number of a token is its largest, and products have one sign: sums of four meet in 16 bits with AVX2."""
+    signs = _randn(20, dim, seed=44).sign() * torch.tensor(pattern).repeat(dim)[:dim]
+    codebook = torch.stack([signs, -signs], dim=1).flatten(0, 1)  # their mean is 0
+    report = compiled.nearest_report(3.0 * codebook.sign()[None], codebook, "euclidean", "exact")
+    true, _ = true_nearest(3.0 * codebook.sign(), codebook, "euclidean")
+    assert torch.equal(report.codes[0], true)
+    assert (report.coarse_pass, report.refined, report.scanned) == ("byte", 0, 0)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+@pytest.mark.parametrize(("n", "size", "dim"), [(60, 1500, 64), (150, 90, 300), (30, 2100, 200)])
+def test_a_crowd_of_candidates_goes_to_the_finer_pass(byte_pass: str, metric: str, n: int, size: int, dim: int):
+    codebook, x = _crowded(size, dim), _randn(n, dim, seed=3)
+    report = compiled.nearest_report(x[None], codebook, metric, "exact")
+    assert report.refined > n // 2
+    assert torch.equal(report.codes[0], true_nearest(x, codebook, metric)[0])
+
+
+def test_what_does_not_pay_is_remembered(byte_pass: str):
+    codebook = torch.cat([_crowded(2040, 64), 10.0 * _randn(60, 64, seed=4)])
+    x = torch.cat([_randn(30, 64, seed=3), codebook[-10:]])  # of which bytes decide the last
+    refined = [compiled.nearest_report(x[None], codebook, "euclidean", "exact").refined for _ in range(3)]
+    assert refined == [30, 30, 40], "given up after more than 64 tokens"
+    changed = compiled.nearest_report(x[None], codebook + 1.0, "euclidean", "exact")
+    assert changed.refined == 30, "another codebook may be better"
+
+
+def test_one_call_gives_up_halfway(byte_pass: str):
+    torch.set_num_threads(1)
+    codebook = torch.cat([_crowded(2040, 64), 10.0 * _randn(60, 64, seed=5)])  # not one that is known already
+    x = torch.cat([_randn(3, 64, seed=3), codebook[-1:]]).repeat(750, 1)
+    first, second = [compiled.nearest_report(x[None], codebook, "euclidean", "exact") for _ in range(2)]
+    assert 2250 < first.refined < 3000
+    assert second.refined == 3000
+    true, _ = true_nearest(x[:4], codebook, "euclidean")
+    assert torch.equal(first.codes[0], true.repeat(750))
+    assert torch.equal(second.codes, first.codes)
+
+
+def test_it_is_for_codebooks_that_repay_its_candidates(monkeypatch: pytest.MonkeyPatch):
+    """Of AVX2 alone by itself: 64 dimensions or more, up to 1024, and 131072 numbers."""
+    monkeypatch.setenv("VQKERNELS_CPU_ISA", "avx2")
+    if _extension.instruction_set() != "avx2":
+        skip_or_fail("avx2", "this CPU has no avx2")
+    chosen = {(k, d): compiled._coarse_pass(k, d, True) for k, d in ((2048, 64), (128, 1024), (16384, 256))}
+    assert set(chosen.values()) == {"byte"}
+    others = {(k, d): compiled._coarse_pass(k, d, True) for k, d in ((2047, 64), (99999, 63), (1 << 20, 1025))}
+    assert set(others.values()) == {"int16"}
+    assert compiled._coarse_pass(16384, 256, False) == "float32"
