@@ -94,12 +94,12 @@ def test_one_call_gives_up_halfway(byte_pass: str):
 
 
 def test_it_is_for_codebooks_that_repay_its_candidates(monkeypatch: pytest.MonkeyPatch):
-    """Of AVX2 alone by itself: 64 dimensions or more, up to 1024, and 131072 numbers."""
+    """Of AVX2 alone by itself: 64 dimensions or more, up to 1024, and 32768 numbers."""
     monkeypatch.setenv("VQKERNELS_CPU_ISA", "avx2")
     if _extension.instruction_set() != "avx2":
         skip_or_fail("avx2", "this CPU has no avx2")
-    chosen = {(k, d): compiled._coarse_pass(k, d, True) for k, d in ((2048, 64), (128, 1024), (16384, 256))}
+    chosen = {(k, d): compiled._coarse_pass(k, d, True) for k, d in ((512, 64), (32, 1024), (16384, 256))}
     assert set(chosen.values()) == {"byte"}
-    others = {(k, d): compiled._coarse_pass(k, d, True) for k, d in ((2047, 64), (99999, 63), (1 << 20, 1025))}
+    others = {(k, d): compiled._coarse_pass(k, d, True) for k, d in ((511, 64), (99999, 63), (1 << 20, 1025))}
     assert set(others.values()) == {"int16"}
     assert compiled._coarse_pass(16384, 256, False) == "float32"

@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -47,6 +48,7 @@ constexpr int64_t FETCHED_DIM = 64;  // with less, the loops that know D count f
 constexpr int64_t PREFETCHED = 8;    // tokens whose candidates are asked of the memory ahead of time
 constexpr int64_t PREFETCHED_BYTES = 1024;    // of each code
 constexpr int64_t GATHERED_FLOATS = 1 << 20;  // of undecided tokens at a time
+constexpr double PROBED = 1.25;               // times the error, above the least score
 constexpr int64_t CACHED_BYTES = 512 * 1024;  // of a codebook that needs no such help
 
 // How tokens and codes are cut into pieces of work.
@@ -118,6 +120,14 @@ class CoarseSearch {
   }
 
  private:
+  // Granules of a token and block whose scores are not above a limit.
+  struct Found {
+    double limit;
+    int64_t number;  // above FOUND: some are not here
+    int32_t granules[FOUND];
+    double scores[FOUND];
+  };
+
   struct Scratch {
     Buffer<float> rows;         // [tokens, D], as given, where they do not lie so already
     Buffer<char> tiles;         // [tokens / tile, tile_words]
@@ -128,6 +138,7 @@ class CoarseSearch {
     Buffer<int32_t> order;      // [tokens]: which token a row of the tiles holds
     Buffer<TokenBound> bounds;  // [tokens], in that order
     Buffer<TokenState> states;  // [tokens]
+    Buffer<Found> found;        // [tile]
     DecideScratch<float> decide;
     FloatDistances distances;
     Stopwatch watch;
@@ -154,6 +165,7 @@ class CoarseSearch {
                          Buffer<int32_t>(split_.tokens),
                          Buffer<TokenBound>(split_.tokens),
                          Buffer<TokenState>(split_.tokens),
+                         Buffer<Found>(pass_.rows),
                          DecideScratch<float>(),
                          FloatDistances(),
                          Stopwatch(report_),
@@ -310,7 +322,10 @@ class CoarseSearch {
       const double limit =
           state.ceiling + error + std::fabs(state.ceiling) * 0x1p-48;  // for the changes of unit
       if (!(least[i] <= limit)) continue;
-      collect(b, block, scores, granules, least[i], error, limit, state);
+      Found& found = scratch.found[i];
+      const bool known = finer_ != nullptr && limit <= found.limit && found.number <= FOUND;
+      if (!known) find(scores, granules, limit, found);
+      collect(b, block, least[i], error, limit, found, state);
     }
   }
 
@@ -318,22 +333,29 @@ class CoarseSearch {
   // that, or fewer, as within 2E of the score.
   void probe(const CoarseBlock& block, int64_t granules, const double* least, int64_t base, int64_t rows,
              Scratch& scratch) const {
-    int32_t found[MOST_ROWS];
     const int32_t* tokens = &scratch.order[base];
+    int32_t nearest[MOST_ROWS];
     for (int64_t i = 0; i < rows; ++i) {
-      found[i] = -1;
+      Found& found = scratch.found[i];
+      found.limit = -std::numeric_limits<double>::infinity();
+      nearest[i] = -1;
       const TokenState& state = scratch.states[tokens[i]];
       if (state.road != Road::COARSE || !(least[i] < state.ceiling)) continue;
-      const char* scores = scratch.scores.get() + i * granules * pass_.word_bytes;
-      double score;
-      if (pass_.find_scores(scores, granules, least[i], &found[i], &score, 1) == 0) continue;
-      coarse_.for_codes(block, found[i], [&](int64_t k) { fetch_row(k); });
+      // once, for what is likely to stay, too
+      const double limit = least[i] + PROBED * error_of(scratch.bounds[base + i], block.bound);
+      find(scratch.scores.get() + i * granules * pass_.word_bytes, granules, limit, found);
+      if (found.number > FOUND)
+        find(scratch.scores.get() + i * granules * pass_.word_bytes, granules, least[i], found);
+      for (int64_t j = 0; j < std::min(found.number, FOUND); ++j) {
+        if (found.scores[j] == least[i]) nearest[i] = found.granules[j];
+      }
+      if (nearest[i] >= 0) coarse_.for_codes(block, nearest[i], [&](int64_t k) { fetch_row(k); });
     }
     CodeList& codes = scratch.decide.codes;
     for (int64_t i = 0; i < rows; ++i) {
-      if (found[i] < 0) continue;
+      if (nearest[i] < 0) continue;
       codes.count = 0;
-      coarse_.for_codes(block, found[i], [&](int64_t k) { codes.add(k); });
+      coarse_.for_codes(block, nearest[i], [&](int64_t k) { codes.add(k); });
       const double upper = least_score(block, tokens[i], scratch);
       TokenState& state = scratch.states[tokens[i]];
       if (upper < state.ceiling) state.lower_to(upper);
@@ -380,22 +402,24 @@ class CoarseSearch {
     }
   }
 
-  void collect(int32_t b, const CoarseBlock& block, const char* scores, int64_t granules, double least,
-               double error, double limit, TokenState& state) {
-    int32_t found[FOUND];
-    double values[FOUND];
-    const int64_t number = pass_.find_scores(scores, granules, limit, found, values, FOUND);
+  void find(const char* scores, int64_t granules, double limit, Found& found) const {
+    found.limit = limit;
+    found.number = pass_.find_scores(scores, granules, limit, found.granules, found.scores, FOUND);
+  }
+
+  void collect(int32_t b, const CoarseBlock& block, double least, double error, double limit,
+               const Found& found, TokenState& state) {
     const auto lower = [&](double score) {
       const double bound = score - error;
       return (bound - std::fabs(bound) * 0x1p-50) / state.unit;
     };
-    if (number > FOUND) {  // a crowd, which a later block may beat
+    if (found.number > FOUND) {  // a crowd, which a later block may beat
       state.lost = std::min(state.lost, lower(least));
       return;
     }
-    for (int64_t i = 0; i < number; ++i) {
-      if (coarse_.group == 0 && found[i] >= block.codes) break;  // the same codes again
-      state.add({lower(values[i]), b, found[i]});
+    for (int64_t i = 0; i < found.number; ++i) {
+      if (coarse_.group == 0 && found.granules[i] >= block.codes) break;  // the same codes again
+      if (found.scores[i] <= limit) state.add({lower(found.scores[i]), b, found.granules[i]});
     }
   }
 

@@ -32,27 +32,15 @@ class FloatDistances {
 
   // Fills `values_`, within square_error, and returns the least.
   double measure(const Book<float>& book, const float* token, const CodeList& codes) {
-    const Packing from_token{padded(token, book.dim), 1.0f, 1.0f, book.dim, false,
-                             book.row(book.size),     0.0,  0.0};
     if (static_cast<int64_t>(values_.size()) < codes.count) values_.resize(codes.count);
+    book.table->float_distances(token, book.rows, book.size, codes.data(), codes.count, book.dim,
+                                values_.data());
     float least = std::numeric_limits<float>::infinity();
-    for (int64_t i = 0; i < codes.count; ++i) {
-      book.table->measure_rows(book.row(codes[i]), 1, from_token, &values_[i]);
-      least = std::min(least, values_[i]);
-    }
+    for (int64_t i = 0; i < codes.count; ++i) least = std::min(least, values_[i]);
     return least;
   }
 
-  // With zeros to the next multiple of 16, as a centre has to be.
-  const float* padded(const float* token, int64_t dim) {
-    if (dim % 16 == 0) return token;
-    padded_.assign(ceil_div(dim, int64_t{16}) * 16, 0.0f);
-    std::copy_n(token, dim, padded_.begin());
-    return padded_.data();
-  }
-
   std::vector<float> values_;  // [codes]
-  std::vector<float> padded_;  // [D rounded up to 16]
 };
 
 }  // namespace cpu

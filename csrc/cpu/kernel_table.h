@@ -133,6 +133,15 @@ struct KernelTable {
                      const uint64_t* keys,  // [count rounded up to 8, and 8]
                      uint64_t* sums);       // [16]
 
+  // sum_d (x - c)^2 in float32 for the chosen rows of a codebook, with measure_rows' error; infinity or NaN
+  // where one overflows.
+  void (*float_distances)(const float* x,         // [D]
+                          const float* rows,      // [K, D]
+                          int64_t size,           // K
+                          const int64_t* chosen,  // [count]
+                          int64_t count, int64_t dim,
+                          float* out);  // [count]
+
   // sum_d (x - c)^2 and sum_d x * c in float64 for the chosen rows of a codebook, or the first `count`.
   void (*squared_distances_float)(const float* x,         // [D]
                                   const float* rows,      // [K, D]

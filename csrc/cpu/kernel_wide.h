@@ -229,6 +229,38 @@ void reduce_rows(const Code* x,          // [D]
   }
 }
 
+// sum_d (x - c)^2 in float32, of COUNT codes side by side.
+template <int COUNT>
+inline void float_distances_together(const float* x, const float* const (&codes)[COUNT], int64_t dim,
+                                     const float* end, float* out) {
+  FloatStrip sums[COUNT] = {};
+  for (int64_t d = 0; d < dim; d += STRIP) {
+    const FloatStrip token = load_strip(x + d, dim - d, x + dim);
+#pragma GCC unroll 4
+    for (int i = 0; i < COUNT; ++i) {
+      const FloatStrip difference = token - load_strip(codes[i] + d, dim - d, end);
+      sums[i] += difference * difference;
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < COUNT; ++i) out[i] = sum_of(sums[i]);
+}
+
+inline void float_distances(const float* x, const float* rows, int64_t size, const int64_t* chosen,
+                            int64_t count, int64_t dim, float* out) {
+  const float* end = rows + size * dim;
+  const auto row = [&](int64_t i) { return rows + chosen[i] * dim; };
+  int64_t i = 0;
+  for (; i + 2 <= count; i += 2) {
+    const float* const codes[2] = {row(i), row(i + 1)};
+    float_distances_together<2>(x, codes, dim, end, out + i);
+  }
+  if (i < count) {
+    const float* const code[1] = {row(i)};
+    float_distances_together<1>(x, code, dim, end, out + i);
+  }
+}
+
 template <class P>
 constexpr CoarsePass make_wide_pass(const char* name, double largest_score) {
   return Scores<P>::make_pass(name, largest_score, pack_wide_panel<P>, pack_wide_token<P>);
@@ -246,6 +278,7 @@ constexpr KernelTable make_table(const char* name, const CoarsePass* float32, co
           byte_is_quicker,
           measure_rows,
           hash_words<U>,
+          float_distances,
           reduce_rows<U, float, true>,
           reduce_rows<U, double, true>,
           reduce_rows<U, float, false>,

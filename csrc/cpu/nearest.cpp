@@ -24,10 +24,10 @@ namespace {
 constexpr int64_t LARGEST_INT16_DIM = 8192;  // its error grows like the root of D, and so do the candidates
 constexpr int64_t LARGEST_INT8_DIM = 1024;   // beyond it sums of int32 may overflow
 constexpr int64_t SMALLEST_INT8_DIM = 64;    // below, tiles of as many dimensions are too empty
-constexpr int64_t LARGEST_BYTE_DIM = 1024;   // candidates grow with D, and int16 is better above
-constexpr int64_t SMALLEST_BYTE_DIM = 64;    // below, little is saved
-constexpr int64_t FEWEST_BYTE_NUMBERS = 1
-                                        << 17;  // K D, below which what is saved is not worth the candidates
+// Of the byte pass: beyond these D it has too many candidates or too few products to save time on, and below
+// this K D what it saves is no more than what the candidates cost (measured on a Zen 3).
+constexpr int64_t SMALLEST_BYTE_DIM = 64, LARGEST_BYTE_DIM = 1024;
+constexpr int64_t FEWEST_BYTE_NUMBERS = 1 << 15;
 
 void search_double(const Book<double>& book, const Tokens<const double>& tokens, const Outputs& out,
                    SearchReport* report) {
