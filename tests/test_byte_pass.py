@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from adversarial import Case, cases, true_nearest
@@ -54,7 +56,7 @@ def test_nearest_is_true(byte_pass: str, metric: str, case: Case):
 @pytest.mark.parametrize("pattern", [[1.0], [1.0, 0.0], [1.0, 0.4, 0.01, 0.4], [1.0, 0.01, 0.01, 0.01]])
 @pytest.mark.parametrize("dim", [8, 100, 1024])
 def test_the_largest_sums_fit(byte_pass: str, dim: int, pattern: list[float]):
-    """Every number of a token is its largest, and products have one sign: sums of four meet in 16 bits with AVX2."""
+    """Tokens of the largest numbers and codes of like signs: with AVX2 sums of four products meet in 16 bits."""
     signs = _randn(20, dim, seed=44).sign() * torch.tensor(pattern).repeat(dim)[:dim]
     codebook = torch.stack([signs, -signs], dim=1).flatten(0, 1)  # their mean is 0
     report = compiled.nearest_report(3.0 * codebook.sign()[None], codebook, "euclidean", "exact")
@@ -70,6 +72,73 @@ def test_a_crowd_of_candidates_goes_to_the_finer_pass(byte_pass: str, metric: st
     report = compiled.nearest_report(x[None], codebook, metric, "exact")
     assert report.refined > n // 2
     assert torch.equal(report.codes[0], true_nearest(x, codebook, metric)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", ["map", "strided"])
+def test_tokens_of_any_layout_are_gathered_for_it(byte_pass: str, dtype: torch.dtype, layout: str):
+    codebook, x = (10.0 * _crowded(900, 72)).to(dtype), (10.0 * _randn(3, 20, 72, seed=6)).to(dtype)
+    if layout == "map":
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        x = torch.cat([x, x], dim=2)[:, :, ::2]
+    report = compiled.nearest_report(x, codebook, "euclidean", "exact")
+    assert report.refined > 20
+    true, _ = true_nearest(x.reshape(60, 72), codebook, "euclidean")
+    assert torch.equal(report.codes.reshape(60), true)
+
+
+def test_more_of_them_than_are_gathered_at_a_time(byte_pass: str):
+    """2^20 numbers: 1024 tokens of 1024 dimensions."""
+    if byte_pass == "portable":
+        pytest.skip("in plain loops this takes a minute, and gathering is the same")
+    codebook, x = _crowded(300, 1024), _randn(16, 1024, seed=7).repeat(140, 1)
+    report = compiled.nearest_report(x[None], codebook, "euclidean", "exact")
+    assert report.refined > 2 * 1024
+    assert torch.equal(report.codes[0], true_nearest(x[:16], codebook, "euclidean")[0].repeat(140))
+
+
+def test_a_few_tokens_are_decided_in_float64_at_once(byte_pass: str):
+    codebook, x = _crowded(1000, 64) + 3.0, _randn(3, 64, seed=3) + 3.0
+    report = compiled.nearest_report(x[None], codebook, "euclidean", "exact")
+    assert report.refined == 0
+    assert report.scanned >= 2
+    assert torch.equal(report.codes[0], true_nearest(x, codebook, "euclidean")[0])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ties_where_float32_sums_may_overflow(byte_pass: str, seed: int):
+    """Tied distances near the largest float: of some codes the sum of squares is infinity, of others it is not."""
+    generator = torch.Generator().manual_seed(seed)
+    row = torch.randn(64, generator=generator).double()
+    order = torch.rand(20, 64, generator=generator).argsort(dim=1)
+    middle = (torch.finfo(torch.float32).max / (row - 0.5).square().sum()).sqrt()
+    sums = []
+    for step in range(-20, 21):
+        scale = middle * (1.0 + step * 2.0**-25)
+        codebook = (row * scale).float()[order]
+        x = torch.full((2, 64), 0.5, dtype=torch.float64).mul(scale).float()
+        codes, _ = compiled.nearest(x[None], codebook, "euclidean", "exact")
+        assert codes.tolist() == [[0, 0]], step
+        sums.append((codebook - x[0]).square().sum(dim=1))
+    assert any(some.isinf().any() and some.isfinite().any() for some in sums)
+
+
+def test_the_finer_form_follows_a_codebook_that_changes(byte_pass: str):
+    codebook, x = _crowded(900, 64), _randn(30, 64, seed=10)
+    for change in range(3):
+        codebook.add_(0.25 * _randn(900, 64, seed=11 + change) * (torch.arange(900)[:, None] % 60 == change))
+        report = compiled.nearest_report(x[None], codebook, "euclidean", "exact")
+        assert report.refined > 4
+        assert torch.equal(report.codes[0], true_nearest(x, codebook, "euclidean")[0])
+
+
+def test_threads_that_need_the_finer_form_at_once(byte_pass: str):
+    codebook, x = _crowded(960, 80), _randn(40, 80, seed=14)
+    true, _ = true_nearest(x, codebook, "euclidean")
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: compiled.nearest(x[None], codebook, "euclidean", "exact")[0][0], range(12)))
+    assert all(torch.equal(codes, true) for codes in found)
 
 
 def test_what_does_not_pay_is_remembered(byte_pass: str):

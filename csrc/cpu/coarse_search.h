@@ -3,11 +3,12 @@
 //
 //   tokens   read, centred, scaled and packed for the pass
 //   coarse   S, within E of the real score s; of every granule of codes the least is kept, so that
-//            {S <= min S + 2E} holds every true minimiser
+//            {S <= min S + 2E} holds every true minimiser; and {S <= s' + E} for any real score s', as bytes,
+//            whose E is large, have it of the code that looks nearest
 //   rerank   float64 values of the granules inside the bound, then error-free arithmetic where those tie
-//   rest     tokens that have lost a candidate for want of room, or whose bound is not finite: after a pass
-//   of
-//            bytes the same search with a finer one, else all codes in float64 (wide_scan.h)
+//   rest     tokens that have lost a candidate for want of room, or whose bound is not finite: after bytes
+//   the
+//            same search with a finer pass, else all codes in float64 (wide_scan.h)
 //
 // With `Columns` the same sweep finds the candidates of columns.h.
 //
@@ -48,6 +49,7 @@ constexpr int64_t FETCHED_DIM = 64;  // with less, the loops that know D count f
 constexpr int64_t PREFETCHED = 8;    // tokens whose candidates are asked of the memory ahead of time
 constexpr int64_t PREFETCHED_BYTES = 1024;    // of each code
 constexpr int64_t GATHERED_FLOATS = 1 << 20;  // of undecided tokens at a time
+constexpr int64_t FEW_UNDECIDED = 4;
 constexpr double PROBED = 1.25;               // times the error, above the least score
 constexpr int64_t CACHED_BYTES = 512 * 1024;  // of a codebook that needs no such help
 
@@ -104,11 +106,12 @@ class CoarseSearch {
     if (!worth_while()) {
       Stopwatch watch(report_);
       watch.counts.refined = tokens_.count();
+      prepared_.verdict.leave_out(tokens_.count());
       return CoarseSearch<Element>(book_, *finer_book(), tokens_, out_, report_).run();
     }
     if (split_.chunks == 1) {
       each(split_.token_blocks, [&](int64_t item, Scratch& scratch) {
-        if (!worth_while()) return leave_block(item, scratch);
+        if (!worth_while()) return leave_block(item);
         load(item, scratch);
         search_block(0, scratch);
         finish_block(scratch);
@@ -116,7 +119,12 @@ class CoarseSearch {
     } else {
       run_in_chunks();
     }
-    if (!undecided_.empty()) run_finer();
+    if (undecided_.empty()) return;
+    if (static_cast<int64_t>(undecided_.size()) <= FEW_UNDECIDED && !prepared_.has_finer()) {
+      scan_few();
+    } else {
+      run_finer();
+    }
   }
 
  private:
@@ -329,8 +337,9 @@ class CoarseSearch {
     }
   }
 
-  // What the tokens' least scores are without the error: bytes leave half as many candidates within E of
-  // that, or fewer, as within 2E of the score.
+  // Lowers each token's ceiling to the real score of the code that looks nearest, where that looks nearer
+  // than what was known: candidates lie within E of that, not within 2E of the score, and are half as many or
+  // fewer.
   void probe(const CoarseBlock& block, int64_t granules, const double* least, int64_t base, int64_t rows,
              Scratch& scratch) const {
     const int32_t* tokens = &scratch.order[base];
@@ -341,11 +350,10 @@ class CoarseSearch {
       nearest[i] = -1;
       const TokenState& state = scratch.states[tokens[i]];
       if (state.road != Road::COARSE || !(least[i] < state.ceiling)) continue;
+      const char* scores = scratch.scores.get() + i * granules * pass_.word_bytes;
       // once, for what is likely to stay, too
-      const double limit = least[i] + PROBED * error_of(scratch.bounds[base + i], block.bound);
-      find(scratch.scores.get() + i * granules * pass_.word_bytes, granules, limit, found);
-      if (found.number > FOUND)
-        find(scratch.scores.get() + i * granules * pass_.word_bytes, granules, least[i], found);
+      find(scores, granules, least[i] + PROBED * error_of(scratch.bounds[base + i], block.bound), found);
+      if (found.number > FOUND) find(scores, granules, least[i], found);
       for (int64_t j = 0; j < std::min(found.number, FOUND); ++j) {
         if (found.scores[j] == least[i]) nearest[i] = found.granules[j];
       }
@@ -362,7 +370,7 @@ class CoarseSearch {
     }
   }
 
-  // No code of scratch.decide.codes has a higher score, but for NaN.
+  // The least score of scratch.decide.codes is not above this.
   double least_score(const CoarseBlock& block, int32_t token, Scratch& scratch) const {
     const CodeList& codes = scratch.decide.codes;
     const float* row = scratch.given[token];
@@ -443,15 +451,12 @@ class CoarseSearch {
       }
     });
     const int64_t number = static_cast<int64_t>(undecided.size());
-    if (finer_ != nullptr) {
+    if (finer_ != nullptr)
       prepared_.verdict.add(scratch.count, number, scratch.watch.counts.reranked - before, book_.size);
-      if (number > 0) leave_to_finer(undecided, scratch.first, scratch);
-      return;
-    }
-    if (number > 0) {
-      scratch.watch.time(Stage::SCAN,
-                         [&] { wide_.decide(undecided, scratch.given, scratch.first, scratch.decide); });
-    }
+    if (number == 0) return;
+    if (finer_ != nullptr) return leave_to_finer(undecided, scratch.first);
+    scratch.watch.time(Stage::SCAN,
+                       [&] { wide_.decide(undecided, scratch.given, scratch.first, scratch.decide); });
     scratch.watch.counts.scanned += number;
   }
 
@@ -462,23 +467,46 @@ class CoarseSearch {
     return prepared_.finer(*book_.table, *finer_, book_.code_rows());
   }
 
-  void leave_block(int64_t token_block, Scratch& scratch) {
+  void leave_block(int64_t token_block) {
     const int64_t first = token_block * split_.tokens;
     std::vector<int64_t> all(std::min(split_.tokens, tokens_.count() - first));
     std::iota(all.begin(), all.end(), int64_t{0});
-    leave_to_finer(all, first, scratch);
+    prepared_.verdict.leave_out(static_cast<int64_t>(all.size()));
+    leave_to_finer(all, first);
   }
 
-  void leave_to_finer(const std::vector<int64_t>& undecided, int64_t first, Scratch& scratch) {
-    scratch.watch.counts.refined += static_cast<int64_t>(undecided.size());
+  void leave_to_finer(const std::vector<int64_t>& undecided, int64_t first) {
     const std::lock_guard<std::mutex> guard(mutex_);
     for (const int64_t i : undecided) undecided_.push_back(first + i);
+  }
+
+  // So few are not worth the packing of the codebook for the finer pass: at once in float64.
+  void scan_few() {
+    struct Few {
+      Buffer<float> row;
+      DecideScratch<float> decide;
+      Stopwatch watch;
+    };
+    const int64_t count = static_cast<int64_t>(undecided_.size());
+    for_each_item<Few>(
+        count, 4.0 * count * book_.size * book_.dim,
+        [&] { return Few{Buffer<float>(book_.dim), DecideScratch<float>(), Stopwatch(report_)}; },
+        [&](int64_t i, Few& few) {
+          few.watch.time(Stage::SCAN, [&] {
+            const int64_t n = undecided_[i];
+            load_rows(tokens_, n, n + 1, few.row.get());
+            scan(book_, few.row.get(), few.decide, out_, n);
+          });
+          ++few.watch.counts.scanned;
+        });
   }
 
   // Gathers them, so many at a time, for a search of their own.
   void run_finer() {
     const std::shared_ptr<const PreparedCodebook> finer = finer_book();
     const int64_t count = static_cast<int64_t>(undecided_.size()), dim = book_.dim;
+    Stopwatch watch(report_);
+    watch.counts.refined = count;
     const int64_t most = std::min(count, std::max(GATHERED_FLOATS / dim, int64_t{1}));
     const Buffer<float> rows(most * dim), distance(most);
     const Buffer<int64_t> codes(most);

@@ -236,7 +236,7 @@ Token<Row> make_token(const Book<Row>& book, const Row* row) {
   return {row, book.cosine ? inverse_norm_of(*book.table, row, book.dim) : 0.0};
 }
 
-// No code of scratch.codes is farther: the least of their values, and what rounding may have taken from it.
+// The least value of scratch.codes is not above this.
 template <class Row>
 double least_value(const Book<Row>& book, const Row* row, DecideScratch<Row>& scratch) {
   const int64_t count = scratch.codes.count;

@@ -22,8 +22,9 @@ class FloatDistances {
 
   // Leaves those that may be the nearest of them.
   void drop_farther(const Book<float>& book, const float* token, CodeList& codes) {
-    const double limit =
+    const double most =
         measure(book, token, codes) * (1.0 + 2.1 * square_error(book.dim)) + 2.0 * UNDERFLOW_LOSS;
+    const float limit = static_cast<float>(most);  // infinity where a nearer one's sum may have overflowed
     codes.keep_if([&](int64_t i) { return !(values_[i] > limit); });
   }
 

@@ -1,11 +1,13 @@
 // The byte pass: a number is one byte. AVX2 multiplies bytes half as fast again as numbers of 16 bits; what
 // they cannot tell apart, a finer pass decides (coarse_search.h).
 //
-// A token X = x - mu is rounded to X^ = round(a X) of 7 bits, where a is its own, and stored as X^ + OFFSET,
-// without a sign, as the instruction wants one of its operands; a code C = c - mu to C^ = round(b C), of up
-// to 8 bits, where b is a panel's. Four products are summed in 16 bits: b keeps every four |C^| that meet
-// there so small that they fit. Sums of 32 bits begin at -OFFSET sum C^. The score h - X.C is then |C|^2 / 2
-// - X^.C^ / ab, in float32.
+// A token X = x - mu is rounded to X^ = round(a X), where a is its own, and stored as X^ + OFFSET, without a
+// sign, as the instruction wants one of its operands; a code C = c - mu to C^ = round(b C), where b is a
+// panel's. Sums of 32 bits begin at -OFFSET sum C^. The score h - X.C is then |C|^2 / 2 - X^.C^ / ab, in
+// float32.
+//
+// X^ has 8 bits with AVX512's VNNI. AVX2 sums four products in 16 bits: there X^ has 7, and b keeps every
+// four |C^| that meet so small that their products fit.
 //
 // A tile is [ROWS, steps] words of four dimensions, then [ROWS] factors -1/a. A panel is [WIDTH] beginnings,
 // [WIDTH] biases, a line that begins with 1/b, then [steps, WIDTH] words.
@@ -81,7 +83,8 @@ struct Byte {
     const int64_t words = steps(packing.dim);
     float residual = 0.0f;
     for (int first = 0; first < WIDTH; first += STRIP) {
-      FloatStrip residuals[STRIP] = {}, totals[STRIP] = {};
+      FloatStrip residuals[STRIP] = {};
+      IntStrip totals[STRIP] = {};
       for (int64_t base = 0; base < words; base += WORDS) {
         IntStrip rows[STRIP] = {};  // of a code each, then of four dimensions
         for (int j = 0; j < STRIP; ++j) {
@@ -89,10 +92,11 @@ struct Byte {
           for (int64_t d = begin; d < begin + DIM && d < packing.dim; d += STRIP) {
             const FloatStrip value = strip_of(first + j, d) * factor;
             const FloatStrip rounded = rounded_strip(value), left = value - rounded;
-            const ByteStrip bytes = bytes_of(shorts_of(integers_of(rounded)));
+            const IntStrip whole = integers_of(rounded);
+            const ByteStrip bytes = bytes_of(shorts_of(whole));
             __builtin_memcpy(reinterpret_cast<char*>(&rows[j]) + (d - begin), &bytes, sizeof(bytes));
             residuals[j] += left * left;
-            totals[j] += rounded;
+            totals[j] += whole;
           }
         }
         transpose(rows);
@@ -102,7 +106,10 @@ struct Byte {
       for (int j = 0; j < STRIP; ++j) {
         const float left = sum_of(residuals[j]);
         residual = left > residual ? left : residual;
-        starts[first + j] = -M::OFFSET * static_cast<int32_t>(sum_of(totals[j]));  // exact: below 2^24
+        int32_t parts[STRIP], total = 0;
+        store_vector(parts, totals[j]);
+        for (int i = 0; i < STRIP; ++i) total += parts[i];
+        starts[first + j] = -M::OFFSET * total;
       }
     }
     const double norm = norm_of(largest);
@@ -132,7 +139,7 @@ struct Byte {
     }
     static_cast<float*>(tile)[ROWS * words + row] = static_cast<float>(-inverse);
     const double left = norm_of(sum_of(residuals)) * inverse + ROUNDING * norm + NOTHING;
-    *bound = {1.0, norm + left, left + SCORE_ROUNDING * norm, 0.0, 0.0};
+    *bound = {1.0, norm + left, left + SCORE_ROUNDING * (norm + left), 0.0, 0.0};
   }
 
   // ---------------------------------------------------------------------------------------------- scores

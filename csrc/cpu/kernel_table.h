@@ -63,7 +63,8 @@ struct CoarsePass {
   int64_t (*fetched_bytes)(int64_t count, int64_t dim);
 
   // The same, and the least value of every code over the tile's tokens into `columns`, where that is less
-  // than what is there: value = score * factor + offset, by row. Null in the float64 pass, as the next two.
+  // than what is there: value = score * factor + offset, by row. Null in the byte and float64 passes, as the
+  // next two.
   void (*score_both)(const void* tile,    // [tile_words]
                      const void* panels,  // [count, panel_words]
                      int64_t count, int64_t dim, int64_t group,
@@ -118,7 +119,7 @@ struct KernelTable {
   const CoarsePass* float64;
   const CoarsePass* int16;  // null where the instruction set has nothing faster than float32's
   const CoarsePass* int8;   // null where this CPU has no tiles
-  const CoarsePass* byte;   // null where this CPU multiplies no bytes
+  const CoarsePass* byte;   // null where this CPU multiplies no bytes; in plain loops of the portable table
   bool byte_is_quicker;     // than int16, as measured: `nearest` begins with it
 
   // squares[j] = |(rows[j] - centre) * scale * scale2|^2, with a relative error below (D / 16 + 10) 2^-24;

@@ -25,7 +25,8 @@ constexpr int64_t LARGEST_INT16_DIM = 8192;  // its error grows like the root of
 constexpr int64_t LARGEST_INT8_DIM = 1024;   // beyond it sums of int32 may overflow
 constexpr int64_t SMALLEST_INT8_DIM = 64;    // below, tiles of as many dimensions are too empty
 // Of the byte pass: beyond these D it has too many candidates or too few products to save time on, and below
-// this K D what it saves is no more than what the candidates cost (measured on a Zen 3).
+// this K D what it saves is no more than what the candidates cost (measured on a Zen 3). The margin of
+// SCORE_ROUNDING counts on the largest, too.
 constexpr int64_t SMALLEST_BYTE_DIM = 64, LARGEST_BYTE_DIM = 1024;
 constexpr int64_t FEWEST_BYTE_NUMBERS = 1 << 15;
 
@@ -234,7 +235,8 @@ const char* coarse_pass(int64_t size, int64_t dim, bool exact) noexcept {
 double peak_rate(const char* pass) noexcept {
   try {
     const KernelTable& table = kernels();
-    const CoarsePass* which = std::strcmp(pass, "byte") == 0 ? (table.int16 != nullptr ? table.byte : nullptr)
+    const CoarsePass* byte = &table != portable_kernels() ? table.byte : nullptr;  // not plain loops
+    const CoarsePass* which = std::strcmp(pass, "byte") == 0    ? byte
                               : std::strcmp(pass, "int8") == 0  ? table.int8
                               : std::strcmp(pass, "int16") == 0 ? table.int16
                                                                 : table.float32;

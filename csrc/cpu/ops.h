@@ -46,12 +46,12 @@ std::tuple<Tensor, Tensor> nearest_k_of_snapshot(Tensor x,  // [B, T, D]
                                                  int64_t snapshot,
                                                  int64_t k);  // -> codes [B, T, k], distance [B, T, k]
 
-// "int16" or "float32": the coarse pass that a search in `dim` dimensions takes; "?" where VQKERNELS_CPU_ISA
-// or VQKERNELS_CPU_PASS asks for one that cannot be.
+// "byte", "int8", "int16" or "float32": the coarse pass that a search among `size` codes of `dim` dimensions
+// begins with; "?" where VQKERNELS_CPU_ISA or VQKERNELS_CPU_PASS asks for one that cannot be.
 const char* coarse_pass(int64_t size, int64_t dim, bool exact) noexcept;
 
-// Multiply-adds of one thread on registers alone, in operations a second (two each), of the "float32" or
-// "int16" pass; 0 where the CPU has no such pass.
+// Multiply-adds of one thread on registers alone, in operations a second (two each), of the "float32",
+// "int16", "int8" or "byte" pass; 0 where the CPU has no such pass.
 double peak_rate(const char* pass) noexcept;
 
 std::tuple<Tensor, Tensor> gather(Tensor x,         // [B, T, D]

@@ -22,12 +22,18 @@ using Fingerprint = std::array<uint64_t, 8>;
 Fingerprint fingerprint_of(const KernelTable& table, const float* rows, int64_t count);
 
 // A first pass saves a share of the finer one's work for every token; it costs the candidates that it leaves,
-// and for tokens that it cannot decide the whole of the finer one.
+// and for tokens that it cannot decide the whole of the finer one. Where that does not pay it is left out,
+// and tried again after many more tokens.
 class Verdict {
  public:
   void add(int64_t tokens, int64_t undecided, int64_t reranked, int64_t codes) {
     tokens_.fetch_add(tokens, std::memory_order_relaxed);
     cost_.fetch_add(undecided * codes + reranked * CODES_OF_A_CANDIDATE, std::memory_order_relaxed);
+  }
+  void leave_out(int64_t tokens) {
+    const int64_t most = AGAIN * tokens_.load(std::memory_order_relaxed);
+    if (left_out_.fetch_add(tokens, std::memory_order_relaxed) + tokens < most) return;
+    left_out_ = tokens_ = cost_ = 0;
   }
   bool pays(int64_t codes) const {
     const int64_t tokens = tokens_.load(std::memory_order_relaxed);
@@ -36,11 +42,14 @@ class Verdict {
   }
 
  private:
-  static constexpr int64_t FEWEST = 64;                // tokens, before which nothing is known
-  static constexpr int64_t CODES_OF_A_CANDIDATE = 12;  // whose finer scores cost as much as one float64 value
-  static constexpr double SAVED = 0.3;                 // of the finer pass's time
+  static constexpr int64_t FEWEST = 64;  // tokens, before which nothing is known
+  static constexpr int64_t AGAIN = 64;   // times as many tokens as were tried
+  static constexpr int64_t CODES_OF_A_CANDIDATE =
+      12;                               // whose finer scores take as long as one more candidate
+  static constexpr double SAVED = 0.3;  // of the finer pass's time
   std::atomic<int64_t> tokens_{0};
   std::atomic<int64_t> cost_{0};  // in codes of the finer pass
+  std::atomic<int64_t> left_out_{0};
 };
 
 class PreparedCodebook {
@@ -54,6 +63,8 @@ class PreparedCodebook {
   // The same codes packed for the pass that comes next. Made when first asked for, and kept.
   std::shared_ptr<const PreparedCodebook> finer(const KernelTable& table, const CoarsePass& pass,
                                                 const CodeRows& codes) const;
+
+  bool has_finer() const { return finer_bytes_ > 0; }
 
   int64_t bytes() const;
 

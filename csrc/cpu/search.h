@@ -15,7 +15,7 @@ namespace cpu {
 
 using torch::stable::Tensor;
 
-// int16 where the CPU has it; VQKERNELS_CPU_PASS asks for one of them.
+// int8 where the CPU has it and `dim` suits it, else int16, else float32; VQKERNELS_CPU_PASS asks for one.
 const CoarsePass& choose_pass(const KernelTable& table, int64_t dim, bool exact);
 
 // The pass that `nearest` begins with: bytes where they pay, else the same.

@@ -1,5 +1,6 @@
 // Codebooks that were prepared on request and do not change: kept until they are released, and known by a
-// number. Searching one takes no fingerprint and packs nothing.
+// number. Searching one takes no fingerprint and packs nothing, but for a second form of the codes where the
+// first needs one (`finer` in prepared.h): once.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

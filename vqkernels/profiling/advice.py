@@ -59,7 +59,7 @@ def _coarse_help(subject: dict[str, Any], ceiling: str) -> str:
             "D = 256, and less on a busy machine: measure again alone."
         )
     if ceiling == "byte":
-        return "Some codes a token are compared in float64, too, since bytes cannot tell them from the nearest."
+        return "Some codes a token are compared once more, since bytes cannot tell them from the nearest."
     return "Other work on the machine, or a lower clock under wide instructions, would explain it: measure again alone."
 
 
