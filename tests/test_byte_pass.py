@@ -39,8 +39,8 @@ def _randn(*shape: int, seed: int) -> Tensor:
 
 
 def _crowded(size: int, dim: int) -> Tensor:
-    """Sixty codes around each of some: more than are kept of a token; int16 tells them apart, bytes do not."""
-    around = _randn(size // 60 + 1, dim, seed=1).repeat(60, 1)[:size]
+    """150 codes around each of some: more than are kept of a token; int16 tells them apart, bytes do not."""
+    around = _randn(size // 150 + 1, dim, seed=1).repeat(150, 1)[:size]
     return around + 2e-3 * _randn(size, dim, seed=2)
 
 
@@ -66,7 +66,7 @@ def test_the_largest_sums_fit(byte_pass: str, dim: int, pattern: list[float]):
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
-@pytest.mark.parametrize(("n", "size", "dim"), [(60, 1500, 64), (150, 90, 300), (30, 2100, 200)])
+@pytest.mark.parametrize(("n", "size", "dim"), [(60, 1500, 64), (150, 290, 300), (30, 2100, 200)])
 def test_a_crowd_of_candidates_goes_to_the_finer_pass(byte_pass: str, metric: str, n: int, size: int, dim: int):
     codebook, x = _crowded(size, dim), _randn(n, dim, seed=3)
     report = compiled.nearest_report(x[None], codebook, metric, "exact")

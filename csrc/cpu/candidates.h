@@ -18,15 +18,19 @@ struct Candidate {
 };
 
 struct TokenState {
-  static constexpr int CAPACITY = 32;  // granules kept
-
   double upper;    // the least real score is not above this
   double unit;     // of `ceiling`
   double ceiling;  // upper * unit, in the score units of the scale at hand
   double lost;  // the least `lower` of granules there was no room for: a scan is due where upper reaches it
   int32_t count;
+  int32_t capacity;  // granules kept
   Road road;
-  Candidate candidates[CAPACITY];
+  Candidate* candidates;  // [capacity], somebody else's
+
+  void keep_in(Candidate* memory, int64_t room) {
+    candidates = memory;
+    capacity = static_cast<int32_t>(room);
+  }
 
   void start() {
     upper = std::numeric_limits<double>::infinity();
@@ -57,12 +61,19 @@ struct TokenState {
   }
 
   void add(const Candidate& candidate) {
-    if (count == CAPACITY) drop_beaten();
-    if (count == CAPACITY) {
+    if (count == capacity) drop_beaten();
+    if (count == capacity) {
       lost = std::min(lost, candidate.lower);
     } else {
       candidates[count++] = candidate;
     }
+  }
+
+  // All but the memory of the candidates, which are copied.
+  void copy_from(const TokenState& other) {
+    Candidate* memory = candidates;
+    *this = other;
+    candidates = std::copy_n(other.candidates, other.count, memory) - other.count;
   }
 
   void merge(const TokenState& other) {

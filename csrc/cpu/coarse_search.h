@@ -53,6 +53,13 @@ constexpr int64_t FEW_UNDECIDED = 4;
 constexpr double PROBED = 1.25;               // times the error, above the least score
 constexpr int64_t CACHED_BYTES = 512 * 1024;  // of a codebook that needs no such help
 
+// Granules kept of a token: bytes leave more than int16, and more the more dimensions and codes there are;
+// room that is not needed costs time (3 % at (1024, 256) of 64 instead of 32).
+inline int64_t kept_granules(const Book<float>& book, bool bytes) {
+  if (!bytes) return 16;
+  return book.dim > 512 || book.size > 65536 ? 64 : 32;
+}
+
 // How tokens and codes are cut into pieces of work.
 struct Split {
   int64_t tokens;  // in a block of tokens, a multiple of the tile
@@ -100,6 +107,7 @@ class CoarseSearch {
         report_(report),
         columns_(columns),
         finer_(finer_pass(*book.table, pass_)),
+        capacity_(kept_granules(book, finer_ != nullptr)),
         wide_(book, prepared, out) {}
 
   void run() {
@@ -137,16 +145,17 @@ class CoarseSearch {
   };
 
   struct Scratch {
-    Buffer<float> rows;         // [tokens, D], as given, where they do not lie so already
-    Buffer<char> tiles;         // [tokens / tile, tile_words]
-    Buffer<char> scores;        // [tile, granules of a block]
-    Buffer<ScalePair> scales;   // [tokens], what they are multiplied with
-    Buffer<double> norms;       // [tokens], after centring and scaling
-    Buffer<float> squares;      // [tokens], the same within square_error
-    Buffer<int32_t> order;      // [tokens]: which token a row of the tiles holds
-    Buffer<TokenBound> bounds;  // [tokens], in that order
-    Buffer<TokenState> states;  // [tokens]
-    Buffer<Found> found;        // [tile]
+    Buffer<float> rows;            // [tokens, D], as given, where they do not lie so already
+    Buffer<char> tiles;            // [tokens / tile, tile_words]
+    Buffer<char> scores;           // [tile, granules of a block]
+    Buffer<ScalePair> scales;      // [tokens], what they are multiplied with
+    Buffer<double> norms;          // [tokens], after centring and scaling
+    Buffer<float> squares;         // [tokens], the same within square_error
+    Buffer<int32_t> order;         // [tokens]: which token a row of the tiles holds
+    Buffer<TokenBound> bounds;     // [tokens], in that order
+    Buffer<TokenState> states;     // [tokens]
+    Buffer<Candidate> candidates;  // [tokens, capacity_], of the states
+    Buffer<Found> found;           // [tile]
     DecideScratch<float> decide;
     FloatDistances distances;
     Stopwatch watch;
@@ -164,39 +173,49 @@ class CoarseSearch {
     for_each_item<Scratch>(
         items, coarse_operations(coarse_, tokens_.count()),
         [&] {
-          return Scratch{Buffer<float>(split_.tokens * book_.dim),
-                         Buffer<char>(split_.tokens / pass_.rows * coarse_.tile_bytes()),
-                         Buffer<char>(pass_.rows * most_granules * pass_.word_bytes),
-                         Buffer<ScalePair>(split_.tokens),
-                         Buffer<double>(split_.tokens),
-                         Buffer<float>(split_.tokens),
-                         Buffer<int32_t>(split_.tokens),
-                         Buffer<TokenBound>(split_.tokens),
-                         Buffer<TokenState>(split_.tokens),
-                         Buffer<Found>(pass_.rows),
-                         DecideScratch<float>(),
-                         FloatDistances(),
-                         Stopwatch(report_),
-                         columns_ == nullptr ? nullptr : columns_->add_state(split_.tokens)};
+          Scratch scratch{Buffer<float>(split_.tokens * book_.dim),
+                          Buffer<char>(split_.tokens / pass_.rows * coarse_.tile_bytes()),
+                          Buffer<char>(pass_.rows * most_granules * pass_.word_bytes),
+                          Buffer<ScalePair>(split_.tokens),
+                          Buffer<double>(split_.tokens),
+                          Buffer<float>(split_.tokens),
+                          Buffer<int32_t>(split_.tokens),
+                          Buffer<TokenBound>(split_.tokens),
+                          Buffer<TokenState>(split_.tokens),
+                          Buffer<Candidate>(split_.tokens * capacity_),
+                          Buffer<Found>(pass_.rows),
+                          DecideScratch<float>(),
+                          FloatDistances(),
+                          Stopwatch(report_),
+                          columns_ == nullptr ? nullptr : columns_->add_state(split_.tokens)};
+          keep_candidates_in(scratch.candidates.get(), scratch.states.get(), split_.tokens);
+          return scratch;
         },
         work);
   }
 
+  void keep_candidates_in(Candidate* memory, TokenState* states, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) states[i].keep_in(memory + i * capacity_, capacity_);
+  }
+
   // Few tokens: every chunk of the codebook leaves its state of every token, then they are merged.
   void run_in_chunks() {
-    const Buffer<TokenState> states(split_.chunks * tokens_.count());
+    const int64_t number = split_.chunks * tokens_.count();
+    const Buffer<TokenState> states(number);
+    const Buffer<Candidate> candidates(number * capacity_);
+    keep_candidates_in(candidates.get(), states.get(), number);
     each(split_.token_blocks * split_.chunks, [&](int64_t item, Scratch& scratch) {
       const int64_t chunk = item % split_.chunks;
       load(item / split_.chunks, scratch);
       search_block(chunk, scratch);
-      std::copy_n(scratch.states.get(), scratch.count,
-                  states.get() + chunk * tokens_.count() + scratch.first);
+      TokenState* kept = states.get() + chunk * tokens_.count() + scratch.first;
+      for (int64_t i = 0; i < scratch.count; ++i) kept[i].copy_from(scratch.states[i]);
     });
     each(split_.token_blocks, [&](int64_t item, Scratch& scratch) {
       load(item, scratch);
       for (int64_t i = 0; i < scratch.count; ++i) {
         TokenState& state = scratch.states[i];
-        state = states[scratch.first + i];
+        state.copy_from(states[scratch.first + i]);
         for (int64_t chunk = 1; chunk < split_.chunks; ++chunk) {
           state.merge(states[chunk * tokens_.count() + scratch.first + i]);
         }
@@ -570,6 +589,7 @@ class CoarseSearch {
   SearchReport* report_;
   Columns* columns_;
   const CoarsePass* finer_;  // null where float64 is next
+  const int64_t capacity_;   // granules kept of a token
   std::mutex mutex_;
   std::vector<int64_t> undecided_;  // [.], left to the finer pass
   WideScan wide_;
