@@ -49,7 +49,6 @@ constexpr int64_t FETCHED_DIM = 64;  // with less, the loops that know D count f
 constexpr int64_t PREFETCHED = 8;    // tokens whose candidates are asked of the memory ahead of time
 constexpr int64_t PREFETCHED_BYTES = 1024;    // of each code
 constexpr int64_t GATHERED_FLOATS = 1 << 20;  // of undecided tokens at a time
-constexpr int64_t FEW_UNDECIDED = 4;
 constexpr double PROBED = 1.25;               // times the error, above the least score
 constexpr int64_t CACHED_BYTES = 512 * 1024;  // of a codebook that needs no such help
 
@@ -128,7 +127,7 @@ class CoarseSearch {
       run_in_chunks();
     }
     if (undecided_.empty()) return;
-    if (static_cast<int64_t>(undecided_.size()) <= FEW_UNDECIDED && !prepared_.has_finer()) {
+    if (prepared_.spares_finer(static_cast<int64_t>(undecided_.size()))) {
       scan_few();
     } else {
       run_finer();

@@ -64,7 +64,12 @@ class PreparedCodebook {
   std::shared_ptr<const PreparedCodebook> finer(const KernelTable& table, const CoarsePass& pass,
                                                 const CodeRows& codes) const;
 
-  bool has_finer() const { return finer_bytes_ > 0; }
+  // Whether so many tokens are better decided without it: the first few of a codebook, which may be the only
+  // ones before it changes.
+  bool spares_finer(int64_t tokens) const {
+    constexpr int64_t FEW = 4;
+    return tokens <= FEW && finer_bytes_ == 0 && spared_.fetch_add(tokens) + tokens <= FEW;
+  }
 
   int64_t bytes() const;
 
@@ -79,6 +84,7 @@ class PreparedCodebook {
   mutable std::mutex finer_mutex_;
   mutable std::shared_ptr<const PreparedCodebook> finer_;
   mutable std::atomic<int64_t> finer_bytes_{0};
+  mutable std::atomic<int64_t> spared_{0};
 };
 
 struct PreparedKey {
