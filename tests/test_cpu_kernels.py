@@ -204,7 +204,7 @@ def test_peak_rates_are_measured():
     assert one["float32"] > 1e8
     assert one["int16"] == 0 or one["int16"] > 1e8
     assert one["int8"] == 0 or one["int8"] > 1e8
-    assert one["byte"] == 0 or one["byte"] > one["int16"]
+    assert one["byte"] == 0 or one["byte"] > 1e8
 
 
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
