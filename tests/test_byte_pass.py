@@ -7,30 +7,22 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from adversarial import Case, cases, true_nearest
-from requirements import skip_or_fail
+from instruction_sets import check_nearest, use_instruction_set
+from instruction_sets import library as library
 from torch import Tensor
 
-from vqkernels import _extension
 from vqkernels.kernels import compiled
 
+pytestmark = pytest.mark.usefixtures("library")
 ALL = [(metric, case) for metric in ("euclidean", "cosine") for case in cases(metric)]
-
-
-@pytest.fixture(autouse=True)
-def _library():
-    reason = _extension.cpu_library()
-    if reason is not None:
-        skip_or_fail("compiled", reason)
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
 def byte_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("VQKERNELS_CPU_ISA", request.param)
+    use_instruction_set(request.param, monkeypatch)
     monkeypatch.setenv("VQKERNELS_CPU_PASS", "byte")
-    if _extension.instruction_set() != request.param:
-        skip_or_fail(request.param, f"this CPU has no {request.param}")
     if compiled._coarse_pass(64, 64, True) != "byte":
-        skip_or_fail("avx512vnni", "this CPU has AVX512, but no VNNI")
+        pytest.skip("this CPU has AVX512, but no VNNI")
     return request.param
 
 
@@ -46,11 +38,7 @@ def _crowded(size: int, dim: int) -> Tensor:
 
 @pytest.mark.parametrize(("metric", "case"), ALL, ids=str)
 def test_nearest_is_true(byte_pass: str, metric: str, case: Case):
-    true, _ = true_nearest(case.x, case.codebook, metric)
-    for threads, pieces in ((2, 1), (1, 4)):
-        torch.set_num_threads(threads)
-        parts = [compiled.nearest(part[None], case.codebook, metric, "exact") for part in case.x.tensor_split(pieces)]
-        assert torch.equal(torch.cat([codes[0] for codes, _ in parts]), true)
+    check_nearest(case, metric)
 
 
 @pytest.mark.parametrize("pattern", [[1.0], [1.0, 0.0], [1.0, 0.4, 0.01, 0.4], [1.0, 0.01, 0.01, 0.01]])
@@ -165,9 +153,7 @@ def test_one_call_gives_up_halfway(byte_pass: str):
 
 def test_it_is_for_codebooks_that_repay_its_candidates(monkeypatch: pytest.MonkeyPatch):
     """Of AVX2 alone by itself: 64 dimensions or more, up to 1024, and 32768 numbers."""
-    monkeypatch.setenv("VQKERNELS_CPU_ISA", "avx2")
-    if _extension.instruction_set() != "avx2":
-        skip_or_fail("avx2", "this CPU has no avx2")
+    use_instruction_set("avx2", monkeypatch)
     chosen = {(k, d): compiled._coarse_pass(k, d, True) for k, d in ((512, 64), (32, 1024), (16384, 256))}
     assert set(chosen.values()) == {"byte"}
     others = {(k, d): compiled._coarse_pass(k, d, True) for k, d in ((511, 64), (99999, 63), (1 << 20, 1025))}

@@ -6,29 +6,22 @@ import pytest
 import torch
 from adversarial import Case, cases, true_nearest
 from formulas import code_sums
-from requirements import skip_or_fail
+from instruction_sets import library as library
+from instruction_sets import use_instruction_set
 from torch import Tensor
 
-from vqkernels import _extension, explain
+from vqkernels import explain
 from vqkernels.kernels import compiled
 
+pytestmark = pytest.mark.usefixtures("library")
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 ALL = [(metric, case) for metric in ("euclidean", "cosine") for case in cases(metric)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-@pytest.fixture(autouse=True)
-def _library():
-    reason = _extension.cpu_library()
-    if reason is not None:
-        skip_or_fail("compiled", reason)
-
-
 @pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("VQKERNELS_CPU_ISA", request.param)
-    if _extension.instruction_set() != request.param:
-        skip_or_fail(request.param, f"this CPU has no {request.param}")
+    use_instruction_set(request.param, monkeypatch)
     return request.param
 
 

@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adversarial import Case, cases, true_nearest
-from requirements import skip_or_fail
+from adversarial import Case, cases
+from instruction_sets import check_nearest, use_instruction_set
+from instruction_sets import library as library
 
-from vqkernels import _extension
 from vqkernels.kernels import compiled
 
+pytestmark = pytest.mark.usefixtures("library")
 ALL = [(metric, case) for metric in ("euclidean", "cosine") for case in cases(metric)]
-
-
-@pytest.fixture(autouse=True)
-def _library():
-    reason = _extension.cpu_library()
-    if reason is not None:
-        skip_or_fail("compiled", reason)
 
 
 @pytest.fixture(params=["avx512", "portable"])
 def int8_pass(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VQKERNELS_CPU_ISA", request.param)
+    use_instruction_set(request.param, monkeypatch)
     monkeypatch.setenv("VQKERNELS_CPU_PASS", "int8")
-    if _extension.instruction_set() != request.param:
-        skip_or_fail(request.param, f"this CPU has no {request.param}")
 
 
 @pytest.mark.parametrize(("metric", "case"), ALL, ids=str)
 def test_nearest_is_true(int8_pass: None, metric: str, case: Case):
-    true, _ = true_nearest(case.x, case.codebook, metric)
-    for threads, pieces in ((2, 1), (1, 4)):
-        torch.set_num_threads(threads)
-        parts = [compiled.nearest(part[None], case.codebook, metric, "exact") for part in case.x.tensor_split(pieces)]
-        assert torch.equal(torch.cat([codes[0] for codes, _ in parts]), true)
+    check_nearest(case, metric)
 
 
 @pytest.mark.parametrize("dim", [1024, 1025])

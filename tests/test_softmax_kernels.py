@@ -11,30 +11,22 @@ from types import ModuleType
 
 import pytest
 import torch
-from requirements import skip_or_fail
+from instruction_sets import library as library
+from instruction_sets import use_instruction_set
 from torch import Tensor
 
-from vqkernels import _extension
 from vqkernels.kernels import compiled_softmax as kernels
 from vqkernels.kernels import reference_softmax
 
+pytestmark = pytest.mark.usefixtures("library")
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 # tokens, codes, dimensions: one of each, no whole panel, one panel and a code, several blocks, chunks and groups
 SHAPES = [(1, 1, 1), (3, 2, 5), (50, 65, 18), (7, 1500, 3), (97, 700, 40), (13, 17000, 2), (200, 33, 8), (5, 130, 260)]
 
 
-@pytest.fixture(autouse=True)
-def _library():
-    reason = _extension.cpu_library()
-    if reason is not None:
-        skip_or_fail("compiled", reason)
-
-
 @pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("VQKERNELS_CPU_ISA", request.param)
-    if _extension.instruction_set() != request.param:
-        skip_or_fail(request.param, f"this CPU has no {request.param}")
+    use_instruction_set(request.param, monkeypatch)
     return request.param
 
 
