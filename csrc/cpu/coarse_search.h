@@ -7,8 +7,7 @@
 //            whose E is large, have it of the code that looks nearest
 //   rerank   float64 values of the granules inside the bound, then error-free arithmetic where those tie
 //   rest     tokens that have lost a candidate for want of room, or whose bound is not finite: after bytes
-//   the
-//            same search with a finer pass, else all codes in float64 (wide_scan.h)
+//            by this search with a finer pass, else by all codes in float64 (wide_scan.h)
 //
 // With `Columns` the same sweep finds the candidates of columns.h.
 //
@@ -265,7 +264,6 @@ class CoarseSearch {
       scratch.scales[i] = token.scale;
       scratch.norms[i] = token.norm;
       scratch.squares[i] = token.square;
-      if (columns_ != nullptr) scratch.columns->squares[i] = token.square;
       if (!token.scorable) scratch.states[i].road = all_finite(row, book_.dim) ? Road::SCAN : Road::INVALID;
     }
   }
@@ -296,7 +294,7 @@ class CoarseSearch {
         pass_.pack_token(row, scaled_by(packing, scratch.scales[token]), scratch.norms[token], largest,
                          static_cast<int>(i), tile, &bound);
         if (columns_ != nullptr)
-          columns_->pack_token(base + i, scratch.columns->squares[token], bound.unit, *scratch.columns);
+          columns_->pack_token(base + i, scratch.squares[token], bound.unit, *scratch.columns);
         if (!book_.cosine) bound.unit *= scale.square;
         scratch.states[token].use_unit(bound.unit);
       } else {

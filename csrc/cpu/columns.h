@@ -50,14 +50,13 @@ struct ColumnState {
 
   // Of the tokens at hand.
   int64_t first = 0;           // of `tokens`
-  std::vector<float> squares;  // [tokens]
   std::vector<float> factors;  // [tokens], in the order of the tiles, as the next
   std::vector<float> offsets;  // [tokens]
   std::vector<double> errors;  // [tiles] of the span at hand, below 0 where there is no token
   Buffer<float> least;         // [tiles of the span, slots of the block]
   int64_t span_first = 0;      // token
   std::vector<int32_t> found;  // [slots of the block]
-  double relative = 0.0;       // error of `squares`
+  double relative = 0.0;       // error of the tokens' squares
 
   void add(int64_t tile, int32_t slot, float lower) {
     if (kept[slot] == COLUMN_CAPACITY) {
@@ -87,7 +86,6 @@ class Columns {
     state->upper.assign(slots_, std::numeric_limits<float>::infinity());
     state->lost.assign(slots_, std::numeric_limits<float>::infinity());
     state->kept.assign(slots_, 0);
-    state->squares.resize(tokens);
     state->factors.resize(tiles * rows);
     state->offsets.resize(tiles * rows);
     state->errors.resize(tiles);

@@ -236,14 +236,20 @@ Token<Row> make_token(const Book<Row>& book, const Row* row) {
   return {row, book.cosine ? inverse_norm_of(*book.table, row, book.dim) : 0.0};
 }
 
+// Of scratch.codes.
+template <class Row>
+const double* values_of_codes(const Book<Row>& book, const Token<Row>& token, DecideScratch<Row>& scratch) {
+  const int64_t count = scratch.codes.count;
+  if (static_cast<int64_t>(scratch.values.size()) < count) scratch.values.resize(count);
+  values_of(book, token, scratch.codes.data(), count, scratch.values.data());
+  return scratch.values.data();
+}
+
 // The least value of scratch.codes is not above this.
 template <class Row>
 double least_value(const Book<Row>& book, const Row* row, DecideScratch<Row>& scratch) {
-  const int64_t count = scratch.codes.count;
-  if (static_cast<int64_t>(scratch.values.size()) < count) scratch.values.resize(count);
-  double* values = scratch.values.data();
-  values_of(book, make_token(book, row), scratch.codes.data(), count, values);
-  return tie_limit(*std::min_element(values, values + count), book.dim, book.cosine);
+  const double* values = values_of_codes(book, make_token(book, row), scratch);
+  return tie_limit(*std::min_element(values, values + scratch.codes.count), book.dim, book.cosine);
 }
 
 // The token's code among scratch.codes.
@@ -252,11 +258,10 @@ void decide_token(const Book<Row>& book, const Row* row, DecideScratch<Row>& scr
                   int64_t n) {
   const Token<Row> token = make_token(book, row);
   if (book.cosine && token.inverse_norm == 0.0) return write(out, n, book, {0, 0.0});  // every cosine is 0
+  const double* values = values_of_codes(book, token, scratch);
   const int64_t count = scratch.codes.count;
-  if (static_cast<int64_t>(scratch.values.size()) < count) scratch.values.resize(count);
-  values_of(book, token, scratch.codes.data(), count, scratch.values.data());
-  if (count == 1) return write(out, n, book, {scratch.codes[0], scratch.values[0]});
-  write(out, n, book, decide(book, token, scratch.codes.data(), scratch.values.data(), count, scratch.tied));
+  if (count == 1) return write(out, n, book, {scratch.codes[0], values[0]});
+  write(out, n, book, decide(book, token, scratch.codes.data(), values, count, scratch.tied));
 }
 
 // The token's code among all.

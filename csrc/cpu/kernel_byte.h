@@ -61,19 +61,10 @@ struct Byte {
     int32_t* starts = static_cast<int32_t*>(panel);
     float* biases = static_cast<float*>(panel) + WIDTH;
     FloatStrip most{}, most_of_four{};
-    float largest = 0.0f;
-    for (int code = 0; code < WIDTH; ++code) {
-      FloatStrip square{};
-      for (int64_t d = 0; d < packing.dim; d += STRIP) {
-        const FloatStrip strip = strip_of(code, d);
-        square += strip * strip;
-        most = larger(most, absolute(strip));
-        most_of_four = larger(most_of_four, sums_of_four(strip));
-      }
-      const float sum = sum_of(square);
-      largest = sum > largest ? sum : largest;
-      biases[code] = packing.cosine ? 0.0f : 0.5f * sum;
-    }
+    const float largest = measure_panel<WIDTH>(strip_of, packing, biases, [&](const FloatStrip& strip) {
+      most = larger(most, absolute(strip));
+      most_of_four = larger(most_of_four, sums_of_four(strip));
+    });
     const float of_one = integer_factor(largest_of(most), LARGEST_BYTE);
     const float of_four = integer_factor(largest_of(most_of_four), M::LARGEST_SUM - 2.5f);  // rounding adds 2
     const float factor = of_one < of_four ? of_one : of_four;
@@ -112,21 +103,15 @@ struct Byte {
         starts[first + j] = -M::OFFSET * total;
       }
     }
-    const double norm = norm_of(largest);
-    raise(bound->largest, norm);
-    raise(bound->residual, norm_of(residual) * inverse + ROUNDING * norm + NOTHING);
-    const double half_square = half_square_error(packing.dim) + SCORE_ROUNDING;
-    if (!packing.cosine) raise(bound->offset, 0.5 * norm * norm * half_square + NOTHING);
+    raise_bound(packing, largest, residual, inverse, bound);
   }
 
   static void pack_token(const float* token,  // [D]
                          const Packing& packing, double norm, double /*largest*/, int row,
                          void* tile,  // [tile_words]
                          TokenBound* bound) {
-    FloatStrip most{}, residuals{};
-    for (int64_t d = 0; d < packing.dim; d += STRIP)
-      most = larger(most, absolute(packed_strip(token, packing, d)));
-    const float factor = integer_factor(largest_of(most), LARGEST_TOKEN);
+    FloatStrip residuals{};
+    const float factor = integer_factor(largest_of(token, packing), LARGEST_TOKEN);
     const double inverse = 1.0 / factor;
     const int64_t words = steps(packing.dim), bytes = words * WORD_DIM;
     char* out = static_cast<char*>(tile) + row * bytes;

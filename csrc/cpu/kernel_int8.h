@@ -69,18 +69,8 @@ struct Int8 {
     };
     float* biases = static_cast<float*>(panel);
     FloatStrip most{};
-    float largest = 0.0f;
-    for (int code = 0; code < WIDTH; ++code) {
-      FloatStrip square{};
-      for (int64_t d = 0; d < packing.dim; d += STRIP) {
-        const FloatStrip strip = strip_of(code, d);
-        square += strip * strip;
-        most = larger(most, absolute(strip));
-      }
-      const float sum = sum_of(square);
-      largest = sum > largest ? sum : largest;
-      biases[code] = packing.cosine ? 0.0f : 0.5f * sum;
-    }
+    const float largest = measure_panel<WIDTH>(
+        strip_of, packing, biases, [&](const FloatStrip& strip) { most = larger(most, absolute(strip)); });
     const float factor = integer_factor(largest_of(most), LARGEST_INTEGER);
     const double inverse = 1.0 / factor;
     for (int i = 0; i < STRIP; ++i) biases[WIDTH + i] = i == 0 ? 128.0f / factor : 0.0f;
@@ -110,23 +100,16 @@ struct Int8 {
         low = square > low ? square : low;
       }
     }
-    const double norm = norm_of(largest);
-    const double left = norm_of(residual) * inverse + ROUNDING * norm + NOTHING;
-    raise(bound->largest, norm);
-    raise(bound->residual, left);
+    raise_bound(packing, largest, residual, inverse, bound);
     raise(bound->low, norm_of(low) * inverse);
-    const double half_square = half_square_error(packing.dim) + SCORE_ROUNDING;
-    if (!packing.cosine) raise(bound->offset, 0.5 * norm * norm * half_square + NOTHING);
   }
 
   static void pack_token(const float* token,  // [D]
                          const Packing& packing, double norm, double /*largest*/, int row,
                          void* tile,  // [tile_words]
                          TokenBound* bound) {
-    FloatStrip most{}, residuals{}, lows{};
-    for (int64_t d = 0; d < packing.dim; d += STRIP)
-      most = larger(most, absolute(packed_strip(token, packing, d)));
-    const float factor = integer_factor(largest_of(most), LARGEST_INTEGER);
+    FloatStrip residuals{}, lows{};
+    const float factor = integer_factor(largest_of(token, packing), LARGEST_INTEGER);
     const double inverse = 1.0 / factor;
     const int64_t words = steps(packing.dim);
     char* out = reinterpret_cast<char*>(static_cast<int32_t*>(tile) + row * words);

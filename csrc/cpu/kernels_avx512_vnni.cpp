@@ -21,16 +21,7 @@ namespace {
 
 constexpr int REGISTER_BYTES = 64;  // see strips.h
 
-struct Int16 {
-  using Values = __m512;
-  static Values load_values(const float* p) { return _mm512_loadu_ps(p); }
-  static void store_values(float* p, Values v) { _mm512_storeu_ps(p, v); }
-  static Values least_values(Values a, Values b) { return _mm512_min_ps(a, b); }
-  static unsigned not_above(Values v, Values limits) { return _mm512_cmp_ps_mask(v, limits, _CMP_LE_OQ); }
-  static Values values(__m512i sums, float factor, float offset) {
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_set1_ps(factor), _mm512_set1_ps(offset));
-  }
-
+struct Int16 : Columns {
   using Word = int32_t;
   using Vector = __m512i;
   static constexpr int ROWS = 6, VECTORS = 4, LANES = 16, DEPTH = 2;

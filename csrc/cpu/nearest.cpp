@@ -52,19 +52,24 @@ void search_double(const Book<double>& book, const Tokens<const double>& tokens,
       });
 }
 
+// The pass that the environment asks for, or null.
+const char* asked_pass() {
+  const char* name = std::getenv("VQKERNELS_CPU_PASS");
+  return name != nullptr && name[0] != '\0' ? name : nullptr;
+}
+
 }  // namespace
 
 const CoarsePass& choose_pass(const KernelTable& table, int64_t dim, bool exact) {
-  const char* name = std::getenv("VQKERNELS_CPU_PASS");
-  const bool asked = name != nullptr && name[0] != '\0';
-  const auto is = [&](const char* pass) { return asked && std::strcmp(name, pass) == 0; };
-  if (asked && !is("float32") && !is("int16") && !is("int8") && !is("byte")) {
+  const char* asked = asked_pass();
+  const auto is = [&](const char* pass) { return asked != nullptr && std::strcmp(asked, pass) == 0; };
+  if (asked != nullptr && !is("float32") && !is("int16") && !is("int8") && !is("byte")) {
     throw std::runtime_error(std::string("VQKERNELS_CPU_PASS: expected byte, int8, int16 or float32, got ") +
-                             name);
+                             asked);
   }
   if (!exact || is("float32")) return *table.float32;
   if (is("int8") && dim <= LARGEST_INT8_DIM) return table.int8 != nullptr ? *table.int8 : *portable_int8();
-  if (!asked && table.int8 != nullptr && dim >= SMALLEST_INT8_DIM && dim <= LARGEST_INT8_DIM)
+  if (asked == nullptr && table.int8 != nullptr && dim >= SMALLEST_INT8_DIM && dim <= LARGEST_INT8_DIM)
     return *table.int8;
   return table.int16 != nullptr && dim <= LARGEST_INT16_DIM ? *table.int16 : *table.float32;
 }
@@ -72,10 +77,9 @@ const CoarsePass& choose_pass(const KernelTable& table, int64_t dim, bool exact)
 const CoarsePass& choose_first_pass(const KernelTable& table, int64_t size, int64_t dim, bool exact) {
   const CoarsePass& pass = choose_pass(table, dim, exact);
   if (table.byte == nullptr || !exact || dim > LARGEST_BYTE_DIM) return pass;
-  const char* name = std::getenv("VQKERNELS_CPU_PASS");
-  const bool asked = name != nullptr && name[0] != '\0';
+  const char* asked = asked_pass();
   const bool pays = table.byte_is_quicker && dim >= SMALLEST_BYTE_DIM && size * dim >= FEWEST_BYTE_NUMBERS;
-  return (asked ? std::strcmp(name, "byte") == 0 : pays) ? *table.byte : pass;
+  return (asked != nullptr ? std::strcmp(asked, "byte") == 0 : pays) ? *table.byte : pass;
 }
 
 void prepare(const KernelTable& table, const CoarsePass& pass, const CodebookRows<float>& dense, bool cosine,

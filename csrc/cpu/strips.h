@@ -245,6 +245,24 @@ inline double half_square_error(int64_t dim) {
   return (static_cast<double>(dim) / 16.0 + 48.0) * 1.1 * UNIT32;
 }
 
+// What bounds the codes of a panel that are rounded to integers of `1 / inverse`: `square` is the largest of
+// their |C|^2, `residual` of what rounding leaves, in those integers.
+inline void raise_bound(const Packing& packing, float square, float residual, double inverse,
+                        CodeBound* bound) {
+  const double norm = norm_of(square), half_square = half_square_error(packing.dim) + SCORE_ROUNDING;
+  raise(bound->largest, norm);
+  raise(bound->residual, norm_of(residual) * inverse + ROUNDING * norm + NOTHING);
+  if (!packing.cosine) raise(bound->offset, 0.5 * norm * norm * half_square + NOTHING);
+}
+
+// The largest |number| of a token.
+inline float largest_of(const float* token, const Packing& packing) {
+  FloatStrip most{};
+  for (int64_t d = 0; d < packing.dim; d += STRIP)
+    most = larger(most, absolute(packed_strip(token, packing, d)));
+  return largest_of(most);
+}
+
 // Halves are added to each other down to four numbers, these in pairs; in whatever registers they are.
 inline float sum_of(VectorOf<float, 16, true>::Type v) {
   typedef float Half __attribute__((vector_size(32)));
@@ -269,6 +287,25 @@ inline T sum_of(const Parts<T, COUNT>& v) {
   T four[4];
   for (int i = 0; i < 4; ++i) four[i] = LANES == 4 ? sum[i] : sum[i] + sum[i + LANES - 4];
   return (four[0] + four[1]) + (four[2] + four[3]);
+}
+
+// |C|^2 / 2 of a panel's codes as biases (0 for cosine); returns the largest |C|^2. Calls each(strip) with
+// all their numbers.
+template <int WIDTH, class StripOf, class Each>
+inline float measure_panel(const StripOf& strip_of, const Packing& packing, float* biases, const Each& each) {
+  float largest = 0.0f;
+  for (int code = 0; code < WIDTH; ++code) {
+    FloatStrip square{};
+    for (int64_t d = 0; d < packing.dim; d += STRIP) {
+      const FloatStrip strip = strip_of(code, d);
+      square += strip * strip;
+      each(strip);
+    }
+    const float sum = sum_of(square);
+    largest = sum > largest ? sum : largest;
+    biases[code] = packing.cosine ? 0.0f : 0.5f * sum;
+  }
+  return largest;
 }
 
 // Of two rows STEP apart, what lies beyond the diagonal: b's numbers to the left of it for a's to the right.
