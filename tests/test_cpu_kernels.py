@@ -363,7 +363,7 @@ def test_ema_update_is_the_formula(dtype: torch.dtype, normalize: bool):
         torch.testing.assert_close(state[name].double(), value, rtol=8 * torch.finfo(dtype).eps, atol=1e-12)
 
 
-@pytest.mark.parametrize("dim", [3, 8, 29, 40])
+@pytest.mark.parametrize("dim", [3, 8, 15, 18, 29, 40, 47, 50, 64, 65, 96])
 def test_the_training_kernels_give_the_same_bits_on_every_instruction_set(
     instruction_set: str, monkeypatch: pytest.MonkeyPatch, dim: int
 ):

@@ -266,13 +266,14 @@ def test_used_up_statistics_are_cleared_and_empty_rows_are_not_visited(backend):
     assert not any(t.any() for t in ends[1][1])
 
 
+@pytest.mark.parametrize("dim", [5, 21, 40, 70])
 @pytest.mark.parametrize("first", [False, True], ids=["rows", "maps"])
-def test_statistics_are_added_to_what_is_there(backend, first: bool):
+def test_statistics_are_added_to_what_is_there(backend, first: bool, dim: int):
     _, device = backend
-    x = (torch.randn(3, 21, 37).transpose(1, 2) if first else torch.randn(3, 37, 21)).to(device)
+    x = (torch.randn(3, dim, 37).transpose(1, 2) if first else torch.randn(3, 37, dim)).to(device)
     codes = torch.randint(-1, 40, (3, 37)).to(device)
     counts, sums = vq.codebook_stats(x, codes, 50)
-    start = torch.rand(50).to(device), torch.randn(50, 21).to(device)
+    start = torch.rand(50).to(device), torch.randn(50, dim).to(device)
     mine, alone = [t.clone() for t in start], start[0].clone()
     run("add_statistics_", x, codes, *mine)
     run("add_statistics_", x, codes, alone, None)
