@@ -139,10 +139,9 @@ _SEARCH = Preset(
         *(Goal("search", shape, baseline="torch-cdist", at_least=3.0) for shape in _EVERYBODY.shape[1:]),
     ),
 )
-_CPU = Preset(
-    configs=(*_SEARCH.configs, _QUANTIZE, _STEP, _EMA, _MEMORY, _PEERS_MEMORY, _ENTROPY, _ENTROPY_MEMORY),
+_TRAINING = Preset(
+    configs=(_QUANTIZE, _STEP, _EMA, _MEMORY, _PEERS_MEMORY, _ENTROPY, _ENTROPY_MEMORY),
     goals=(
-        *_SEARCH.goals,
         *(
             Goal("train-step", shape, baseline="vector-quantize-pytorch", at_least=times)
             for shape, times in TIMES_LUCIDRAINS.items()
@@ -154,6 +153,7 @@ _CPU = Preset(
         Goal("entropy", LARGE_CODEBOOK, max_bytes=64_000_000 + 4 * 262144 * 256),  # beyond the codebook's gradient
     ),
 )
+_CPU = Preset(configs=_SEARCH.configs + _TRAINING.configs, goals=_SEARCH.goals + _TRAINING.goals)
 
 _DATA = Preset(  # no wrong code on any of them; how fast each is besides
     configs=tuple(
@@ -229,6 +229,7 @@ _KMEANS = Preset(
 PRESETS = {
     "cpu": _CPU,
     "search": _SEARCH,
+    "training": _TRAINING,
     "kmeans": _KMEANS,
     "data": _DATA,
     "avx2": _AVX2,

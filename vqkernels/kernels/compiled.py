@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import TracebackType
 
 import torch
 from torch import Tensor
@@ -29,6 +28,27 @@ NON_FINITE = "codebook: expected finite values, got NaN or Inf"  # as csrc/cpu/c
 CODES_BEYOND = "codes: expected values below codebook_size"  # as csrc/cpu/groups.cpp says it
 
 
+class _ValueErrors:
+    """ValueError for what is wrong with a value: RuntimeError is the only type that the stable ABI can throw.
+
+    A class, since entering a generator costs microseconds, in every call of every op.
+    """
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, RuntimeError):
+            line = str(error).splitlines()[0]
+            if NON_FINITE in line or CODES_BEYOND in line:
+                raise ValueError(line) from None
+
+
+value_errors = _ValueErrors()
+
+
 def nearest(
     x: Tensor,  # [B, T, D]
     codebook: Tensor,  # [K, D]
@@ -36,20 +56,8 @@ def nearest(
     precision: str,
 ) -> tuple[Tensor, Tensor]:  # codes int64 [B, T], distance float32 [B, T]
     """See ``vqkernels.nearest``."""
-    with value_errors():
+    with value_errors:
         return torch.ops.vqkernels_C.nearest(x, codebook, metric == "cosine", precision == "exact")
-
-
-@contextlib.contextmanager
-def value_errors() -> Iterator[None]:
-    """ValueError for what is wrong with a value: RuntimeError is the only type that the stable ABI can throw."""
-    try:
-        yield
-    except RuntimeError as error:
-        line = str(error).splitlines()[0]
-        if NON_FINITE in line or CODES_BEYOND in line:
-            raise ValueError(line) from None
-        raise
 
 
 def nearest_both(
@@ -61,7 +69,7 @@ def nearest_both(
     """See ``vqkernels.nearest_both``."""
     if x.is_cuda or x.dtype == torch.float64:
         return _both_in_steps(x, codebook, mask, metric)
-    with value_errors():
+    with value_errors:
         return torch.ops.vqkernels_C.nearest_both(x, codebook, mask, metric == "cosine")
 
 
@@ -75,7 +83,7 @@ def nearest_k(
     metric: str,
 ) -> tuple[Tensor, Tensor]:  # codes int64 [B, T, k], distance float32 [B, T, k]
     """See ``vqkernels.nearest_k``."""
-    with value_errors():
+    with value_errors:
         return torch.ops.vqkernels_C.nearest_k(x, codebook, k, metric == "cosine")
 
 
@@ -162,7 +170,7 @@ def quantize(
     """Search, lookup and squared errors: one call on CPU."""
     if x.is_cuda:
         return _quantize_in_steps(x, codebook, mask, metric, precision)
-    with value_errors():
+    with value_errors:
         return torch.ops.vqkernels_C.quantize(x, codebook, mask, metric == "cosine", precision == "exact")
 
 
@@ -207,7 +215,7 @@ def codebook_stats(
     codebook_size: int,
 ) -> tuple[Tensor, Tensor]:  # counts [K], sums [K, D]
     """How many tokens have each code, and their sum; bitwise the same for any number of threads."""
-    with value_errors():
+    with value_errors:
         return torch.ops.vqkernels_C.codebook_stats(x, codes, codebook_size)
 
 
@@ -220,7 +228,7 @@ def add_statistics_(
     """Adds them to what is there; on CPU only the rows of codes with a token are visited."""
     if x.is_cuda:
         return _add_in_steps(x, codes, counts, sums)
-    with value_errors():
+    with value_errors:
         torch.ops.vqkernels_C.add_statistics_(x, codes, counts, sums)
 
 
@@ -266,7 +274,7 @@ def ema_step_(
     if x.is_cuda:
         return _step_in_steps(x, codes, codebook, cluster_size, embed_sum, decay, eps, normalize, plain)
     state = (codebook, cluster_size, embed_sum)
-    with value_errors():
+    with value_errors:
         torch.ops.vqkernels_C.ema_step_(x, codes, *state, decay, eps, normalize, plain)
 
 

@@ -36,7 +36,7 @@ def _snapshot(prepared: PreparedCodebook, precision: str) -> Snapshot:
     """Packed for the instruction set and the pass that are in force when it is first asked for."""
 
     def pack(rows: Tensor) -> Snapshot:  # [K, D]
-        with value_errors():
+        with value_errors:
             number = torch.ops.vqkernels_C.take_snapshot(rows, prepared.metric == "cosine", precision == "exact")
         return Snapshot(number, nearest_details(rows, rows, prepared.metric, precision))
 
