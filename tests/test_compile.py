@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing  # nothing else imports it for certain
 from quantizers import OPTIONS, assert_same_state, every_training_option, make, randn, state
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
