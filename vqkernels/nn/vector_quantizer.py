@@ -288,10 +288,12 @@ class VectorQuantizer(Codebook):
         invalid = found.codes < 0
         non_finite = invalid.sum() if mask is None else (invalid & mask).sum()
         commitment_loss = mean_error(found.commitment_error, mask, self.codebook_dim)
-        loss, codebook_loss = self.commitment_weight * commitment_loss, torch.zeros_like(commitment_loss)
+        loss = self.commitment_weight * commitment_loss
         if self.options.update == "gradient":
             codebook_loss = mean_error(found.codebook_error, mask, self.codebook_dim)
             loss = loss + self.codebook_weight * codebook_loss
+        else:
+            codebook_loss = torch.zeros_like(commitment_loss)
         usage, perplexity = self._health(tokens, found.codes)
         return QuantizerOutput(
             quantized=self.layout.restored(led_back(found.quantized, mask, self.project_out), x),
